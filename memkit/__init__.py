@@ -1,0 +1,32 @@
+"""memkit: how an attention layer remembers, as a configuration choice."""
+
+from memkit.catalog import load_policy, policy_names
+from memkit.engine import attend, plan
+from memkit.errors import InputError, MemkitError, MemoryStateError, ModelError, PolicyError
+from memkit.memory import Memory
+from memkit.parameters import PolicyParameters
+from memkit.pieces.registry import register
+from memkit.pieces.rotary import Rotation
+from memkit.plan import Plan
+from memkit.policy import Policy, PolicySpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "MemkitError",
+    "Memory",
+    "MemoryStateError",
+    "ModelError",
+    "Plan",
+    "Policy",
+    "PolicyError",
+    "PolicyParameters",
+    "PolicySpec",
+    "Rotation",
+    "attend",
+    "load_policy",
+    "plan",
+    "policy_names",
+    "register",
+]

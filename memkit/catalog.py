@@ -1,0 +1,125 @@
+"""Names ↔ files: the shipped policies, and policies read from anybody's YAML.
+
+A file is data: loading one never imports or runs anything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memkit.errors import PolicyError, unknown_name
+from memkit.pieces.registry import SpecError
+from memkit.policy import Policy, PolicySpec
+
+__all__ = ["as_policy", "load_policy", "policies_folder", "policy_header", "policy_names"]
+
+
+@functools.cache
+def policies_folder() -> Path:
+    """Where the shipped policies lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "policies", package.parent / "policies"):
+        if folder.is_dir():
+            return folder
+    raise PolicyError(f"the shipped policies are missing beside {package}; install memkit-attention again")
+
+
+def policy_names() -> list[str]:
+    """The names of the shipped policies, sorted."""
+    return sorted(path.stem for path in policies_folder().glob("*.yaml"))
+
+
+def policy_header(name: str) -> str:
+    """The comment at the head of a shipped policy's file: what it is, where it comes from, when to use it."""
+    lines = _path(name).read_text(encoding="utf-8").splitlines()
+    comment = [
+        line.lstrip("# ").rstrip() for line in lines if line.startswith("#") and "yaml-language-server" not in line
+    ]
+    return "\n".join(comment)
+
+
+def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | None = None) -> PolicySpec:
+    """A policy by its shipped name or its YAML file's path, with fields overridden by dotted path.
+
+    `load_policy("kvm-sqrt-16", {"growth.factor": 8})`. Overriding a `kind` with another one drops the family's other
+    fields, since they belong to the kind. Raises `PolicyError` naming the file, the field and what is allowed.
+    """
+    if isinstance(policy, PolicySpec):
+        name, source, data = policy.name, policy.name or "policy", policy.model_dump(mode="json")
+    else:
+        if not overrides and not _is_path(policy):
+            return _shipped(str(policy))
+        path = _path(policy)
+        name, source, data = path.stem, str(policy), _read(path)
+    for field, value in (overrides or {}).items():
+        _override(data, field, value)
+    return _validate(data, source).named(name)
+
+
+def as_policy(policy: str | Path | PolicySpec | Policy) -> Policy:
+    """What may stand for a policy everywhere → the policy."""
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, (str, Path, PolicySpec)):
+        return (policy if isinstance(policy, PolicySpec) else load_policy(policy)).build()
+    raise PolicyError(f"a policy is a name, a path, a PolicySpec or a Policy, got {type(policy).__name__}")
+
+
+@functools.cache
+def _shipped(name: str) -> PolicySpec:
+    return _validate(_read(_path(name)), name).named(name)
+
+
+def _is_path(policy: str | Path) -> bool:
+    return isinstance(policy, Path) or policy.endswith((".yaml", ".yml")) or "/" in policy or "\\" in policy
+
+
+def _path(policy: str | Path) -> Path:
+    if _is_path(policy):
+        path = Path(policy)
+        if not path.is_file():
+            raise PolicyError(
+                f"{policy}: no such file; give the path of a policy's YAML or one of: {', '.join(policy_names())}"
+            )
+        return path
+    path = policies_folder() / f"{policy}.yaml"
+    if not path.is_file():
+        raise PolicyError(unknown_name("policy", str(policy), policy_names()) + "; or give the path of a YAML file")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise PolicyError(f"{path}: a policy file is a mapping of families, got {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], field: str, value: Any) -> None:
+    *parents, last = field.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise PolicyError(f"{field}: {parent} is no mapping, so it has no field {last}")
+    if last == "kind" and data.get("kind") != value:
+        data.clear()
+    data[last] = value
+
+
+def _validate(data: dict[str, Any], source: str) -> PolicySpec:
+    try:
+        return PolicySpec(**{str(field): value for field, value in data.items()})
+    except SpecError as error:
+        raise PolicyError(
+            "; ".join(f"{source}: {path}: {text}" if path else f"{source}: {text}" for path, text in error.problems)
+        ) from None

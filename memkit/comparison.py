@@ -1,0 +1,376 @@
+"""The main job: one stock language model reads one text under several memory policies.
+
+What each policy costs and how well the model then predicts are measured in one run, on the same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from memkit.catalog import as_policy, load_policy
+from memkit.errors import InputError, ModelError
+from memkit.policy import Policy, PolicySpec
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from rich.console import RenderableType
+
+    from memkit.hf import LoadedModel
+
+__all__ = ["DEFAULT_POLICIES", "Comparison", "Measurement", "Progress", "compare", "default_text"]
+
+DEFAULT_POLICIES = (
+    "full",
+    "window-512",
+    "block-window-3x256",
+    "streaming-4-512",
+    "block-mean-8",
+    "block-mean-sqrt",
+    "free-kvm-fixed",
+    "free-kvm-sqrt",
+    "free-kvm-log",
+    "free-block-mean",
+)
+BASELINE = "full"
+# Tokens per forward call, which bounds the activations. Longer ones were not faster: stock SmolLM2-135M read 4,096
+# tokens on two cores in 11.6 s as 1 × 4,096 or 2 × 2,048, in 12.1 s as 4 × 1,024, in 12.6 s as 8 × 512.
+SEGMENT = 2048
+# Positions whose logits are held at once: 256 · 49,152 words · 4 bytes = 50 MB.
+SLICE = 256
+
+Progress = Callable[[str, int, int], None]
+"""Called with (policy, tokens done, tokens in all) as a policy is measured."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one policy cost, and how well the model predicted under it.
+
+    policy: its name.
+    loss: nats per token, the mean over the scored positions.
+    difference: `loss` minus that of full attention at the same positions; difference_error: its standard error, taking
+        positions for independent. Both None where full attention was not compared; so are the shares below.
+    slots, window: slots, and tokens seen exactly, that every layer and head holds once the text is read.
+    held_share: slots + window as a share of full attention's.
+    bytes: all that the memories of all layers hold then, room to grow included; bytes_share: of full attention's.
+    read_seconds: to read the text, logits excluded.
+    decode_ms: milliseconds per token decoded after reading, logits included; the median of `settings["decoded"]`.
+    front: no other policy holds at most as many bytes and loses at most as much, one of the two strictly.
+    """
+
+    policy: str
+    loss: float
+    difference: float | None
+    difference_error: float | None
+    slots: int
+    window: int
+    held_share: float | None
+    bytes: int
+    bytes_share: float | None
+    read_seconds: float
+    decode_ms: float
+    front: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The measurements of one run, in the order asked for, and its settings.
+
+    settings: model, parameters, dtype, context (tokens the model was trained for, or None), text, text_sha256, tokens,
+    skip, scored (positions in the loss), decoded, overrides, seed, load_seconds, device, machine, cores, threads,
+    versions.
+    """
+
+    settings: dict[str, Any]
+    policies: tuple[Measurement, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"settings": {…}, "policies": [{"policy": …, "loss": …, …}, …]}`; keys as in this class and `Measurement`."""
+        return {"settings": self.settings, "policies": [asdict(measurement) for measurement in self.policies]}
+
+    def to_json(self) -> str:
+        """`to_dict()` as indented JSON. What was not measured is null."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per policy, one column per field of `Measurement`; the settings are in `.attrs`."""
+        try:
+            import pandas
+        except ImportError:
+            raise ModelError("to_pandas needs pandas, which is not installed; run: pip install pandas") from None
+        frame = pandas.DataFrame([asdict(measurement) for measurement in self.policies])
+        frame.attrs = self.settings
+        return frame
+
+    def table(self) -> RenderableType:
+        """A rich table sorted by memory with the memory–loss front marked, settings below: `rich.print(c.table())`."""
+        from memkit.viz.comparison import table
+
+        return table(self)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Loss against memory, the front drawn as a line; into `axes`, or into a new figure (matplotlib)."""
+        from memkit.viz.comparison import plot
+
+        return plot(self, axes)
+
+    def _repr_html_(self) -> str:
+        from memkit.viz.comparison import html
+
+        return html(self)
+
+
+def compare(
+    policies: Iterable[str | Path | PolicySpec | Policy] | None = None,
+    *,
+    model: str | Path | LoadedModel | None = None,
+    text: str | Path | None = None,
+    tokens: int = 4096,
+    skip: int = 1024,
+    overrides: Mapping[str, Any] | None = None,
+    decoded: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Let a stock language model read `tokens` tokens of a text under each policy, and measure cost and loss.
+
+    policies: names, files, specs or policies; left out, `DEFAULT_POLICIES`. overrides: fields to change in every one.
+    model: a Hugging Face folder, a GGUF file, or what `memkit.hf.load` gave; left out, SmolLM2-135M-Instruct.
+    text: a path to read from, or the text itself; left out, `default_text()`. Its first tokens are read, then
+    `decoded` more are decoded greedily for their time alone.
+    skip: the loss is the mean of −ln p(token i | tokens before i) over i = skip … tokens − 1, the same for all.
+    seed: for torch, set while this runs; nothing here draws at random unless a policy of yours does.
+
+    Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `load_policy`, `hf.load` and
+    `hf.attach` do.
+    """
+    _check_at_least("skip", skip, 1)
+    _check_at_least("tokens", tokens, skip + 1)
+    _check_at_least("decoded", decoded, 1)
+    try:
+        from memkit import hf
+    except ImportError as error:
+        raise ModelError(
+            f"comparing needs transformers, accelerate and gguf, got: {error}; run: pip install 'memkit-attention[hf]'"
+        ) from None
+
+    chosen = [_policy(policy, overrides) for policy in (DEFAULT_POLICIES if policies is None else policies)]
+    for policy in chosen:
+        hf.check_policy(policy)
+    source, text = _text(text)
+    loaded = model if isinstance(model, hf.LoadedModel) else hf.load(model)
+    ids = _token_ids(loaded, source, text, tokens)
+
+    measured: list[tuple[Policy, Measurement, Tensor]] = []
+    devices = [loaded.model.device] if loaded.model.device.type == "cuda" else []
+    training = loaded.model.training
+    loaded.model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(seed)
+            for label, policy in _labelled(chosen):
+                report = progress or _say_nothing
+                measured.append((policy, *_measure(loaded, policy, label, ids, skip, decoded, report)))
+    finally:
+        loaded.model.train(training)
+
+    settings = {
+        "model": loaded.name,
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "context": getattr(loaded.model.config, "max_position_embeddings", None),
+        "text": source,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokens": tokens,
+        "skip": skip,
+        "scored": tokens - skip,
+        "decoded": decoded,
+        "overrides": dict(overrides or {}),
+        "seed": seed,
+        "load_seconds": loaded.seconds,
+        **_machine(loaded.model.device),
+    }
+    return Comparison(settings, _against_full(measured))
+
+
+def default_text() -> str:
+    """The topics of Python's own help (`pydoc_data.topics`), sorted by name: 465 kB of English in CPython 3.11."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _measure(
+    loaded: LoadedModel, policy: Policy, label: str, ids: Tensor, skip: int, decoded: int, progress: Progress
+) -> tuple[Measurement, Tensor]:
+    """Read `ids` [1, n], then decode. The second result is the loss at each scored position, float64 [n − skip]."""
+    from memkit import hf
+
+    model, head = loaded.model, loaded.model.get_output_embeddings()
+    tokens = ids.shape[1]
+    seconds, cache, losses, times = 0.0, None, [], []
+    progress(label, 0, tokens + decoded)
+    with hf.attach(model, policy):
+        model.base_model(ids[:, :SLICE], use_cache=True)  # the first call allocates; not counted
+        for begin in range(0, tokens, SEGMENT):
+            part = ids[:, begin : begin + SEGMENT]
+            start = _now(ids.device)
+            output = model.base_model(part, past_key_values=cache, use_cache=True)
+            seconds += _now(ids.device) - start
+            cache, hidden = output.past_key_values, output.last_hidden_state[0]
+            first = max(0, skip - 1 - begin)  # the state of token i predicts token i + 1
+            losses += _losses(head, hidden[first:], ids[0, begin + first + 1 : begin + part.shape[1] + 1])
+            progress(label, begin + part.shape[1], tokens + decoded)
+        layers = hf.memories(cache)
+        held = sum(memory.bytes for memory in layers)
+        slots, window = int(layers[0].slots[0]), int(layers[0].held_rows[0])
+        token = head(hidden[-1]).argmax().view(1, 1)
+        for step in range(decoded):
+            start = _now(ids.device)
+            logits = model(token, past_key_values=cache, use_cache=True).logits
+            times.append(_now(ids.device) - start)
+            token = logits[:, -1:].argmax(-1)
+            progress(label, tokens + step + 1, tokens + decoded)
+    loss = torch.cat(losses)
+    measurement = Measurement(
+        policy=label,
+        loss=float(loss.mean()),
+        difference=None,
+        difference_error=None,
+        slots=slots,
+        window=window,
+        held_share=None,
+        bytes=held,
+        bytes_share=None,
+        read_seconds=seconds,
+        decode_ms=1000 * statistics.median(times),
+    )
+    return measurement, loss
+
+
+def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    """−ln p(target) of states hidden [n, width] (one more than targets at the text's end), slice by slice."""
+    for states, words in zip(hidden[: len(targets)].split(SLICE), targets.split(SLICE), strict=True):
+        yield nn.functional.cross_entropy(head(states).float(), words, reduction="none").double().cpu()
+
+
+def _against_full(measured: list[tuple[Policy, Measurement, Tensor]]) -> tuple[Measurement, ...]:
+    """Fill in what compares a policy with the others."""
+    full = load_policy(BASELINE)
+    baseline = next(((entry, losses) for policy, entry, losses in measured if policy.spec == full), None)
+    entries = [entry for _, entry, _ in measured]
+    done: list[Measurement] = []
+    for _, entry, losses in measured:
+        if baseline is not None:
+            reference, reference_losses = baseline
+            gap = losses - reference_losses
+            entry_against = replace(
+                entry,
+                difference=float(gap.mean()),
+                difference_error=float(gap.std(correction=0) / len(gap) ** 0.5),
+                held_share=(entry.slots + entry.window) / (reference.slots + reference.window),
+                bytes_share=entry.bytes / reference.bytes,
+            )
+        else:
+            entry_against = entry
+        done.append(replace(entry_against, front=not any(_dominates(other, entry) for other in entries)))
+    return tuple(done)
+
+
+def _dominates(one: Measurement, other: Measurement) -> bool:
+    no_worse = one.bytes <= other.bytes and one.loss <= other.loss
+    return no_worse and (one.bytes < other.bytes or one.loss < other.loss)
+
+
+def _policy(policy: str | Path | PolicySpec | Policy, overrides: Mapping[str, Any] | None) -> Policy:
+    if not overrides:
+        return as_policy(policy)
+    return load_policy(policy.spec if isinstance(policy, Policy) else policy, overrides).build()
+
+
+def _labelled(policies: list[Policy]) -> Iterator[tuple[str, Policy]]:
+    """Each policy with a name of its own: a second one of the same name gets a number."""
+    used: dict[str, int] = {}
+    for policy in policies:
+        name = policy.name or "unnamed"
+        used[name] = used.get(name, 0) + 1
+        yield (name if used[name] == 1 else f"{name} ({used[name]})"), policy
+
+
+def _text(text: str | Path | None) -> tuple[str, str]:
+    """Where the text comes from, and the text."""
+    if text is None:
+        return f"pydoc_data.topics of Python {platform.python_version()}", default_text()
+    if isinstance(text, str):
+        return "given text", text
+    try:
+        return text.name, text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{text} must be a text file in UTF-8, got: {error}") from None
+
+
+def _token_ids(loaded: LoadedModel, source: str, text: str, tokens: int) -> Tensor:
+    ids = loaded.tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < tokens:
+        raise InputError(
+            f"tokens must be at most {len(ids)}, all there are in {source}, got {tokens}; lower it or give a longer text"
+        )
+    return torch.tensor([ids[:tokens]], device=loaded.model.device)
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        reason = f" (skip + 1: something must be scored)" if name == "tokens" else ""
+        raise InputError(f"{name} must be a whole number, at least {least}{reason}, got {value}")
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "machine": f"{cpu}, {platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+            "memkit": _own_version(),
+        },
+    }
+
+
+def _own_version() -> str:
+    import memkit
+
+    return memkit.__version__
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _say_nothing(policy: str, done: int, total: int) -> None:
+    """No progress."""

@@ -1,0 +1,104 @@
+"""The engine: `attend` and `plan`, checked and handed to a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from memkit.catalog import as_policy
+from memkit.engine import torch as _torch
+from memkit.engine.validation import check_call
+from memkit.errors import InputError
+from memkit.memory import Memory
+from memkit.parameters import PolicyParameters
+from memkit.pieces.rotary import Rotation
+from memkit.plan import Plan
+from memkit.policy import Policy, PolicySpec
+
+__all__ = ["attend", "plan"]
+
+Backend = Literal["auto", "torch", "reference"]
+AnyPolicy = str | Path | PolicySpec | Policy
+
+
+def attend(
+    policy: AnyPolicy,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    weights: Tensor | None = None,
+    parameters: PolicyParameters | None = None,
+    rotation: Rotation | None = None,
+    scale: float | None = None,
+    memory: Memory | None = None,
+    lengths: Tensor | None = None,
+    plan: Plan | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Memory]:
+    """Causal attention that remembers as the policy says: prefill, continuation by any number of tokens, and decoding.
+
+    queries [b, h, t, d], keys [b, g, t, d], values [b, g, t, v], h a multiple of g; float32, float64, bfloat16 or
+    float16, all alike. Queries and keys arrive rotated.
+    weights [b, g, t] ≥ 0: merge weights, only with `weight: learned`; None: 1.
+    parameters: what the policy has learned; None: LayerNorm 1 and 0, temperatures 1.
+    rotation: how keys were rotated, needed by `unrotate` and `rerotate`, refused elsewhere.
+    scale: of the scores; None: 1/√d.
+    memory: what an earlier call returned. Without gradients this call takes it over, updating it in place: the old
+    handle raises when used again, `memory.fork()` copies. With gradients it is left as it is, and gradients flow through.
+    lengths [b]: valid tokens of this call per row, 0 … t, the rest padding on the right, whose outputs are 0.
+    plan: follow this plan instead of making one. backend: "reference" is the oracle, token by token in float64.
+
+    Returns outputs [b, h, t, v] in the inputs' dtype, and the memory. Raises `InputError`, `MemoryStateError`,
+    `PolicyError`: rule, value, remedy.
+    """
+    built = as_policy(policy)
+    call = check_call(
+        built,
+        queries,
+        keys,
+        values,
+        weights=weights,
+        parameters=parameters,
+        rotation=rotation,
+        scale=scale,
+        memory=memory,
+        lengths=lengths,
+        plan=plan,
+    )
+    if backend == "reference":
+        from memkit.engine import reference
+
+        return reference.attend(call)
+    if backend not in ("auto", "torch"):
+        raise InputError(f"backend must be 'auto', 'torch' or 'reference', got {backend!r}")
+    return _torch.attend(call)
+
+
+def plan(
+    policy: AnyPolicy,
+    keys: Tensor,
+    *,
+    weights: Tensor | None = None,
+    parameters: PolicyParameters | None = None,
+    rotation: Rotation | None = None,
+    memory: Memory | None = None,
+    lengths: Tensor | None = None,
+) -> Plan:
+    """Where each token that leaves the window during such a call goes. Arguments as for `attend`; memory is only read."""
+    call = check_call(
+        as_policy(policy),
+        None,
+        keys,
+        None,
+        weights=weights,
+        parameters=parameters,
+        rotation=rotation,
+        scale=None,
+        memory=memory,
+        lengths=lengths,
+        plan=None,
+    )
+    return _torch.plan(call)

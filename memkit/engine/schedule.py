@@ -1,0 +1,129 @@
+"""When tokens leave the window during a call: whole numbers on the host, no tensor looked at.
+
+Rows may be at unequal positions. All of them share one time axis, the *column*: the tokens of this call stand at
+columns `old` … `old + t − 1` in every row, and what their windows already hold stands right-aligned before that. So
+token p of row r is at column p + shift[r], and appending is the same slice for all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from memkit.memory import held
+from memkit.policy import Policy
+
+__all__ = ["BAND_STEP", "Count", "Exit", "Schedule", "Step", "common"]
+
+BAND_STEP = 128
+"""Queries read together under a sliding window: the part of the band that needs a mask is this wide."""
+
+Rows = np.ndarray
+"""One whole number (or bool) per row of the batch."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A chunk that leaves the window of some rows.
+
+    leaves [b]: which rows; begin [b]: the chunk's first position; live, grant, forced [b]: slots before it, tokens of it
+    that found, and how many of those are sinks.
+    """
+
+    leaves: Rows
+    begin: Rows
+    live: Rows
+    grant: Rows
+    forced: Rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """Queries start … stop − 1 of this call, during which no chunk leaves any window; first, `exit` does.
+
+    active [b]: rows with a token in this step; first [b]: the first column each row sees exactly (at the step's first
+    query); slots [b]: slots each row reads.
+    """
+
+    start: int
+    stop: int
+    exit: Exit | None
+    active: Rows
+    first: Rows
+    slots: Rows
+
+
+class Schedule:
+    """The steps of a call of `tokens` columns, of which `lengths[r]` are row r's, after `seen[r]` tokens."""
+
+    def __init__(self, policy: Policy, seen: Rows, lengths: Rows, tokens: int) -> None:
+        self.policy, self.seen, self.lengths, self.tokens = policy, seen, lengths, tokens
+        self.held = held(policy, seen)
+        self.old = int(self.held.max(initial=0))
+        self.shift = self.old - seen
+        self.after = seen + lengths
+        self.left_before = seen - self.held
+        self.left_after = self.after - held(policy, self.after)
+        self.steps = list(self._steps())
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows have as many tokens as the call has columns."""
+        return bool((self.lengths == self.tokens).all())
+
+    @property
+    def leaving(self) -> int:
+        """The most tokens that leave any row's window during the call."""
+        return int((self.left_after - self.left_before).max(initial=0))
+
+    @property
+    def slots_after(self) -> Rows:
+        """Slots of each row after the call."""
+        return np.array([self.policy.slots_after(int(tokens)) for tokens in self.after], dtype=np.int64)
+
+    def _steps(self):
+        left = self.left_before.copy()
+        for start, stop in zip((bounds := self._bounds())[:-1], bounds[1:], strict=True):
+            active = self.lengths > start
+            begin = self.policy.window.begin(self.seen + start)
+            exit_ = self._exit(active & (begin > left), left)
+            left = np.where(active, begin, left)
+            slots = np.array([self._slots(int(tokens)) for tokens in left], dtype=np.int64)
+            yield Step(start, stop, exit_, active, begin + self.shift, slots)
+
+    def _bounds(self) -> list[int]:
+        """Where steps begin and end, counted in this call's tokens."""
+        bounds = {0, int(self.lengths.max(initial=0))}
+        if self.policy.window.capacity is None:
+            return sorted(bounds)
+        if (band := self.policy.window.band) is not None:
+            # Sinks leave one at a time, when positions band … band + sinks − 1 arrive.
+            arrivals = np.unique(np.arange(band, band + self.policy.sinks + 1)[None] - self.seen[:, None])
+            bounds.update(range(0, self.tokens, min(BAND_STEP, band)))
+        else:
+            phases = np.unique(-self.seen % self.policy.chunk)
+            arrivals = np.concatenate([np.arange(phase, self.tokens, self.policy.chunk) for phase in phases])
+        bounds.update(int(arrival) for arrival in arrivals if 0 < arrival < max(bounds))
+        return sorted(bound for bound in bounds if bound <= int(self.lengths.max(initial=0)))
+
+    def _slots(self, left: int) -> int:
+        """Slots of a row once `left` of its tokens have left the window."""
+        return self.policy.slots_after_chunk(left // self.policy.chunk - 1) if self.policy.chunk else 0
+
+    def _exit(self, leaves: Rows, left: Rows) -> Exit | None:
+        policy, chunk = self.policy, self.policy.chunk
+        if policy.exact_slots:
+            leaves = leaves & (left < policy.sinks)  # nothing but sinks is kept
+        if not leaves.any():
+            return None
+        live = np.array([self._slots(int(tokens)) for tokens in left], dtype=np.int64)
+        after = np.array([self._slots(int(tokens) + chunk) for tokens in left], dtype=np.int64)
+        forced = np.clip(policy.sinks - left, 0, chunk)
+        return Exit(leaves, left.copy(), live, after - live, forced)
+
+
+def common(numbers: Rows, among: Rows) -> int | None:
+    """The number that all rows in `among` share; None where they differ."""
+    chosen = numbers[among]
+    return int(chosen[0]) if len(chosen) and (chosen == chosen[0]).all() else None

@@ -1,0 +1,205 @@
+"""Checks a call before any work is done: shapes, dtypes, devices, lengths, and what the policy wants or cannot use."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit.engine.read import default_scale
+from memkit.engine.torch import Call
+from memkit.errors import InputError
+from memkit.memory import Memory
+from memkit.parameters import PolicyParameters
+from memkit.pieces.rotary import Rotation
+from memkit.plan import Plan
+from memkit.policy import Policy
+
+__all__ = ["check_call"]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_call(
+    policy: Policy,
+    queries: Tensor | None,
+    keys: Tensor,
+    values: Tensor | None,
+    *,
+    weights: Tensor | None,
+    parameters: PolicyParameters | None,
+    rotation: Rotation | None,
+    scale: float | None,
+    memory: Memory | None,
+    lengths: Tensor | None,
+    plan: Plan | None,
+) -> Call:
+    """The call, or an error that says rule, value and remedy. Queries and values are None where only a plan is made."""
+    _check_tensors(queries, keys, values)
+    rows, heads, tokens, _ = keys.shape
+    _check_weights(policy, keys, weights)
+    _check_rotation(policy, keys, rotation)
+    _check_parameters(policy, queries, keys, parameters)
+    checked = _check_lengths(keys, lengths)
+    if memory is not None:
+        _check_memory(policy, keys, values, memory)
+    if plan is not None and plan.slot.shape[:2] != (rows, heads):
+        raise InputError(
+            f"plan must be made for the same rows and heads, got {tuple(plan.slot.shape[:2])} for keys of "
+            f"{(rows, heads)}; make it with memkit.plan on these keys"
+        )
+    if scale is not None and not np.isfinite(scale):
+        raise InputError(f"scale must be a finite number, got {scale}")
+    sources: list[Tensor | None] = [queries, keys, values, weights]
+    if parameters is not None:
+        sources += list(parameters.parameters())
+    differentiable = (
+        queries is not None
+        and torch.is_grad_enabled()
+        and (any(t is not None and t.requires_grad for t in sources) or (memory is not None and memory.requires_grad))
+    )
+    return Call(
+        policy=policy,
+        queries=queries,
+        keys=keys,
+        values=values,
+        weights=weights,
+        parameters=parameters,
+        rotation=rotation,
+        scale=default_scale(keys.shape[-1]) if scale is None else float(scale),
+        memory=memory,
+        lengths=checked,
+        plan=plan,
+        differentiable=differentiable,
+    )
+
+
+def _check_tensors(queries: Tensor | None, keys: Tensor, values: Tensor | None) -> None:
+    for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"{name} must be a tensor [batch, heads, tokens, width], got {shape}")
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"{name} must be floating point (float32, float64, bfloat16, float16), got {tensor.dtype}")
+        if tensor.dtype != keys.dtype:
+            raise InputError(f"{name} must have the keys' dtype {keys.dtype}, got {tensor.dtype}; convert one of them")
+        if tensor.device != keys.device:
+            raise InputError(f"{name} must be on the keys' device {keys.device}, got {tensor.device}; move one of them")
+        if tensor.shape[0] != keys.shape[0] or tensor.shape[2] != keys.shape[2]:
+            raise InputError(
+                f"{name} must have the keys' {keys.shape[0]} rows and {keys.shape[2]} tokens, "
+                f"got {tensor.shape[0]} and {tensor.shape[2]}"
+            )
+    if keys.shape[0] < 1 or keys.shape[1] < 1 or keys.shape[3] < 1:
+        raise InputError(f"keys need at least one row, one head and one channel, got {tuple(keys.shape)}")
+    if values is not None and (values.shape[1] != keys.shape[1] or values.shape[3] < 1):
+        raise InputError(
+            f"values must have the keys' {keys.shape[1]} heads and at least one channel, got {tuple(values.shape)}"
+        )
+    if queries is not None and queries.shape[3] != keys.shape[3]:
+        raise InputError(f"queries must be as wide as keys, {keys.shape[3]} channels, got {queries.shape[3]}")
+    if queries is not None and (queries.shape[1] < 1 or queries.shape[1] % keys.shape[1]):
+        raise InputError(
+            f"query heads must be a multiple of the {keys.shape[1]} key/value heads, got {queries.shape[1]}"
+        )
+
+
+def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None:
+    if weights is None:
+        return
+    if not policy.merging.learned or policy.exact_slots:
+        raise InputError(
+            "weights are given, but this policy weighs nothing with them; "
+            "leave them out, or use merging: {kind: weighted-mean, weight: learned} in a memory that grows"
+        )
+    if weights.shape != keys.shape[:3]:
+        raise InputError(f"weights must be [b, g, t] = {tuple(keys.shape[:3])}, got {tuple(weights.shape)}")
+    if weights.device != keys.device or not weights.is_floating_point():
+        raise InputError(f"weights must be floating point on {keys.device}, got {weights.dtype} on {weights.device}")
+    if weights.device.type == "cpu" and bool((weights < 0).any()):
+        raise InputError(f"weights must be at least 0, got {float(weights.min())}; KVM takes 1 + ELU of its gate")
+
+
+def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> None:
+    if not policy.needs_rotation:
+        if rotation is not None:
+            raise InputError(
+                f"rotation is given, but rotary {policy.spec.rotary.kind} does not use it; leave it out"
+                if not policy.exact_slots
+                else "rotation is given, but with growth none sinks stay at their own positions; leave it out"
+            )
+        return
+    if rotation is None:
+        raise InputError(
+            f"rotary {policy.spec.rotary.kind} must un-rotate keys and needs to know how they were rotated; "
+            "give rotation=memkit.Rotation(pairing, width, frequencies)"
+        )
+    if rotation.width > keys.shape[-1]:
+        raise InputError(f"rotation.width must be at most the head width {keys.shape[-1]}, got {rotation.width}")
+    expected = (keys.shape[0], keys.shape[2])
+    if rotation.positions is not None and tuple(rotation.positions.shape) != expected:
+        raise InputError(f"rotation.positions must be [b, t] = {expected}, got {tuple(rotation.positions.shape)}")
+
+
+def _check_parameters(
+    policy: Policy, queries: Tensor | None, keys: Tensor, parameters: PolicyParameters | None
+) -> None:
+    if parameters is None:
+        return
+    if not isinstance(parameters, PolicyParameters):
+        raise InputError(f"parameters must be memkit.PolicyParameters, got {type(parameters).__name__}")
+    wanted = PolicyParameters(policy, 1, 1)
+    for name in ("key_norm_weight", "key_norm_bias", "temperature_window", "temperature_memory"):
+        tensor = getattr(parameters, name)
+        if (tensor is None) != (getattr(wanted, name) is None):
+            need = "needs" if tensor is None else "has no use for"
+            raise InputError(
+                f"the policy {need} parameters.{name}; make them with PolicyParameters(policy, heads, width)"
+            )
+        if tensor is None:
+            continue
+        if name.startswith("key"):
+            size = keys.shape[-1]
+        elif queries is not None:
+            size = queries.shape[1]
+        else:
+            continue
+        if tuple(tensor.shape) != (size,):
+            raise InputError(f"parameters.{name} must have shape ({size},), got {tuple(tensor.shape)}")
+
+
+def _check_lengths(keys: Tensor, lengths: Tensor | None) -> np.ndarray:
+    rows, tokens = keys.shape[0], keys.shape[2]
+    if lengths is None:
+        return np.full(rows, tokens, dtype=np.int64)
+    lengths = torch.as_tensor(lengths)
+    if lengths.shape != (rows,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise InputError(
+            f"lengths must be one whole number per row, shape ({rows},), got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    checked = lengths.cpu().numpy().astype(np.int64)
+    if (checked < 0).any() or (checked > tokens).any():
+        raise InputError(f"lengths must lie between 0 and the call's {tokens} tokens, got {checked.tolist()}")
+    return checked
+
+
+def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: Memory) -> None:
+    if not isinstance(memory, Memory):
+        raise InputError(f"memory must be a memkit.Memory or None, got {type(memory).__name__}")
+    memory.check_usable()
+    memory.check_policy(policy)
+    rows, heads, width = keys.shape[0], keys.shape[1], keys.shape[3]
+    if memory.keys.shape[:2] != (rows, heads):
+        raise InputError(
+            f"memory is for {memory.keys.shape[0]} rows × {memory.keys.shape[1]} heads, got keys of {rows} × {heads}; "
+            "reorder() changes rows"
+        )
+    widths = (width, width if values is None else values.shape[3])
+    if memory.head_widths[0] != widths[0] or (values is not None and memory.head_widths[1] != widths[1]):
+        raise InputError(f"memory holds keys and values of widths {memory.head_widths}, got {widths}")
+    if memory.keys.dtype != keys.dtype:
+        raise InputError(f"memory holds {memory.keys.dtype}, got keys of {keys.dtype}; go on with the same dtype")
+    if memory.keys.device != keys.device:
+        raise InputError(f"memory is on {memory.keys.device}, got keys on {keys.device}; move it with memory.to()")

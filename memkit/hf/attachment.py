@@ -1,0 +1,352 @@
+"""Run every attention layer of a stock Hugging Face decoder on a memory policy.
+
+Three seams that transformers and torch offer carry it, and nothing is patched:
+
+- the attention registry of transformers gets one more attention function, `memkit`, which calls `attend`.
+  It has no mask function, so that no `[tokens, tokens]` mask is built;
+- a transformers `Cache` is a list of layers of any kind: ours hold one `Memory` each;
+- a forward pre-hook on the decoder puts such a cache in, turns the attention mask into lengths per row, sets the
+  positions, and hands the lot to every layer as one keyword argument.
+
+When the `with` block ends, hook and setting are gone; the function stays in the registry, where nothing else names it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memkit.catalog import as_policy
+from memkit.engine import attend
+from memkit.errors import InputError, MemoryStateError, ModelError
+from memkit.pieces.rotary import Rotation
+
+if TYPE_CHECKING:
+    from memkit.memory import Memory
+    from memkit.policy import Policy, PolicySpec
+
+__all__ = ["attach", "check_policy", "memories"]
+
+NAME = "memkit"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary frequencies that change with the length read: a key would be un-rotated by other angles than it was rotated by.
+MOVING_FREQUENCIES = ("dynamic", "longrope")
+
+
+@contextmanager
+def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Iterator[PreTrainedModel]:
+    """Inside the `with` block, every attention layer of `model` remembers as `policy` says.
+
+    ```python
+    with memkit.hf.attach(model, "free-kvm-sqrt"):
+        model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
+    ```
+
+    `model(...)` prefills, and continues with any number of tokens when its `past_key_values` are passed on; however a
+    text is split, the result is the same. `model.generate(...)` works as usual: greedy, sampling, beams. Gradients
+    flow. `memories(past_key_values)` gives each layer's memory. Groups of query heads share their key/value head's
+    memory. When the block ends, by an error too, the model is as it was; a cache made inside is of no use outside.
+
+    Rows of unequal length are padded on the right, with a 2D `attention_mask` over this call's tokens or over all so
+    far. `logits[row, length - 1]` then predicts a row's next token, and the next call continues each row at its own
+    position. `generate` reads the last column of the logits, so it needs rows of equal length.
+
+    Raises `ModelError` for a model outside the Llama family (llama, mistral, qwen2, qwen3), with sliding-window
+    layers, or attached already, and for a policy with learned parts, which no stock model has; `InputError` inside the
+    block for calls that the engine cannot serve (left padding, 4D masks, positions of one's own, …).
+    """
+    attachment = _Attachment(model, policy)
+    with ExitStack() as undo:
+        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
+        model.set_attn_implementation(NAME)
+        for module, hook in ((model, _refuse_logits_of_padding), (model.base_model, attachment.before_decoder)):
+            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield model
+
+
+def check_policy(policy: Policy) -> None:
+    """Raise `ModelError` where a policy needs what no stock model has learned."""
+    if policy.learned:
+        raise ModelError(
+            f"a stock model runs policies without learned parts, got {_name(policy)}, which needs "
+            f"{', '.join(policy.learned)}; use a free-* policy, or train a model with this one"
+        )
+
+
+def memories(past_key_values: Cache) -> list[Memory]:
+    """Each layer's memory, first layer first, out of the `past_key_values` that an attached model returned."""
+    layers = past_key_values.layers
+    if not layers or not all(isinstance(layer, MemoryLayer) and layer.memory is not None for layer in layers):
+        raise MemoryStateError(
+            f"past_key_values must be what an attached model returned, got {past_key_values}; "
+            "call the model inside memkit.hf.attach(model, policy) first"
+        )
+    return [layer.memory for layer in layers]
+
+
+def _name(policy: Policy) -> str:
+    return policy.name or "without a name"
+
+
+class MemoryLayer(CacheLayerMixin):
+    """A layer of a transformers cache that holds a `Memory`: new keys and values pass through to the attention function.
+
+    columns: tokens given so far, padding included; transformers calls this the sequence length.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.memory: Memory | None = None
+        self.columns = 0
+
+    def __repr__(self) -> str:
+        return f"MemoryLayer({self.memory if self.memory is not None else self.policy})"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the engine makes the memory."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.columns += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Only attention functions that want a mask ask, and ours does not: the model is not attached.
+        raise MemoryStateError(
+            f"past_key_values made under policy {_name(self.policy)} hold no keys that stock attention could read; "
+            "pass them on inside memkit.hf.attach only, or start without past_key_values"
+        )
+
+    def reset(self) -> None:
+        self.memory, self.columns = None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.memory is not None:
+            self.memory = self.memory.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.memory is not None:
+            rows = torch.arange(len(self.memory.seen), device=self.memory.seen.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise MemoryStateError(
+                f"a memory cannot forget its newest tokens, asked to remove {abs(tokens_to_remove)}; "
+                "generate without assisted decoding, or copy.deepcopy past_key_values beforehand"
+            )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one forward call of the decoder tells its attention layers."""
+
+    policy: Policy
+    rotation: Rotation | None
+    cache: Cache | None
+    lengths: Tensor | None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    memkit_call: _Call | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface on `attend`: [b, h, t, d] in, [b, t, h, d] out."""
+    if memkit_call is None:
+        raise ModelError(
+            "this model shares its config with an attached model, but is not attached itself; give it a copy.deepcopy"
+        )
+    if dropout:
+        raise ModelError(f"attention dropout must be 0 on a memory, got {dropout}; set config.attention_dropout to 0")
+    call = memkit_call
+    layer = None if call.cache is None else call.cache.layers[module.layer_idx]
+    output, memory = attend(
+        call.policy,
+        query,
+        key,
+        value,
+        rotation=call.rotation,
+        scale=scaling,
+        memory=None if layer is None else layer.memory,
+        lengths=call.lengths,
+    )
+    if layer is not None:
+        layer.memory = memory
+    return output.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+
+
+class _Attachment:
+    """A policy on a model: what is checked once, and what is prepared before each forward call."""
+
+    def __init__(self, model: PreTrainedModel, policy: str | PolicySpec | Policy) -> None:
+        _check_model(model)
+        self.policy = as_policy(policy)
+        self.layers = model.config.num_hidden_layers
+        self.rotation = None
+        check_policy(self.policy)
+        if self.policy.needs_rotation:
+            rotary = model.base_model.rotary_emb
+            if rotary.rope_type in MOVING_FREQUENCIES:
+                raise ModelError(
+                    f"policy {_name(self.policy)} un-rotates keys and needs fixed rotary frequencies, got rope type "
+                    f"{rotary.rope_type}; use a policy with rotary: {{kind: keep}}"
+                )
+            # `attention_scaling` (YaRN) needs nothing: turning back keeps a key's length, and merging is linear in it.
+            frequencies = rotary.inv_freq.detach().clone()
+            self.rotation = Rotation("half-split", 2 * len(frequencies), frequencies)
+        self.signature = inspect.signature(type(model.base_model).forward)
+
+    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
+        """The decoder's arguments as it needs them on our engine."""
+        arguments = self.signature.bind(decoder, *args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs", {}))
+        del arguments["self"]
+        if arguments.get("output_attentions", decoder.config.output_attentions):
+            raise InputError("attention weights are never computed as a matrix; leave output_attentions out")
+        if arguments.get("is_causal") is False:
+            raise InputError("a memory is causal, got is_causal False; leave it out")
+        tokens = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+        rows, columns = tokens.shape[:2]
+
+        cache = self.cache(decoder, arguments.get("past_key_values"), arguments.get("use_cache"))
+        seen = torch.zeros(rows, dtype=torch.long, device=tokens.device)
+        before = 0
+        if cache is not None and cache.layers[0].memory is not None:
+            seen, before = cache.layers[0].memory.seen, cache.layers[0].columns
+        lengths = _lengths(arguments.pop("attention_mask", None), rows, columns, seen, before)
+        positions = seen[:, None] + torch.arange(columns, device=seen.device)
+        _check_positions(arguments.get("position_ids"), positions, lengths)
+        arguments["position_ids"] = positions
+        arguments["past_key_values"] = cache
+        arguments["memkit_call"] = _Call(self.policy, self.rotation, cache, lengths)
+        return (), arguments
+
+    def cache(self, decoder: Any, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache to read into: the one given, filled with memory layers if it is new; None where none is kept."""
+        if decoder.gradient_checkpointing and decoder.training:
+            if given is not None:
+                raise InputError("gradient checkpointing runs layers twice; leave past_key_values out while training")
+            return None
+        if given is None:
+            keeps = decoder.config.use_cache if use_cache is None else use_cache
+            return Cache(layers=self.memory_layers()) if keeps else None
+        if given.layers and all(isinstance(layer, MemoryLayer) for layer in given.layers):
+            other = given.layers[0].policy
+            if other.spec != self.policy.spec:
+                raise MemoryStateError(
+                    f"past_key_values were made under policy {_name(other)}, the model is attached to {_name(self.policy)}; "
+                    "start without past_key_values"
+                )
+            return given
+        if type(given) is not DynamicCache or given.offloading or given.get_seq_length():
+            raise InputError(
+                f"past_key_values must be empty or from this attached model, got a {type(given).__name__} of "
+                f"{given.get_seq_length()} tokens; leave past_key_values and cache_implementation out"
+            )
+        # `generate` makes its empty cache before the first call, and a user may keep one: it becomes ours in place.
+        given.layers = self.memory_layers()
+        return given
+
+    def memory_layers(self) -> list[Any]:
+        return [MemoryLayer(self.policy) for _ in range(self.layers)]
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family not in FAMILIES:
+        raise ModelError(f"model must be of the Llama family ({', '.join(FAMILIES)}), got {family}; see memkit.hf.load")
+    if model.config._attn_implementation == NAME:
+        raise ModelError(
+            "a model (or a config shared by two) carries one policy at a time, got a second attach; "
+            "leave the first `with` block before"
+        )
+    kinds = getattr(model.config, "layer_types", None)
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and (kinds is None or any(kind != "full_attention" for kind in kinds)):
+        raise ModelError(
+            f"every layer must attend to all tokens, for the policy says what is kept, got sliding_window {window}; "
+            "load the model with sliding_window=None where its training allows it"
+        )
+
+
+def _lengths(mask: Tensor | None, rows: int, columns: int, seen: Tensor, before: int) -> Tensor | None:
+    """Valid tokens per row of this call's `columns`, [b]; None where every token is valid."""
+    if mask is None:
+        return None
+    if mask.shape not in ((rows, columns), (rows, before + columns)):
+        raise InputError(
+            f"attention_mask must cover this call's tokens, shape ({rows}, {columns}), or all tokens so far, "
+            f"({rows}, {before + columns}), got {tuple(mask.shape)}; a policy makes its own causal mask"
+        )
+    mask = mask.bool()
+    now = mask[:, mask.shape[1] - columns :]
+    earlier = mask[:, : mask.shape[1] - columns]
+    if (now[:, 1:] & ~now[:, :-1]).any():
+        raise InputError(
+            f"padding must be on the right, got a token after padding in attention_mask row "
+            f"{int((now[:, 1:] & ~now[:, :-1]).any(1).nonzero()[0])}; set tokenizer.padding_side = 'right', "
+            "or give one row at a time"
+        )
+    if earlier.shape[1] and (earlier.sum(1) != seen).any():
+        raise InputError(
+            f"attention_mask must mark the tokens already read, {seen.tolist()} per row, got "
+            f"{earlier.sum(1).tolist()}; give this call's columns only, or pass on the mask of the earlier calls"
+        )
+    return None if now.all() else now.sum(1)
+
+
+def _check_positions(given: Tensor | None, positions: Tensor, lengths: Tensor | None) -> None:
+    """Positions of one's own would be another text than the memory holds (packed rows, for one)."""
+    if given is None:
+        return
+    wrong = given.to(positions.device) != positions
+    if lengths is not None:
+        wrong &= torch.arange(positions.shape[1], device=positions.device) < lengths[:, None]
+    if wrong.any():
+        raise InputError(
+            f"position_ids must count each row's tokens, {positions[0, 0]} first in row 0, got "
+            f"{given[0].tolist()[:8]}…; leave position_ids out, and give packed texts a row each"
+        )
+
+
+def _refuse_logits_of_padding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """`generate` keeps the last column's logits alone; for a padded row they predict nothing."""
+    keep, mask = kwargs.get("logits_to_keep"), kwargs.get("attention_mask")
+    if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+        raise InputError(
+            f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in row "
+            f"{int((mask[:, -1] == 0).nonzero()[0])}; generate rows of equal length, or one at a time"
+        )

@@ -1,0 +1,236 @@
+"""Memory: the tensors that a policy carries from one call to the next, window included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memkit.errors import MemoryStateError
+from memkit.policy import Policy, PolicySpec
+
+__all__ = ["Memory"]
+
+FORMAT = "memkit-memory-1"
+
+
+@dataclass
+class Ready:
+    """Slots as they are read: a working copy that decoding keeps between calls and that nothing depends on.
+
+    route [b, g, M, d]: keys as routing compares them, float32 or float64; keys [b, g, M, d] and values [b, g, M, v]: as
+    queries meet them, in the window's dtype; bias [b, g, M]: added to the scores, or None.
+    """
+
+    route: Tensor
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+
+@dataclass(eq=False)
+class Memory:
+    """What a policy carries from one call to the next.
+
+    Slots (m live of M kept, the sinks first):
+      sums [b, g, M, d + v]: key sum and value sum, float32 or float64;
+      scalars [b, g, M, s]: the policy's `columns`, float64 (count, mass, radius, …).
+    Window, the columns `end` − held … `end` − 1 of each row, newest last, so that rows of unequal phase stay aligned:
+      keys [b, g, cap, d], values [b, g, cap, v] in the inputs' dtype; weights [b, g, cap] where weights are learned;
+      positions [b, cap] float64 where the policy un-rotates.
+    seen_rows [b]: tokens of each row so far; next_positions [b]: where positions continue.
+    """
+
+    policy: Policy
+    seen_rows: np.ndarray
+    end: int
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None
+    positions: Tensor | None
+    next_positions: Tensor | None
+    sums: Tensor
+    scalars: Tensor
+    ready: Ready | None = None
+    taken: bool = False
+
+    # What a caller asks
+
+    @property
+    def seen(self) -> Tensor:
+        """Tokens of each row so far, [b] int64."""
+        return torch.from_numpy(self.seen_rows.copy())
+
+    @property
+    def slots(self) -> Tensor:
+        """Slots of each row, sinks included, [b] int64."""
+        return torch.from_numpy(self.live_rows)
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens in each slot, [b, g, m] int64; 0 past a row's slots."""
+        live = self.slots
+        most = int(live.max()) if len(live) else 0
+        if self.policy.exact_slots:
+            rows = torch.arange(most) < live.unsqueeze(-1)
+            return rows.unsqueeze(1).expand(-1, self.keys.shape[1], -1).long().to(self.keys.device)
+        return self.scalar("count")[:, :, :most].round().long()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors held, room kept for growth and decoding's working copy included."""
+        tensors = list(self._tensors().values())
+        if self.ready is not None:
+            parts = (self.ready.route, self.ready.keys, self.ready.values, self.ready.bias)
+            tensors += [part for part in parts if part is not None]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
+
+    @property
+    def live_rows(self) -> np.ndarray:
+        """Slots of each row, on the host, [b] int64."""
+        return np.array([self.policy.slots_after(int(seen)) for seen in self.seen_rows], dtype=np.int64)
+
+    @property
+    def held_rows(self) -> np.ndarray:
+        """Tokens in each row's window, [b] int64."""
+        return held(self.policy, self.seen_rows)
+
+    @property
+    def head_widths(self) -> tuple[int, int]:
+        """Width of keys and of values."""
+        return self.keys.shape[-1], self.values.shape[-1]
+
+    def scalar(self, name: str) -> Tensor:
+        """One of the policy's columns, [b, g, M]; mass is the count where every token weighs 1."""
+        columns = self.policy.columns
+        if name == "mass" and name not in columns:
+            if self.policy.weighted:
+                raise MemoryStateError("this policy's readout needs no mass, so its slots do not store it")
+            name = "count"
+        return self.scalars[..., columns.index(name)]
+
+    # What a caller does
+
+    def fork(self) -> Memory:
+        """A copy that shares nothing with this memory."""
+        self.check_usable()
+        return self._mapped(torch.Tensor.clone)
+
+    def detach(self) -> Memory:
+        """The same memory without its history: gradients stop here."""
+        self.check_usable()
+        return self._mapped(torch.Tensor.detach)
+
+    def to(self, device: torch.device | str) -> Memory:
+        """The memory on another device."""
+        self.check_usable()
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def reorder(self, rows: Tensor | list[int]) -> Memory:
+        """A memory whose row i is this one's row rows[i]; rows may repeat (beam search) or be left out."""
+        self.check_usable()
+        index = torch.as_tensor(rows, dtype=torch.long)
+        batch = len(self.seen_rows)
+        if index.ndim != 1 or (len(index) and (int(index.min()) < 0 or int(index.max()) >= batch)):
+            raise MemoryStateError(f"rows must be a list of numbers from 0 to {batch - 1}, got {index.tolist()}")
+        here = index.to(self.keys.device)
+        copy = self._mapped(lambda tensor: tensor.index_select(0, here))
+        return dataclasses.replace(copy, seen_rows=self.seen_rows[index.cpu().numpy()])
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a safetensors file; its policy travels along."""
+        self.check_usable()
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self._tensors().items()}
+        tensors["seen"] = self.seen
+        facts = {"format": FORMAT, "policy": self.policy.spec.to_yaml(), "name": self.policy.name, "end": self.end}
+        save_file(tensors, str(path), metadata={"memkit": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path, policy: Policy | PolicySpec | None = None) -> Memory:
+        """Read a memory. With `policy`, refuse a file that another policy wrote."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("memkit", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise MemoryStateError(f"{path}: cannot be read as a memory: {error}") from None
+        if facts.get("format") != FORMAT:
+            raise MemoryStateError(
+                f"{path}: not a memory saved by memkit (no format {FORMAT}); write one with Memory.save"
+            )
+        spec = PolicySpec(**yaml.safe_load(facts["policy"])).named(facts["name"])
+        wanted = policy.spec if isinstance(policy, Policy) else policy
+        if wanted is not None and wanted != spec:
+            raise MemoryStateError(
+                f"{path}: belongs to {_named(spec)}, not to {_named(wanted)}; load it with its own policy"
+            )
+        return cls(
+            policy=spec.build(),
+            seen_rows=tensors["seen"].numpy(),
+            end=facts["end"],
+            keys=tensors["keys"],
+            values=tensors["values"],
+            weights=tensors.get("weights"),
+            positions=tensors.get("positions"),
+            next_positions=tensors.get("next_positions"),
+            sums=tensors["sums"],
+            scalars=tensors["scalars"],
+        )
+
+    # What the engine asks
+
+    def check_usable(self) -> None:
+        """Raise where a later call has taken this memory over."""
+        if self.taken:
+            raise MemoryStateError(
+                "this memory was taken over by a later call, which updated it in place; "
+                "go on with the memory that call returned, or fork() before it"
+            )
+
+    def check_policy(self, policy: Policy) -> None:
+        """Raise where the memory is another policy's."""
+        if self.policy is not policy and self.policy.spec != policy.spec:
+            raise MemoryStateError(
+                f"this memory belongs to {_named(self.policy.spec)}, not to {_named(policy.spec)}; start with memory=None"
+            )
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow into this memory."""
+        return any(tensor.requires_grad for tensor in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("keys", "values", "weights", "positions", "next_positions", "sums", "scalars")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Memory:
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **changed, seen_rows=self.seen_rows.copy(), ready=None)
+
+    def __repr__(self) -> str:
+        rows, heads = self.keys.shape[:2]
+        return (
+            f"Memory({_named(self.policy.spec)}, {rows} rows × {heads} heads, seen {self.seen_rows.tolist()}, "
+            f"window {self.held_rows.tolist()}, slots {self.live_rows.tolist()}, {self.bytes:,} bytes"
+            f"{', taken over' if self.taken else ''})"
+        )
+
+
+def held(policy: Policy, seen: np.ndarray) -> np.ndarray:
+    """Tokens in the window of rows that have seen so many."""
+    return np.where(seen > 0, seen - policy.window.begin(np.maximum(seen - 1, 0)), 0)
+
+
+def _named(spec: PolicySpec) -> str:
+    return f"policy '{spec.name}'" if spec.name else "a policy without a name"

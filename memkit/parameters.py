@@ -1,0 +1,39 @@
+"""The tensors a policy learns, as one nn.Module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from memkit.policy import Policy
+
+__all__ = ["PolicyParameters"]
+
+
+class PolicyParameters(nn.Module):
+    """What a policy learns besides its layer's projections; None where the policy has no such part.
+
+    key_norm_weight, key_norm_bias [d]: the memory-key LayerNorm, shared by all heads (1 and 0 at first);
+    temperature_window, temperature_memory [h]: factors on the queries (1 at first).
+    """
+
+    key_norm_weight: nn.Parameter | None
+    key_norm_bias: nn.Parameter | None
+    temperature_window: nn.Parameter | None
+    temperature_memory: nn.Parameter | None
+
+    def __init__(self, policy: Policy, heads: int, head_width: int) -> None:
+        super().__init__()
+        norm = policy.readout.layer_norm and not policy.exact_slots
+        self.key_norm_weight = nn.Parameter(torch.ones(head_width)) if norm else None
+        self.key_norm_bias = nn.Parameter(torch.zeros(head_width)) if norm else None
+        heated = policy.readout.spec.temperatures
+        self.temperature_window = nn.Parameter(torch.ones(heads)) if heated else None
+        self.temperature_memory = nn.Parameter(torch.ones(heads)) if heated and not policy.exact_slots else None
+
+    @property
+    def key_norm(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of the memory-key LayerNorm."""
+        if self.key_norm_weight is None or self.key_norm_bias is None:
+            return None
+        return self.key_norm_weight, self.key_norm_bias

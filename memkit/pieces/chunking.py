@@ -1,0 +1,40 @@
+"""Chunking: the unit in which tokens leave the window."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from memkit.pieces.registry import FamilySpec, register
+
+__all__ = ["Chunker", "ChunkerSpec", "FixedChunkerSpec"]
+
+
+class Chunker:
+    """Cuts positions into chunks of `size` tokens: chunk c holds positions c·size … (c + 1)·size − 1."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class ChunkerSpec(FamilySpec):
+    """Declares a chunker."""
+
+    family: ClassVar[str] = "chunker"
+
+    @abstractmethod
+    def build(self) -> Chunker:
+        """The chunker."""
+
+
+@register
+class FixedChunkerSpec(ChunkerSpec):
+    """Chunks of one size."""
+
+    kind: Literal["fixed"] = "fixed"
+    size: int = Field(256, ge=1, description="tokens per chunk (C), at least 1")
+
+    def build(self) -> Chunker:
+        return Chunker(self.size)

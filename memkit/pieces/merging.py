@@ -1,0 +1,116 @@
+"""Merging: how a slot takes a token.
+
+What a slot holds is a row of sums over its tokens: weight·key, weight·value, the weight itself (mass), and what the
+readout needs besides. An additive rule says only how much a token weighs; a rule that is not additive says what a
+slot's row becomes when a token's row arrives, one token after another.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from memkit.pieces.registry import FamilySpec, Spec, register
+
+__all__ = ["DropSpec", "MeanSpec", "Merging", "MergingSpec", "Weigh", "WeightedMeanSpec"]
+
+
+class Weigh(Spec):
+    """Where a token's weight counts; elsewhere its weight is 1."""
+
+    keys: bool = Field(True, description="in the key sum")
+    values: bool = Field(True, description="in the value sum")
+    founders: bool = Field(False, description="also for tokens that found a slot")
+    first_chunk: bool = Field(
+        False, description="also for founders of the first chunk (whose radius stays that of the plain value)"
+    )
+
+
+class Merging:
+    """A merge rule: every token weighs 1, and a slot's row is the sum of its tokens' rows.
+
+    A rule of one's own overrides `weight`, or sets `additive = False` and overrides `combine`.
+    """
+
+    additive: bool = True
+    """A slot is the sum of its tokens: conserved, whatever their order. The engine then adds all of a chunk at once."""
+    joins: bool = True
+    """Whether a token that founds nothing joins a slot (else it is dropped)."""
+    weighs: Weigh = Weigh()
+    """Where the weights count."""
+    learned: bool = False
+    """Whether the weights are given to `attend` (learned by the layer)."""
+
+    def weight(self, keys: Tensor, weights: Tensor | None) -> Tensor | None:
+        """Weight ≥ 0 of each token, [b, g, c], None for 1 each.
+
+        keys [b, g, c, d]: as they arrived; weights [b, g, c]: the learned ones, None where not given.
+        """
+        return None
+
+    def combine(self, slot: Tensor, token: Tensor) -> Tensor:
+        """A slot's row after taking one token's row, both [n, columns]; used only where `additive` is False."""
+        return slot + token
+
+
+class MergingSpec(FamilySpec):
+    """Declares a merge rule."""
+
+    family: ClassVar[str] = "merging"
+
+    @abstractmethod
+    def build(self) -> Merging:
+        """The rule."""
+
+
+@register
+class MeanSpec(MergingSpec):
+    """Plain sums: each token weighs 1."""
+
+    kind: Literal["mean"] = "mean"
+
+    def build(self) -> Merging:
+        return Merging()
+
+
+@register
+class DropSpec(MergingSpec):
+    """A token that founds nothing is discarded."""
+
+    kind: Literal["drop"] = "drop"
+
+    def build(self) -> Drop:
+        return Drop()
+
+
+class Drop(Merging):
+    """Slots hold their founder alone."""
+
+    joins = False
+
+
+@register
+class WeightedMeanSpec(MergingSpec):
+    """Weighted sums."""
+
+    kind: Literal["weighted-mean"] = "weighted-mean"
+    weight: Literal["learned", "key-norm"] = Field(
+        description="learned: the weights ≥ 0 given with the keys; key-norm: the key's Euclidean norm"
+    )
+    weigh: Weigh = Field(Weigh(), description="where the weight counts")
+
+    def build(self) -> WeightedMean:
+        return WeightedMean(self.weight == "learned", self.weigh)
+
+
+class WeightedMean(Merging):
+    """Each token enters with its weight where `weighs` says so."""
+
+    def __init__(self, learned: bool, weighs: Weigh) -> None:
+        self.learned, self.weighs = learned, weighs
+
+    def weight(self, keys: Tensor, weights: Tensor | None) -> Tensor | None:
+        return weights if self.learned else keys.norm(dim=-1)

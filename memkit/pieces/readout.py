@@ -1,0 +1,104 @@
+"""Readout: how slots enter the softmax.
+
+A slot's sums K = Σ w·k̄ and V = Σ w·v become a key and a value:
+
+    mean        K / mass
+    layer-norm  LN(K), of the sum itself (the memory-key LayerNorm; arXiv 2605.09877)
+    l2          K / ‖K‖
+    mean-norm   K / ‖K‖ · (Σ w·‖k̄‖) / mass, and likewise for values
+    count-mean  V / count
+    birth-radius  ρ·V / ‖V‖, with ρ the norm of the founder's value (arXiv 2605.09877)
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import layer_norm, normalize
+
+from memkit.pieces.registry import Spec
+
+__all__ = ["LAYER_NORM_EPS", "Readout", "ReadoutSpec"]
+
+LAYER_NORM_EPS = 1e-5
+
+Scalars = dict[str, Tensor]
+"""A slot's numbers by name (mass, count, radius, position, key_norm, value_norm), each [..., m], float64."""
+
+
+class ReadoutSpec(Spec):
+    """Declares how slots are read."""
+
+    key: Literal["mean", "layer-norm", "l2", "mean-norm"] = Field("mean", description="how a key sum is read")
+    value: Literal["mean", "count-mean", "birth-radius", "mean-norm"] = Field(
+        "mean", description="how a value sum is read"
+    )
+    count_bias: bool = Field(
+        False, description="whether log(tokens in the slot) is added to a slot's score; 0 for sinks and single tokens"
+    )
+    temperatures: bool = Field(
+        False, description="whether queries have learned factors per head, one for the window and one for the memory"
+    )
+
+    def build(self) -> Readout:
+        return Readout(self)
+
+
+class Readout:
+    """Turns sums into keys and values. Acts on any leading axes."""
+
+    def __init__(self, spec: ReadoutSpec) -> None:
+        self.spec = spec
+        self.layer_norm = spec.key == "layer-norm"
+        self.divides_by_mass = spec.key in ("mean", "mean-norm") or spec.value in ("mean", "mean-norm")
+
+    def columns(self) -> tuple[str, ...]:
+        """The numbers a slot must keep, besides its sums, its count and its mass."""
+        wanted = {
+            "radius": self.spec.value == "birth-radius",
+            "key_norm": self.spec.key == "mean-norm",
+            "value_norm": self.spec.value == "mean-norm",
+        }
+        return tuple(name for name, needed in wanted.items() if needed)
+
+    def key(self, sums: Tensor, scalars: Scalars, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The slots' keys, not rotated: sums [..., m, d] → [..., m, d]. norm: weight and bias of the LayerNorm, each [d]."""
+        match self.spec.key:
+            case "layer-norm":
+                weight, bias = norm if norm is not None else (None, None)
+                return layer_norm(sums, sums.shape[-1:], _like(weight, sums), _like(bias, sums), LAYER_NORM_EPS)
+            case "l2":
+                return normalize(sums, dim=-1, eps=1e-12)
+            case "mean-norm":
+                return normalize(sums, dim=-1, eps=1e-12) * _share(scalars["key_norm"], scalars["mass"], sums)
+            case "mean":
+                return sums * _share(1, scalars["mass"], sums)
+
+    def value(self, sums: Tensor, scalars: Scalars) -> Tensor:
+        """The slots' values: sums [..., m, v] → [..., m, v]."""
+        match self.spec.value:
+            case "birth-radius":
+                return normalize(sums, dim=-1, eps=1e-12) * _like(scalars["radius"], sums).unsqueeze(-1)
+            case "mean-norm":
+                return normalize(sums, dim=-1, eps=1e-12) * _share(scalars["value_norm"], scalars["mass"], sums)
+            case "count-mean":
+                return sums * _share(1, scalars["count"], sums)
+            case "mean":
+                return sums * _share(1, scalars["mass"], sums)
+
+    def bias(self, scalars: Scalars) -> Tensor | None:
+        """What is added to the slots' scores, [..., m]; None for nothing."""
+        return scalars["count"].clamp(min=1).log() if self.spec.count_bias else None
+
+
+def _share(part: Tensor | int, whole: Tensor, like: Tensor) -> Tensor:
+    """part / whole with a trailing axis, 0 where the whole is 0 (a slot without mass is read as zero)."""
+    share = torch.where(whole > 0, part / torch.where(whole > 0, whole, 1), 0)
+    return share.to(like.dtype).unsqueeze(-1)
+
+
+def _like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)

@@ -1,0 +1,151 @@
+"""The base of all specs, and the registry that finds a family's spec by its `kind`.
+
+A spec is frozen, closed and strict: hyper-parameters only, no state. `spec.build()` makes the piece that acts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    ValidationError,
+)
+from pydantic_core import CoreSchema, ErrorDetails
+
+from memkit.errors import PolicyError, nearest_name, unknown_name
+
+__all__ = ["FamilySpec", "Spec", "SpecError", "kinds", "register"]
+
+
+class SpecError(PolicyError):
+    """A spec that does not validate. `problems` lists (field path, what is wrong and what is allowed)."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(f"{path}: {text}" if path else text for path, text in problems))
+
+
+class Spec(BaseModel):
+    """Declares something: frozen, closed (unknown fields are refused), strict (no silent conversion)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise SpecError(_problems(error, type(self))) from None
+
+
+class FamilySpec(Spec, ABC):
+    """A spec that belongs to a family and is found in it by its `kind`."""
+
+    family: ClassVar[str]
+    kind: str
+
+
+AnySpec = TypeVar("AnySpec", bound=type[FamilySpec])
+
+_REGISTRY: dict[str, dict[str, type[FamilySpec]]] = {}
+
+
+def register(spec: AnySpec) -> AnySpec:
+    """Make a spec's `kind` known to its family, so that YAML can name it. Usable as a class decorator.
+
+    Raises `PolicyError` where the class is no family's spec, has no default `kind`, or the kind is taken by another
+    class (registering the same class again, or its redefinition in a notebook under the same name, replaces it).
+    """
+    if not (isinstance(spec, type) and issubclass(spec, FamilySpec) and hasattr(spec, "family")):
+        raise PolicyError(
+            f"register takes a subclass of a family's spec such as memkit.pieces.MergingSpec, got {spec!r}"
+        )
+    kind = spec.model_fields["kind"].default
+    if not isinstance(kind, str):
+        raise PolicyError(f'{spec.__name__} needs a default kind; write `kind: Literal["my-kind"] = "my-kind"`')
+    known = _REGISTRY.setdefault(spec.family, {})
+    held = known.get(kind)
+    if held is not None and (held.__module__, held.__qualname__) != (spec.__module__, spec.__qualname__):
+        raise PolicyError(
+            f"{spec.family} kind '{kind}' is already {held.__module__}.{held.__qualname__}; choose another kind"
+        )
+    known[kind] = spec
+    return spec
+
+
+def kinds(family: str) -> dict[str, type[FamilySpec]]:
+    """The registered specs of a family by kind."""
+    return dict(_REGISTRY[family])
+
+
+class _Family:
+    """Annotation of a policy's field: any registered spec of one family, in YAML a mapping with its `kind`."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+
+    def parse(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kind = value.get("kind")
+        if not isinstance(kind, str):
+            raise SpecError([("kind", f"says which {self.family} is meant; one of {', '.join(kinds(self.family))}")])
+        if kind not in kinds(self.family):
+            raise SpecError([("kind", unknown_name(f"{self.family} kind", kind, kinds(self.family)))])
+        return kinds(self.family)[kind](**value)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        options: list[dict[str, Any]] = []
+        for kind, spec in kinds(self.family).items():
+            option = handler(spec.__pydantic_core_schema__)
+            resolved = handler.resolve_ref_schema(option)
+            resolved["required"] = sorted({*resolved.get("required", []), "kind"})
+            resolved["properties"]["kind"] = {"const": kind, "type": "string", "title": "Kind"}
+            options.append(option)
+        return {"oneOf": options, "discriminator": {"propertyName": "kind"}}
+
+
+def any_of(family: str, base: type[FamilySpec]) -> Any:
+    """The field type «any registered spec of `family`», dumped with all fields of the subclass it really is."""
+    entry = _Family(family)
+    return Annotated[SerializeAsAny[base], BeforeValidator(entry.parse), entry]
+
+
+def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
+    """A validation error in our words, one (path, text) per problem."""
+    found: list[tuple[str, str]] = []
+    for detail in error.errors():
+        path = ".".join(str(part) for part in detail["loc"])
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, SpecError):
+            found += [(".".join(part for part in (path, inner) if part), text) for inner, text in cause.problems]
+        elif isinstance(cause, ValueError):
+            found.append((path, str(cause)))
+        else:
+            found.append((path, _wording(detail, model)))
+    return found
+
+
+def _wording(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    value = detail["input"]
+    match detail["type"]:
+        case "extra_forbidden":
+            fields: list[str] = []
+            holder: Any = model
+            for part in detail["loc"][:-1]:
+                holder = getattr(holder, "model_fields", {}).get(part)
+                holder = getattr(holder, "annotation", None)
+            fields = [name for name in getattr(holder, "model_fields", {}) if name != "kind"]
+            name = str(detail["loc"][-1])
+            return f"unknown field{nearest_name(name, fields)} known: {', '.join(fields) or 'none'}"
+        case "missing":
+            return "is required and missing"
+        case _:
+            text = detail["msg"]
+            text = text[0].lower() + text[1:]
+            return f"{text.replace('input should be', 'must be')}, got {value!r}"

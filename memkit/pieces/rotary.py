@@ -1,0 +1,191 @@
+"""Rotary: what happens to rotary position embedding (RoPE, arXiv 2104.09864) in memory.
+
+Queries and keys arrive rotated. In the window they stay so; a *memory key* is what is left for slots to sum.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from memkit.errors import InputError
+from memkit.pieces.registry import FamilySpec, register
+
+__all__ = ["KeepSpec", "RerotateSpec", "Rotary", "RotarySpec", "Rotation", "UnrotateSpec", "ZeroSpec"]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How queries and keys were rotated: pair i of the first `width` channels by the angle position·frequencies[i],
+    (x, y) → (x cos − y sin, y cos + x sin). A convention that turns the other way has negative frequencies.
+
+    pairing: "adjacent" pairs channels (2i, 2i + 1), "half-split" pairs (i, i + width/2).
+    frequencies [width/2]: radians per position. positions [b, t]: those of this call's tokens; None: they continue
+    from the memory, from 0 where there is none.
+    """
+
+    pairing: Literal["adjacent", "half-split"]
+    width: int
+    frequencies: Tensor
+    positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pairing not in ("adjacent", "half-split"):
+            raise InputError(f"rotation.pairing must be 'adjacent' or 'half-split', got {self.pairing!r}")
+        if self.width < 2 or self.width % 2:
+            raise InputError(f"rotation.width must be an even number of channels, at least 2, got {self.width}")
+        if self.frequencies.shape != (self.width // 2,):
+            raise InputError(
+                f"rotation.frequencies needs one number per pair of channels, shape ({self.width // 2},), "
+                f"got {tuple(self.frequencies.shape)}"
+            )
+
+    def apply(self, vectors: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
+        """Rotate vectors [..., d] to positions [...] (or back, `inverse`). Angles are taken in float64."""
+        angles = positions.double().unsqueeze(-1) * self.frequencies.to(vectors.device).double()
+        cos, sin = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
+        if inverse:
+            sin = -sin
+        turning, rest = vectors[..., : self.width], vectors[..., self.width :]
+        if self.pairing == "adjacent":
+            x, y = turning[..., 0::2], turning[..., 1::2]
+            turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)
+        else:
+            x, y = turning.chunk(2, dim=-1)
+            turned = torch.cat((x * cos - y * sin, y * cos + x * sin), dim=-1)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+class Rotary:
+    """`keep`: keys stay as they are."""
+
+    needs_rotation: bool = False
+    """Whether `attend` must be told how keys were rotated."""
+    rotates_slots: bool = False
+    """Whether slots are rotated to their mean position when read."""
+
+    def memory_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
+        """Keys [b, g, c, d] at positions [b, 1, c] → what slots sum."""
+        return keys
+
+    def slot_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
+        """Slots' keys [..., d] of mean positions [...] → as queries meet them."""
+        return keys
+
+    def memory_queries(self, queries: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
+        """Queries [b, h, t, d] at positions [b, 1, t] → as they meet the slots."""
+        return queries
+
+
+class RotarySpec(FamilySpec):
+    """Declares a treatment."""
+
+    family: ClassVar[str] = "rotary"
+
+    @abstractmethod
+    def build(self) -> Rotary:
+        """The treatment."""
+
+
+@register
+class KeepSpec(RotarySpec):
+    """Rotated keys are summed as they are."""
+
+    kind: Literal["keep"] = "keep"
+
+    def build(self) -> Rotary:
+        return Rotary()
+
+
+@register
+class ZeroSpec(RotarySpec):
+    """The rotated channels, the first of each head, are set to 0 (arXiv 2605.09877)."""
+
+    kind: Literal["zero"] = "zero"
+    share: float | None = Field(None, ge=0, le=1, description="share of the head width that is rotated, 1 included")
+    width: int | None = Field(None, ge=0, description="channels that are rotated")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ZeroSpec:
+        if (self.share is None) == (self.width is None):
+            raise ValueError(
+                f"exactly one of share and width says how many channels are rotated, "
+                f"got share {self.share} and width {self.width}"
+            )
+        return self
+
+    def build(self) -> Zero:
+        return Zero(self.share, self.width)
+
+
+class Zero(Rotary):
+    """k̄ = k with its first r channels set to 0."""
+
+    def __init__(self, share: float | None, width: int | None) -> None:
+        self.share, self.width = share, width
+
+    def rotated_width(self, head_width: int) -> int:
+        """r, the channels set to 0."""
+        width = self.width if self.width is not None else int((self.share or 0.0) * head_width)
+        if width > head_width:
+            raise InputError(f"rotary.width must be at most the head width {head_width}, got {width}")
+        return width
+
+    def memory_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
+        kept = torch.ones(keys.shape[-1], dtype=keys.dtype, device=keys.device)
+        kept[: self.rotated_width(keys.shape[-1])] = 0
+        return keys * kept
+
+
+@register
+class UnrotateSpec(RotarySpec):
+    """Keys are un-rotated, merged, and read with un-rotated queries: memory without positions."""
+
+    kind: Literal["unrotate"] = "unrotate"
+
+    def build(self) -> Unrotate:
+        return Unrotate()
+
+
+class Unrotate(Rotary):
+    """Slots live where nothing is rotated."""
+
+    needs_rotation = True
+
+    def memory_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
+        assert rotation is not None and positions is not None
+        return rotation.apply(keys, positions, inverse=True)
+
+    def memory_queries(self, queries: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
+        assert rotation is not None and positions is not None
+        return rotation.apply(queries, positions, inverse=True)
+
+
+@register
+class RerotateSpec(RotarySpec):
+    """Keys are un-rotated and merged; a slot is rotated to the mass-weighted mean position of its tokens."""
+
+    kind: Literal["rerotate"] = "rerotate"
+
+    def build(self) -> Rerotate:
+        return Rerotate()
+
+
+class Rerotate(Rotary):
+    """Slots stand at the mean position of their tokens."""
+
+    needs_rotation = True
+    rotates_slots = True
+
+    def memory_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
+        assert rotation is not None and positions is not None
+        return rotation.apply(keys, positions, inverse=True)
+
+    def slot_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
+        assert rotation is not None and positions is not None
+        return rotation.apply(keys, positions)

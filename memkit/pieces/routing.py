@@ -1,0 +1,227 @@
+"""Routing: which slot every token of a leaving chunk goes to, and which tokens found one.
+
+Nothing here carries a gradient. All of a chunk is routed before any sum changes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from memkit.pieces.registry import FamilySpec, register
+
+__all__ = ["Leaving", "Nearest", "NearestSpec", "Placement", "Routing", "RoutingSpec", "Segment", "SegmentSpec"]
+
+Count = int | Tensor
+"""A whole number for all rows, or one per row as a tensor [b, 1, 1]."""
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """A chunk that leaves the window, and the memory as it is before that.
+
+    keys [b, g, c, d]: memory keys, float32 or float64; slots [b, g, m, d]: the slots' keys as they are read, not rotated.
+    live: slots that exist (m of them at most); sinks: how many of those are never a target;
+    forced: tokens at the chunk's front that are sinks and found in any case; grant ≥ forced: tokens that found.
+    alone(): the tokens' keys as slots of their own would be read, [b, g, c, d].
+    joining: whether tokens that found nothing join a slot, or are dropped.
+    """
+
+    keys: Tensor
+    slots: Tensor
+    live: Count
+    sinks: int
+    forced: Count
+    grant: Count
+    alone: Callable[[], Tensor]
+    joining: bool
+
+    @property
+    def offsets(self) -> Tensor:
+        """Each token's place in the chunk, [c]."""
+        return torch.arange(self.keys.shape[2], device=self.keys.device)
+
+    @property
+    def max_grant(self) -> int:
+        """The most tokens that found in any row."""
+        return self.grant if isinstance(self.grant, int) else int(self.grant.max())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c]."""
+
+    slot: Tensor
+    founded: Tensor
+
+
+Priority = Callable[[Tensor, Count, Count, Tensor | None], Tensor]
+"""An admission's order; see `memkit.pieces.admission.Admission.priority`."""
+
+
+class Routing(ABC):
+    """Places the tokens of a chunk."""
+
+    founds: ClassVar[bool] = False
+    """Whether the routing itself decides who founds; then the policy's admission is `none`."""
+    compares: ClassVar[bool] = False
+    """Whether it looks at slot keys at all."""
+
+    @abstractmethod
+    def place(self, chunk: Leaving, priority: Priority | None, redundancy: bool) -> Placement:
+        """Where each token goes. `priority` is the admission's order, `redundancy` whether that wants similarities."""
+
+
+class RoutingSpec(FamilySpec):
+    """Declares a routing."""
+
+    family: ClassVar[str] = "routing"
+
+    @abstractmethod
+    def build(self) -> Routing:
+        """The routing."""
+
+
+@register
+class NearestSpec(RoutingSpec):
+    """Every token that founds nothing joins the most similar slot that is no sink; ties go to the lowest slot."""
+
+    kind: Literal["nearest"] = "nearest"
+    similarity: Literal["dot", "cosine", "l2"] = Field(
+        "dot", description="of a token's memory key and a slot's key as read: dot product, cosine, or least distance"
+    )
+    new_slots: bool = Field(
+        True, description="whether a token may join a slot founded in the same step (KVM yes, OVQ no)"
+    )
+
+    def build(self) -> Nearest:
+        return Nearest(self.similarity, self.new_slots)
+
+
+class Nearest(Routing):
+    """slot_j = argmax_i similarity(key_j, slot_i) over slots that are no sinks, the newly founded ones included."""
+
+    compares = True
+
+    def __init__(self, similarity: Literal["dot", "cosine", "l2"], new_slots: bool) -> None:
+        self.kind, self.new_slots = similarity, new_slots
+
+    def similarity(self, keys: Tensor, slots: Tensor) -> Tensor:
+        """[b, g, c, m]; l2 is −½·distance² up to a term that is the same for all slots of a token."""
+        if self.kind == "cosine":
+            keys, slots = normalize(keys, dim=-1), normalize(slots, dim=-1)
+        scores = keys @ slots.mT
+        return scores - slots.square().sum(-1).unsqueeze(-2) / 2 if self.kind == "l2" else scores
+
+    def place(self, chunk: Leaving, priority: Priority | None, redundancy: bool) -> Placement:
+        size, offsets = chunk.keys.shape[2], chunk.offsets
+        everyone = chunk.keys.new_ones(chunk.keys.shape[:3], dtype=torch.bool)
+        if isinstance(chunk.grant, int) and chunk.grant == size:
+            return Placement((chunk.live + offsets).expand(everyone.shape), everyone)
+
+        old = self.similarity(chunk.keys, chunk.slots)
+        slots = torch.arange(old.shape[-1], device=old.device)
+        if isinstance(chunk.live, Tensor):
+            old = old.masked_fill(slots >= chunk.live.unsqueeze(-1), -torch.inf)
+
+        founded = ~everyone
+        first_is_there = False  # in an empty memory token 0 founds a slot, and the rest are judged against it
+        if chunk.max_grant:
+            assert priority is not None
+            forced = chunk.forced
+            best: Tensor | None = None
+            if redundancy:
+                best = old.amax(-1) if old.shape[-1] else old.new_full(everyone.shape, -torch.inf)
+                first_is_there = (chunk.live == 0) & (chunk.grant > 0)
+                if _any(first_is_there):
+                    first = self.similarity(chunk.keys, chunk.alone()[:, :, :1])[..., 0]
+                    best = torch.where(_tensor(first_is_there, best), first, best)
+                    forced = _maximum(forced, first_is_there)
+            order = priority(offsets - forced, size - forced, chunk.grant - forced, best).expand(everyone.shape)
+            order = order.to(chunk.keys.dtype).masked_fill(offsets < forced, -torch.inf)
+            rank = order.argsort(dim=-1, stable=True).argsort(dim=-1)
+            founded = rank < chunk.grant
+
+        slot = torch.where(founded, chunk.live + founded.cumsum(-1) - 1, -1)
+        if chunk.joining:
+            target, score = _best(old[..., chunk.sinks :], chunk.sinks)
+            if chunk.max_grant:
+                fresh = self._founders(chunk, founded, first_is_there)
+                new_target, new_score = _best(fresh, 0)
+                target = torch.where(new_score > score, new_target + chunk.live, target)
+            slot = torch.where(founded, slot, target)
+        return Placement(slot, founded)
+
+    def _founders(self, chunk: Leaving, founded: Tensor, first_is_there: Count | bool) -> Tensor:
+        """Similarity to the slots founded in this step, in token order: [b, g, c, max grant]; −inf where not a target."""
+        most, alone = chunk.max_grant, chunk.alone()
+        # Founders' offsets first, in order; the offsets of the others behind them are masked below.
+        where = torch.argsort((~founded).long(), dim=-1, stable=True)[..., :most]
+        scores = self.similarity(chunk.keys, alone.gather(2, where.unsqueeze(-1).expand(*where.shape, alone.shape[-1])))
+        nth = torch.arange(most, device=scores.device)
+        barred = (nth >= chunk.grant) | (where < chunk.forced)
+        if not self.new_slots:
+            barred = barred | (nth > 0) | ~_tensor(first_is_there, barred)
+        return scores.masked_fill(barred.unsqueeze(-2), -torch.inf)
+
+
+@register
+class SegmentSpec(RoutingSpec):
+    """The chunk is cut into as many runs as slots are granted; each run's first token founds, the rest join it."""
+
+    kind: Literal["segment"] = "segment"
+
+    def build(self) -> Segment:
+        return Segment()
+
+
+class Segment(Routing):
+    """Run i holds tokens ⌊i·C/g⌋ … ⌊(i + 1)·C/g⌋ − 1; with g = 0 all join the newest slot that is no sink.
+
+    Sinks at the chunk's front found by themselves; C and g then count the rest.
+    """
+
+    founds = True
+
+    def place(self, chunk: Leaving, priority: Priority | None, redundancy: bool) -> Placement:
+        offset = chunk.offsets - chunk.forced
+        size, runs = chunk.keys.shape[2] - chunk.forced, chunk.grant - chunk.forced
+        run = ((offset + 1) * runs - 1) // _maximum(size, 1)  # the last i with ⌊i·C/g⌋ ≤ offset; −1 where g = 0
+        start = run * size // _maximum(runs, 1)
+        sink = offset < 0
+        founded = sink | ((offset == start) & (run >= 0))
+        slot = chunk.live + torch.where(sink, chunk.offsets, chunk.forced + run)
+        if not chunk.joining:
+            slot = torch.where(founded, slot, -1)
+        shape = chunk.keys.shape[:3]
+        return Placement(slot.expand(shape), founded.expand(shape))
+
+
+def _best(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The lowest slot with the highest score, and that score; slot −1 and −inf where there is none to choose from."""
+    if scores.shape[-1] == 0:
+        none = scores.new_full(scores.shape[:-1], -torch.inf)
+        return none.new_full(none.shape, -1, dtype=torch.long), none
+    score, target = scores.max(-1)
+    return target + first, score
+
+
+def _any(condition: Count | bool) -> bool:
+    return bool(condition.any()) if isinstance(condition, Tensor) else bool(condition)
+
+
+def _tensor(condition: Count | bool, like: Tensor) -> Tensor:
+    return condition if isinstance(condition, Tensor) else torch.tensor(bool(condition), device=like.device)
+
+
+def _maximum(one: Count, other: Count | bool) -> Count:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return torch.maximum(torch.as_tensor(one), torch.as_tensor(other))
+    return max(one, int(other))

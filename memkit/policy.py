@@ -1,0 +1,249 @@
+"""Policies: `PolicySpec` declares how an attention layer remembers, `Policy` is the pieces put together.
+
+Rules that span several pieces are checked here, before any tensor exists.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import yaml
+from pydantic import Field, PrivateAttr, model_validator
+
+from memkit.pieces.admission import AdmissionSpec, NoAdmissionSpec, NoveltySpec
+from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
+from memkit.pieces.growth import NoGrowthSpec
+from memkit.pieces.merging import MeanSpec, Merging, MergingSpec
+from memkit.pieces.readout import ReadoutSpec
+from memkit.pieces.registry import FamilySpec, Spec, any_of
+from memkit.pieces.rotary import KeepSpec, RotarySpec
+from memkit.pieces.routing import NearestSpec, RoutingSpec
+from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
+
+__all__ = ["Policy", "PolicySpec"]
+
+
+class PolicySpec(Spec):
+    """How an attention layer remembers. Families left out have the neutral default, which is full attention."""
+
+    chunker: any_of("chunker", ChunkerSpec) = Field(FixedChunkerSpec(), description="the unit in which tokens leave")
+    window: any_of("window", WindowSpec) = Field(AllWindowSpec(), description="recent tokens seen exactly")
+    sinks: int = Field(
+        0, ge=0, description="first tokens that always found the first slots; counted in the budget, never merged into"
+    )
+    growth: any_of("growth", FamilySpec) = Field(NoGrowthSpec(), description="slots allowed after n tokens")
+    admission: any_of("admission", AdmissionSpec) = Field(NoveltySpec(), description="which tokens found a slot")
+    routing: any_of("routing", RoutingSpec) = Field(NearestSpec(), description="which slot every other token joins")
+    merging: any_of("merging", MergingSpec) = Field(MeanSpec(), description="how a slot takes a token")
+    readout: ReadoutSpec = Field(ReadoutSpec(), description="how slots enter the softmax")
+    rotary: any_of("rotary", RotarySpec) = Field(KeepSpec(), description="what happens to RoPE in memory")
+
+    _name: str | None = PrivateAttr(None)
+    _policy: Policy | None = PrivateAttr(None)
+
+    @property
+    def name(self) -> str | None:
+        """The stem of the file it came from; None for a spec made in Python. No part of the declaration."""
+        return self._name
+
+    def named(self, name: str | None) -> PolicySpec:
+        """The same declaration under a name."""
+        copy = self.model_copy()
+        copy._name, copy._policy = name, None
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PolicySpec) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.to_yaml())
+
+    def to_yaml(self) -> str:
+        """The declaration as YAML, every field written out; `load_policy` reads it back to an equal spec."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def build(self) -> Policy:
+        """The pieces, put together (once)."""
+        if self._policy is None:
+            self._policy = Policy(self)
+        return self._policy
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self.name or 'policy'}</b><pre>{self.to_yaml()}</pre>"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PolicySpec:
+        for rule in (_growth_needs_a_window, _founding, _joining, _weights, _radius):
+            rule(self)
+        return self
+
+
+def _growth_needs_a_window(spec: PolicySpec) -> None:
+    if isinstance(spec.growth, NoGrowthSpec):
+        return
+    if isinstance(spec.window, SlidingWindowSpec):
+        raise ValueError(
+            f"window: sliding needs growth none, got growth {spec.growth.kind}; "
+            "use window: {kind: block, chunks: 2} for a memory that grows"
+        )
+    if isinstance(spec.window, AllWindowSpec):
+        raise ValueError(
+            f"window: nothing ever leaves a window of all tokens, so growth must be none, got {spec.growth.kind}; "
+            "use window: {kind: block, chunks: 2}"
+        )
+
+
+def _founding(spec: PolicySpec) -> None:
+    if isinstance(spec.growth, NoGrowthSpec):
+        return
+    founds = spec.routing.build().founds
+    admits_nobody = isinstance(spec.admission, NoAdmissionSpec)
+    if founds and not admits_nobody:
+        raise ValueError(
+            f"admission: routing {spec.routing.kind} founds slots itself and needs admission none, "
+            f"got {spec.admission.kind}; write admission: {{kind: none}}"
+        )
+    if admits_nobody and not founds:
+        raise ValueError(
+            f"admission: none lets nobody found a slot under routing {spec.routing.kind}; "
+            "use routing: {kind: segment}, or admission: {kind: novelty}"
+        )
+
+
+def _joining(spec: PolicySpec) -> None:
+    """A token that founds nothing must have a slot to join."""
+    merging: Merging = spec.merging.build()
+    if isinstance(spec.growth, NoGrowthSpec) or not merging.joins:
+        return
+    policy = Policy(spec)
+    slots = policy.slots_after_chunk(spec.sinks // policy.chunk)
+    if slots <= spec.sinks:
+        raise ValueError(
+            f"growth: a budget that can equal its sinks needs merging drop, for a token would have no slot to join; "
+            f"got {slots} slots with {spec.sinks} sinks when the first token that is no sink leaves the window; "
+            f"raise growth.floor above {spec.sinks}, or write merging: {{kind: drop}}"
+        )
+    if isinstance(spec.routing, NearestSpec) and not spec.routing.new_slots:
+        whole = spec.growth.first_chunk == "whole" and policy.chunk > spec.sinks
+        if not whole and not (spec.sinks == 0 and isinstance(spec.admission, NoveltySpec)):
+            raise ValueError(
+                "routing.new_slots: false leaves the first chunk without a slot to join unless it founds whole "
+                "(and is longer than the sinks), or sinks are 0 and admission is novelty; "
+                f"got sinks {spec.sinks}, admission {spec.admission.kind}, first_chunk {spec.growth.first_chunk}; "
+                "set growth.first_chunk: whole"
+            )
+
+
+def _weights(spec: PolicySpec) -> None:
+    weighs = spec.merging.build().weighs
+    if spec.readout.build().divides_by_mass and weighs.keys != weighs.values:
+        raise ValueError(
+            f"merging.weigh.keys and merging.weigh.values must be equal where a readout divides by the mass, "
+            f"got keys {str(weighs.keys).lower()} and values {str(weighs.values).lower()}; "
+            "set both, or use readout: {key: layer-norm, value: birth-radius}"
+        )
+
+
+def _radius(spec: PolicySpec) -> None:
+    if (
+        spec.readout.value == "birth-radius"
+        and not isinstance(spec.growth, NoGrowthSpec)
+        and spec.routing.build().founds
+    ):
+        raise ValueError(
+            f"readout.value: birth-radius needs slots founded by one token, and routing {spec.routing.kind} founds them "
+            "by runs; use value: mean-norm, or routing: {kind: nearest}"
+        )
+
+
+class Policy:
+    """A policy's pieces, and what follows from them alone.
+
+    chunk: tokens that leave together (0 where nothing leaves); columns: the numbers a slot keeps besides its sums;
+    exact_slots: slots are sinks and nothing else, read as plain tokens (growth none).
+    """
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self.spec = spec
+        self.chunker = spec.chunker.build()
+        self.window = spec.window.build(self.chunker.size)
+        self.sinks = spec.sinks
+        self.growth = spec.growth.build()
+        self.admission = spec.admission.build()
+        self.routing = spec.routing.build()
+        self.merging: Merging = spec.merging.build()
+        self.readout = spec.readout.build()
+        self.rotary = spec.rotary.build()
+        self.chunk = self.window.unit or 0
+        self.exact_slots = self.growth is None
+        self._slots: list[int] = [0]
+
+    @property
+    def name(self) -> str | None:
+        """The name of its file, if it came from one."""
+        return self.spec.name
+
+    @functools.cached_property
+    def weighted(self) -> bool:
+        """Whether a token's mass can differ from 1, so that slots keep their mass apart from their count."""
+        return not self.exact_slots and (type(self.merging).weight is not Merging.weight or not self.merging.additive)
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the float64 numbers each slot keeps: its count, and what its readout needs."""
+        if self.exact_slots:
+            return ()
+        position = ("position",) if self.rotary.rotates_slots else ()
+        mass = ("mass",) if self.weighted and (self.readout.divides_by_mass or position) else ()
+        return ("count", *mass, *self.readout.columns(), *position)
+
+    @property
+    def needs_rotation(self) -> bool:
+        """Whether `attend` must be given `rotation`."""
+        return self.rotary.needs_rotation and not self.exact_slots
+
+    @functools.cached_property
+    def learned(self) -> tuple[str, ...]:
+        """What a layer must have learned for this policy; empty where a stock model can run it."""
+        parts = {
+            "merge weights": self.merging.learned and not self.exact_slots,
+            "a memory-key LayerNorm": self.readout.layer_norm and not self.exact_slots,
+            "temperatures": self.readout.spec.temperatures,
+        }
+        return tuple(part for part, needed in parts.items() if needed)
+
+    def budget(self, begin: int) -> int:
+        """Slots allowed once the chunk that starts at token `begin` has left the window (sinks counted, chunk clipped)."""
+        leaving = begin + self.chunk
+        if self.growth is None:
+            return min(self.sinks, leaving)
+        if self.growth.spec.counts == "seen":
+            tokens = begin + (self.window.capacity or 0)
+        else:
+            tokens = leaving
+        budget = self.growth.budget(tokens)
+        return min(max(self.sinks, budget), leaving)
+
+    def slots_after_chunk(self, index: int) -> int:
+        """Slots once chunks 0 … index have left the window; chunk −1 stands for none.
+
+        m ← m + min(C, max(0, budget − m)); the first chunk founds whole where growth says so.
+        """
+        if self.growth is None:
+            return min(self.sinks, (index + 1) * self.chunk)
+        while len(self._slots) <= index + 1:
+            slots, begin = self._slots[-1], (len(self._slots) - 1) * self.chunk
+            granted = min(self.chunk, max(0, self.budget(begin) - slots))
+            if begin == 0 and self.growth.spec.first_chunk == "whole":
+                granted = self.chunk
+            self._slots.append(slots + granted)
+        return self._slots[index + 1]
+
+    def slots_after(self, tokens: int) -> int:
+        """Slots there are to read after `tokens` tokens of one row."""
+        if tokens <= 0 or not self.chunk:
+            return 0
+        return self.slots_after_chunk(int(self.window.begin(tokens - 1)) // self.chunk - 1)
+
+    def __repr__(self) -> str:
+        return f"Policy({self.name or self.spec!r})"
