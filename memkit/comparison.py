@@ -46,9 +46,9 @@ DEFAULT_POLICIES = (
     "free-block-mean",
 )
 BASELINE = "full"
-# Tokens per forward call, which bounds the activations. Longer ones were not faster: stock SmolLM2-135M read 4,096
+# Tokens per forward call, which bounds the activations. Longer ones are not faster: stock SmolLM2-135M read 4,096
 # tokens on two cores in 11.6 s as 1 × 4,096 or 2 × 2,048, in 12.1 s as 4 × 1,024, in 12.6 s as 8 × 512.
-SEGMENT = 2048
+SEGMENT = 4096
 # Positions whose logits are held at once: 256 · 49,152 words · 4 bytes = 50 MB.
 SLICE = 256
 
@@ -99,7 +99,7 @@ class Comparison:
     policies: tuple[Measurement, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"settings": {…}, "policies": [{"policy": …, "loss": …, …}, …]}`; keys as in this class and `Measurement`."""
+        """`{"settings": {…}, "policies": [{"policy": …, "loss": …, …}]}`; keys as in this class and `Measurement`."""
         return {"settings": self.settings, "policies": [asdict(measurement) for measurement in self.policies]}
 
     def to_json(self) -> str:
@@ -113,7 +113,7 @@ class Comparison:
         except ImportError:
             raise ModelError("to_pandas needs pandas, which is not installed; run: pip install pandas") from None
         frame = pandas.DataFrame([asdict(measurement) for measurement in self.policies])
-        frame.attrs = self.settings
+        frame.attrs.update(self.settings)
         return frame
 
     def table(self) -> RenderableType:
@@ -220,9 +220,13 @@ def _measure(
     """Read `ids` [1, n], then decode. The second result is the loss at each scored position, float64 [n − skip]."""
     from memkit import hf
 
-    model, head = loaded.model, loaded.model.get_output_embeddings()
-    tokens = ids.shape[1]
-    seconds, cache, losses, times = 0.0, None, [], []
+    model: Any = loaded.model
+    head = model.get_output_embeddings()
+    tokens, seconds = ids.shape[1], 0.0
+    losses: list[Tensor] = []
+    times: list[float] = []
+    cache: Any = None
+    hidden = ids.new_empty(0)
     progress(label, 0, tokens + decoded)
     with hf.attach(model, policy):
         model.base_model(ids[:, :SLICE], use_cache=True)  # the first call allocates; not counted
@@ -327,14 +331,14 @@ def _token_ids(loaded: LoadedModel, source: str, text: str, tokens: int) -> Tens
     ids = loaded.tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < tokens:
         raise InputError(
-            f"tokens must be at most {len(ids)}, all there are in {source}, got {tokens}; lower it or give a longer text"
+            f"tokens must be at most {len(ids)}, the length of {source}, got {tokens}; lower it or give a longer text"
         )
     return torch.tensor([ids[:tokens]], device=loaded.model.device)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or value < least:
-        reason = f" (skip + 1: something must be scored)" if name == "tokens" else ""
+        reason = " (skip + 1: something must be scored)" if name == "tokens" else ""
         raise InputError(f"{name} must be a whole number, at least {least}{reason}, got {value}")
 
 

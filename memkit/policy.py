@@ -6,6 +6,7 @@ Rules that span several pieces are checked here, before any tensor exists.
 from __future__ import annotations
 
 import functools
+from typing import Annotated
 
 import yaml
 from pydantic import Field, PrivateAttr, model_validator
@@ -15,7 +16,7 @@ from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
 from memkit.pieces.growth import NoGrowthSpec
 from memkit.pieces.merging import MeanSpec, Merging, MergingSpec
 from memkit.pieces.readout import ReadoutSpec
-from memkit.pieces.registry import FamilySpec, Spec, any_of
+from memkit.pieces.registry import AnyOf, FamilySpec, Spec
 from memkit.pieces.rotary import KeepSpec, RotarySpec
 from memkit.pieces.routing import NearestSpec, RoutingSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
@@ -26,17 +27,33 @@ __all__ = ["Policy", "PolicySpec"]
 class PolicySpec(Spec):
     """How an attention layer remembers. Families left out have the neutral default, which is full attention."""
 
-    chunker: any_of("chunker", ChunkerSpec) = Field(FixedChunkerSpec(), description="the unit in which tokens leave")
-    window: any_of("window", WindowSpec) = Field(AllWindowSpec(), description="recent tokens seen exactly")
-    sinks: int = Field(
-        0, ge=0, description="first tokens that always found the first slots; counted in the budget, never merged into"
+    chunker: Annotated[ChunkerSpec, AnyOf("chunker")] = Field(
+        default=FixedChunkerSpec(), description="the unit in which tokens leave"
     )
-    growth: any_of("growth", FamilySpec) = Field(NoGrowthSpec(), description="slots allowed after n tokens")
-    admission: any_of("admission", AdmissionSpec) = Field(NoveltySpec(), description="which tokens found a slot")
-    routing: any_of("routing", RoutingSpec) = Field(NearestSpec(), description="which slot every other token joins")
-    merging: any_of("merging", MergingSpec) = Field(MeanSpec(), description="how a slot takes a token")
-    readout: ReadoutSpec = Field(ReadoutSpec(), description="how slots enter the softmax")
-    rotary: any_of("rotary", RotarySpec) = Field(KeepSpec(), description="what happens to RoPE in memory")
+    window: Annotated[WindowSpec, AnyOf("window")] = Field(
+        default=AllWindowSpec(), description="recent tokens seen exactly"
+    )
+    sinks: int = Field(
+        default=0,
+        ge=0,
+        description="first tokens that always found the first slots; counted in the budget, never merged into",
+    )
+    growth: Annotated[FamilySpec, AnyOf("growth")] = Field(
+        default=NoGrowthSpec(), description="slots allowed after n tokens"
+    )
+    admission: Annotated[AdmissionSpec, AnyOf("admission")] = Field(
+        default=NoveltySpec(), description="which tokens found a slot"
+    )
+    routing: Annotated[RoutingSpec, AnyOf("routing")] = Field(
+        default=NearestSpec(), description="which slot every other token joins"
+    )
+    merging: Annotated[MergingSpec, AnyOf("merging")] = Field(
+        default=MeanSpec(), description="how a slot takes a token"
+    )
+    readout: ReadoutSpec = Field(default=ReadoutSpec(), description="how slots enter the softmax")
+    rotary: Annotated[RotarySpec, AnyOf("rotary")] = Field(
+        default=KeepSpec(), description="what happens to RoPE in memory"
+    )
 
     _name: str | None = PrivateAttr(None)
     _policy: Policy | None = PrivateAttr(None)

@@ -11,50 +11,102 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memkit.parameters import PolicyParameters
-from memkit.pieces.rotary import Rotation
+from memkit.engine.call import Call
+from memkit.memory import Ready
+from memkit.pieces.routing import Placement
 from memkit.policy import Policy
 
-__all__ = ["Chunk", "Slots", "contributions", "read_keys", "scalars_by_name"]
+__all__ = ["Chunk", "Fold", "Slots", "contributions", "memory_keys", "read_slots", "read_tokens"]
 
 
 @dataclass
 class Chunk:
     """Tokens that leave the window together.
 
-    keys [b, g, c, d] as they arrived; memory_keys [b, g, c, d] in the sums' dtype; values [b, g, c, v], None in a plan;
-    weights [b, g, c]; positions [b, 1, c]; first: whether it is the row's first chunk, or a bool per row [b, 1, 1].
+    keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
+    first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its columns on the timeline, one slice
+    for all rows or numbers [b, c].
     """
 
     keys: Tensor
-    memory_keys: Tensor
     values: Tensor | None
     weights: Tensor | None
     positions: Tensor | None
     first: bool | Tensor
+    where: slice | Tensor
 
 
 @dataclass
-class Slots:
-    """What slots sum: sums [b, g, m, d + v] and scalars [b, g, m, s], with room past the live ones, all zero there.
+class Fold:
+    """What undoing one fold takes: kept where a backward pass will run through it.
 
-    in_place: whether `fold` may write into these tensors (no gradient is wanted), or makes new ones.
+    target [n]: the slot of each of the chunk's tokens, as rows of the tensors seen as [b·g·m, …];
+    touched [n']: the slots that were read anew; sums, scalars: what they held after the fold; before: as they were read
+    before it.
     """
 
+    placement: Placement
+    chunk: Chunk
+    target: Tensor
+    touched: Tensor
     sums: Tensor
     scalars: Tensor
-    in_place: bool
+    before: tuple[Tensor | None, ...]
 
-    def fold(self, policy: Policy, slot: Tensor, founded: Tensor, rows: Tensor, scalars: Tensor) -> None:
-        """Take a chunk in. slot, founded [b, g, c]; rows [b, g, c, d + v]; scalars [b, g, c, s]. Dropped: slot −1."""
-        stored = slot >= 0
-        target = self.flat(slot.clamp(min=0))
-        if policy.merging.additive or policy.exact_slots:
-            dropped = ~stored.unsqueeze(-1)
-            self.sums = self._add(self.sums, target, rows.masked_fill(dropped, 0))
-            self.scalars = self._add(self.scalars, target, scalars.masked_fill(dropped, 0))
+
+class Slots:
+    """What slots sum, and how they read: sums [b, g, m, d + v], scalars [b, g, m, s], with room past the live ones.
+
+    in_place: whether folding may write into these tensors, or makes new ones, so that autograd can follow.
+    undo: every fold so far, where asked for (`keep_undo`).
+    """
+
+    def __init__(self, call: Call, sums: Tensor, scalars: Tensor, ready: Ready | None, in_place: bool) -> None:
+        self.call, self.policy, self.in_place = call, call.policy, in_place
+        self.sums, self.scalars = sums, scalars
+        self._ready = ready
+        self.undo: list[Fold] | None = None
+
+    @property
+    def ready(self) -> Ready:
+        """The slots as they are read."""
+        if self._ready is None:
+            self._ready = read_slots(self.call, self.sums, self.scalars)
+        return self._ready
+
+    @property
+    def working_copy(self) -> Ready | None:
+        """The slots as they are read, if that is at hand."""
+        return self._ready
+
+    def keep_undo(self) -> None:
+        """Remember from now on what undoing each fold takes."""
+        self.undo = []
+        if self.policy.exact_slots:  # these are read where they stand; the undoing needs a copy of its own
+            self._ready = Ready(self.ready.route, self.ready.keys.clone(), self.ready.values.clone(), None)
+
+    def grow(self, room: int) -> None:
+        """Make room for at least so many slots."""
+        missing = room - self.sums.shape[2]
+        if missing > 0:
+            self.sums, self.scalars = (
+                torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], missing, tensor.shape[-1])), dim=2)
+                for tensor in (self.sums, self.scalars)
+            )
+            self._ready = None
+
+    def fold(self, placement: Placement, chunk: Chunk) -> None:
+        """Take a chunk in. Dropped tokens have slot −1."""
+        rows, scalars = contributions(self.call, chunk, placement.founded)
+        stored = placement.slot >= 0
+        target = self.flat(placement.slot.clamp(min=0))
+        if self.policy.merging.additive or self.policy.exact_slots:
+            if placement.drops:
+                rows, scalars = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, scalars))
+            self.sums, self.scalars = self._add(self.sums, target, rows), self._add(self.scalars, target, scalars)
         else:
-            self._fold_in_turn(policy, target.view(slot.shape), stored, founded, rows, scalars)
+            self._fold_in_turn(target.view(stored.shape), stored, placement.founded, rows, scalars)
+        self._read_anew(placement, chunk, target)
 
     def flat(self, slot: Tensor) -> Tensor:
         """Slot numbers [b, g, c] → rows of the tensors seen as [b·g·m, …], flat."""
@@ -69,115 +121,143 @@ class Slots:
             return sums
         return flat.index_add(0, target, rows.flatten(0, 2)).view_as(sums)
 
-    def _fold_in_turn(
-        self, policy: Policy, target: Tensor, stored: Tensor, founded: Tensor, rows: Tensor, scalars: Tensor
-    ) -> None:
+    def _fold_in_turn(self, target: Tensor, stored: Tensor, founded: Tensor, rows: Tensor, scalars: Tensor) -> None:
         """A rule that is not additive: token after token, over all rows and heads at once.
 
         The rule combines sums, mass, norms and positions alike; counts are added and radii kept, whatever the rule.
         """
-        columns = policy.columns
-        plain = torch.tensor([name in ("count", "radius") for name in columns], device=target.device)
+        plain = torch.tensor([name in ("count", "radius") for name in self.policy.columns], device=target.device)
         width = self.sums.shape[-1]
         state = torch.cat((self.sums.to(self.scalars.dtype), self.scalars), dim=-1).flatten(0, 2)
         tokens = torch.cat((rows.to(scalars.dtype), scalars), dim=-1)
         for index in range(tokens.shape[2]):
             where = target[:, :, index].flatten()
             token, held = tokens[:, :, index].flatten(0, 1), state[where]
-            both = policy.merging.combine(held, token)
+            both = self.policy.merging.combine(held, token)
             both = torch.cat((both[:, :width], torch.where(plain, (held + token)[:, width:], both[:, width:])), dim=-1)
             new = torch.where(founded[:, :, index].reshape(-1, 1), token, both)
             new = torch.where(stored[:, :, index].reshape(-1, 1), new, held)
             state = state.index_copy(0, where, new)
-        sums, numbers = state[:, :width].to(self.sums.dtype), state[:, width:]
-        self.sums, self.scalars = sums.view_as(self.sums), numbers.view_as(self.scalars)
+        sums, numbers = state[:, :width].to(self.sums.dtype).view_as(self.sums), state[:, width:].view_as(self.scalars)
+        if self.in_place:
+            self.sums.copy_(sums)
+            self.scalars.copy_(numbers)
+        else:
+            self.sums, self.scalars = sums, numbers
 
-    def grow(self, room: int) -> None:
-        """Make room for at least so many slots."""
-        missing = room - self.sums.shape[2]
-        if missing > 0:
-            self.sums, self.scalars = (
-                torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], missing, tensor.shape[-1])), dim=2)
-                for tensor in (self.sums, self.scalars)
+    def _read_anew(self, placement: Placement, chunk: Chunk, target: Tensor) -> None:
+        """Read the slots that a chunk has touched again: few of many, or simply all."""
+        few = self.sums.shape[2] > placement.slot.shape[2]
+        if self.undo is None and (self._ready is None or not few or not self.in_place or self.policy.exact_slots):
+            self._ready = None
+            return
+        ready = self.ready
+        room = self.sums.shape[:3].numel()
+        touched = target if few else torch.arange(room, device=target.device)
+        sums, scalars = self.sums.flatten(0, 2)[touched], self.scalars.flatten(0, 2)[touched]
+        fresh = read_slots(self.call, sums, scalars)
+        if self.undo is not None:
+            before = tuple(
+                None if t is None else t.flatten(0, 2)[touched] for t in (ready.keys, ready.values, ready.bias)
             )
+            self.undo.append(Fold(placement, chunk, target, touched, sums, scalars, before))
+        pairs = [(ready.keys, fresh.keys), (ready.values, fresh.values)]
+        if ready.route is not ready.keys:
+            pairs.append((ready.route, fresh.route))
+        if ready.bias is not None and fresh.bias is not None:
+            pairs.append((ready.bias, fresh.bias))
+        for whole, part in pairs:
+            whole.flatten(0, 2).index_copy_(0, touched, part)
+
+    def restore(self, fold: Fold) -> None:
+        """Read again what was read before a fold (the sums stay as they are)."""
+        ready = self.ready
+        for whole, part in zip((ready.keys, ready.values, ready.bias), fold.before, strict=True):
+            if whole is not None and part is not None:
+                whole.flatten(0, 2).index_copy_(0, fold.touched, part)
 
 
-def contributions(policy: Policy, chunk: Chunk, founded: Tensor) -> tuple[Tensor, Tensor]:
+def memory_keys(call: Call, chunk: Chunk) -> Tensor:
+    """What slots sum of a chunk's keys: [b, g, c, d], float32 or float64."""
+    keys = chunk.keys.to(torch.promote_types(chunk.keys.dtype, torch.float32))
+    if call.policy.exact_slots:
+        return keys
+    keys = call.policy.rotary.memory_keys(keys, call.rotation, chunk.positions)
+    return call.policy.readout.key(keys, {}, call.key_norm) if call.policy.readout.layer_norm else keys
+
+
+def contributions(call: Call, chunk: Chunk, founded: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's row of sums [b, g, c, d + v] and of scalars [b, g, c, s], founders weighed as the rule says."""
-    keys, dtype = chunk.memory_keys, chunk.memory_keys.dtype
-    values = None if chunk.values is None else chunk.values.to(dtype)
+    policy, keys = call.policy, memory_keys(call, chunk)
+    dtype, ones = keys.dtype, torch.ones_like(keys[..., 0])
+    values = keys[..., :0] if chunk.values is None else chunk.values.to(dtype)
+    for_keys = for_values = for_radius = ones
     weight = None if policy.exact_slots else policy.merging.weight(chunk.keys, chunk.weights)
-    weighs = policy.merging.weighs
-    for_keys = for_values = for_radius = None
     if weight is not None:
-        weight = weight.to(dtype)
-        plain = founded & ~(_either(chunk.first, weighs.first_chunk, weighs.founders, founded))
-        weight = torch.where(plain, 1, weight)
-        for_keys = weight if weighs.keys else None
-        for_values = weight if weighs.values else None
+        weighs = policy.merging.weighs
+        first = _tensor(chunk.first, founded)
+        founders = torch.where(first, _tensor(weighs.first_chunk, founded), _tensor(weighs.founders, founded))
+        weight = torch.where(founded & ~founders, 1, weight.to(dtype))
+        for_keys, for_values = weight if weighs.keys else ones, weight if weighs.values else ones
         # In the first chunk the radius stays that of the plain value, even where its sums are weighed.
-        for_radius = torch.where(_tensor(chunk.first, founded), 1, weight) if weighs.values else None
-    mass = for_keys if for_keys is not None else for_values
+        for_radius = torch.where(first, 1, for_values)
+    mass = for_values if policy.merging.weighs.values else for_keys
     columns: list[Tensor] = []
     for name in policy.columns:
         match name:
             case "count":
-                column = torch.ones_like(keys[..., 0])
+                column = ones
             case "mass":
-                column = torch.ones_like(keys[..., 0]) if mass is None else mass
+                column = mass
             case "key_norm":
-                column = _weighed(keys.norm(dim=-1), for_keys)
+                column = keys.norm(dim=-1) * for_keys
             case "value_norm":
-                column = torch.zeros_like(keys[..., 0]) if values is None else _weighed(values.norm(dim=-1), for_values)
+                column = values.norm(dim=-1) * for_values
             case "radius":
-                column = torch.zeros_like(keys[..., 0])
-                if values is not None:
-                    column = torch.where(founded, _weighed(values.norm(dim=-1), for_radius), column)
+                column = torch.where(founded, values.norm(dim=-1) * for_radius, 0)
             case _:
                 assert name == "position" and chunk.positions is not None
-                column = _weighed(chunk.positions.expand(keys.shape[:3]), None if mass is None else mass.double())
+                column = chunk.positions * mass.double()
         columns.append(column.double())
-    row = _weighed(keys, None if for_keys is None else for_keys.unsqueeze(-1))
-    if values is not None:
-        row = torch.cat((row, _weighed(values, None if for_values is None else for_values.unsqueeze(-1))), dim=-1)
-    scalars = torch.stack(columns, dim=-1) if columns else row.new_zeros(*row.shape[:3], 0, dtype=torch.float64)
-    return row, scalars
+    scalars = torch.stack(columns, dim=-1) if columns else keys.new_zeros(*ones.shape, 0, dtype=torch.float64)
+    if weight is not None:
+        keys, values = keys * for_keys.unsqueeze(-1), values * for_values.unsqueeze(-1)
+    return torch.cat((keys, values), dim=-1), scalars
+
+
+def read_slots(call: Call, sums: Tensor, scalars: Tensor) -> Ready:
+    """Sums [..., d + v] and scalars [..., s] as they are read, on any leading axes."""
+    policy, width, dtype = call.policy, call.keys.shape[-1], call.keys.dtype
+    keys, values = sums[..., :width], sums[..., width:]
+    if policy.exact_slots:
+        return Ready(keys, keys.to(dtype), values.to(dtype), None)
+    numbers = scalars_by_name(policy, scalars)
+    route = keys = policy.readout.key(keys, numbers, call.key_norm)
+    if policy.rotary.rotates_slots:
+        mass = numbers["mass"]
+        keys = policy.rotary.slot_keys(keys, call.rotation, numbers["position"] / torch.where(mass > 0, mass, 1))
+    if call.values is None:
+        return Ready(route, route, values, None)
+    bias = policy.readout.bias(numbers)
+    values = policy.readout.value(values, numbers)
+    return Ready(route, keys.to(dtype), values.to(dtype), None if bias is None else bias.detach().to(dtype))
+
+
+def read_tokens(call: Call, chunk: Chunk) -> Tensor:
+    """The chunk's tokens as slots of their own would be read by routing, [b, g, c, d]."""
+    everyone = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=chunk.keys.device)
+    rows, scalars = contributions(call, chunk, everyone)
+    numbers = scalars_by_name(call.policy, scalars)
+    return call.policy.readout.key(rows[..., : chunk.keys.shape[-1]], numbers, call.key_norm)
 
 
 def scalars_by_name(policy: Policy, scalars: Tensor) -> dict[str, Tensor]:
     """A slot's numbers by name; mass is the count where every token weighs 1."""
     named = dict(zip(policy.columns, scalars.unbind(-1), strict=True))
-    if "mass" not in named and "count" in named:
+    if "mass" not in named:
         named["mass"] = named["count"]
     return named
 
 
-def read_keys(
-    policy: Policy,
-    key_sums: Tensor,
-    scalars: dict[str, Tensor],
-    parameters: PolicyParameters | None,
-    rotation: Rotation | None,
-) -> tuple[Tensor, Tensor]:
-    """Slots' keys [..., m, d]: as routing compares them, and as queries meet them."""
-    if policy.exact_slots:
-        return key_sums, key_sums
-    route = policy.readout.key(key_sums, scalars, None if parameters is None else parameters.key_norm)
-    if not policy.rotary.rotates_slots:
-        return route, route
-    mass = scalars["mass"]
-    mean = scalars["position"] / torch.where(mass > 0, mass, 1)
-    return route, policy.rotary.slot_keys(route, rotation, mean)
-
-
-def _weighed(tensor: Tensor, weight: Tensor | None) -> Tensor:
-    return tensor if weight is None else tensor * weight
-
-
 def _tensor(condition: bool | Tensor, like: Tensor) -> Tensor:
     return condition if isinstance(condition, Tensor) else torch.tensor(condition, device=like.device)
-
-
-def _either(first: bool | Tensor, in_first: bool, later: bool, like: Tensor) -> Tensor:
-    """`in_first` where it is the first chunk, `later` elsewhere."""
-    return torch.where(_tensor(first, like), _tensor(in_first, like), _tensor(later, like))

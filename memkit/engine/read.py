@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Part", "attend_parts", "hidden"]
+__all__ = ["Part", "attend_parts", "attend_parts_backward", "default_scale", "differentiable_parts", "hidden"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -27,7 +27,8 @@ class Part:
     """One set of keys and the queries that meet it.
 
     queries [b, h, s, d], keys [b, g, n, d], values [b, g, n, v], n ≥ 1; bias [b|1, g|1, s|1, n]: added to the scores,
-    no gradient; causal: query i sees keys 0 … i (then n = s).
+    no gradient; causal: query i sees keys 0 … i (then n = s); columns: where on the timeline the keys stand, None for
+    slots.
     """
 
     queries: Tensor
@@ -35,51 +36,52 @@ class Part:
     values: Tensor
     bias: Tensor | None = None
     causal: bool = False
+    columns: tuple[int, int] | None = None
 
 
-def hidden(dtype: torch.dtype) -> float:
-    """The bias of a key that is not to be seen: as good as −∞, but finite, so that a set may be hidden as a whole."""
-    return torch.finfo(dtype).min / 2
+def attend_parts(parts: list[Part], scale: float) -> tuple[Tensor, Tensor]:
+    """One softmax over all parts' keys: outputs [b, h, s, v] and log-sum-exp [b, h, s], without a graph.
 
-
-def attend_parts(parts: list[Part], scale: float) -> Tensor:
-    """One softmax over all parts' keys: [b, h, s, v]. Every query must see a key of at least one part."""
-    heads, value_width = parts[0].queries.shape[1], parts[0].values.shape[-1]
-    tensors: list[Tensor] = []
-    shapes: list[tuple[Tensor | None, bool]] = []
+    Every query must see a key of at least one part.
+    """
+    heads, width = parts[0].queries.shape[1], parts[0].values.shape[-1]
+    results = []
     for part in parts:
-        queries, keys, values, bias = part.queries, part.keys, part.values, part.bias
-        group = heads // keys.shape[1]
-        if group > 1 and part.causal:
-            keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-        elif group > 1:
-            queries = rearrange(queries, "b (g r) s d -> b g (r s) d", r=group)
-            if bias is not None and bias.shape[2] > 1:
-                bias = bias.repeat(1, 1, group, 1)
-        tensors += [*_equal_widths(queries, keys, values)]
-        shapes.append((bias, part.causal))
-    if tensors[0].device.type == "cpu":
-        output = _Merged.apply(scale, heads, shapes, *tensors)
-    else:
-        output = _merge([_plain(*tensors[3 * i : 3 * i + 3], *shape, scale) for i, shape in enumerate(shapes)], heads)[
-            0
-        ]
-    return output[..., :value_width]
+        layout = _Layout(part)
+        output, lse = _forward(layout, part.causal, scale)
+        results.append((layout.ungroup(output, heads), layout.ungroup(lse, heads)))
+    if len(results) == 1:
+        output, total = results[0]
+        return output[..., :width], total
+    total = torch.logsumexp(torch.stack([lse for _, lse in results]), dim=0)
+    merged = results[0][0] * (results[0][1] - total).exp().unsqueeze(-1)
+    for output, lse in results[1:]:
+        merged = torch.addcmul(merged, output, (lse - total).exp().unsqueeze(-1))
+    return merged.to(results[0][0].dtype)[..., :width], total
+
+
+def attend_parts_backward(
+    parts: list[Part], scale: float, output: Tensor, lse: Tensor, grad: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of queries, keys and values of each part, from the merged output, log-sum-exp and its gradient."""
+    found = []
+    for part in parts:
+        layout = _Layout(part)
+        grads = _backward(layout, part.causal, scale, layout.group(output), layout.group(lse), layout.group(grad))
+        found.append(layout.restore(*grads))
+    return found
+
+
+def differentiable_parts(parts: list[Part], scale: float) -> Tensor:
+    """`attend_parts` with a graph: [b, h, s, v]."""
+    return _Merged.apply(parts, scale, *(tensor for part in parts for tensor in (part.queries, part.keys, part.values)))
 
 
 class _Merged(torch.autograd.Function):
-    """Attention over all parts with PyTorch's fused CPU kernels, which give and take the log-sum-exp."""
-
     @staticmethod
-    def forward(
-        ctx: Any, scale: float, heads: int, shapes: list[tuple[Tensor | None, bool]], *tensors: Tensor
-    ) -> Tensor:
-        results = []
-        for index, (bias, causal) in enumerate(shapes):
-            queries, keys, values = tensors[3 * index : 3 * index + 3]
-            results.append(_flash(queries, keys, values, 0.0, causal, attn_mask=bias, scale=scale))
-        output, lse = _merge(results, heads)
-        ctx.scale, ctx.shapes = scale, shapes
+    def forward(ctx: Any, parts: list[Part], scale: float, *tensors: Tensor) -> Tensor:
+        output, lse = attend_parts(parts, scale)
+        ctx.scale, ctx.kinds = scale, [(part.bias, part.causal) for part in parts]
         ctx.save_for_backward(output, lse, *tensors)
         return output
 
@@ -87,65 +89,94 @@ class _Merged(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         output, lse, *tensors = ctx.saved_tensors
-        found: list[Tensor] = []
-        for index, (bias, causal) in enumerate(ctx.shapes):
-            queries, keys, values = tensors[3 * index : 3 * index + 3]
-            grad, out, sums = (_grouped(tensor, queries) for tensor in (grads[0], output, lse))
-            found += _flash_backward(
-                grad, queries, keys, values, out, sums, 0.0, causal, attn_mask=bias, scale=ctx.scale
-            )
-        return None, None, None, *found
+        parts = [Part(*tensors[3 * i : 3 * i + 3], *kind) for i, kind in enumerate(ctx.kinds)]
+        found = attend_parts_backward(parts, ctx.scale, output, lse, grads[0])
+        return None, None, *(grad for triple in found for grad in triple)
 
 
-def _merge(results: list[tuple[Tensor, Tensor]], heads: int) -> tuple[Tensor, Tensor]:
-    """Outputs and log-sum-exps of all parts → those of their union, [b, h, s, v] and [b, h, s]."""
-    results = [(_ungrouped(output, heads), _ungrouped(lse, heads)) for output, lse in results]
-    if len(results) == 1:
-        return results[0]
-    total = torch.logsumexp(torch.stack([lse for _, lse in results]), dim=0)
-    merged = None
-    for output, lse in results:
-        share = (lse - total).exp().unsqueeze(-1)
-        merged = output * share if merged is None else torch.addcmul(merged, output.to(merged.dtype), share)
-    assert merged is not None
-    return merged.to(results[0][0].dtype), total
-
-
-def _plain(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp without a fused kernel, for devices that have none with both."""
-    scores = (queries * scale) @ keys.mT
-    if bias is not None:
-        scores = scores + bias
-    if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, hidden(scores.dtype))
-    return scores.softmax(-1) @ values, scores.logsumexp(-1)
-
-
-def _grouped(tensor: Tensor, queries: Tensor) -> Tensor:
-    """Per query head [b, h, s, …] → as the part's queries are laid out."""
-    if tensor.shape[1] == queries.shape[1]:
-        return tensor
-    return rearrange(tensor, "b (g r) s ... -> b g (r s) ...", g=queries.shape[1])
-
-
-def _ungrouped(tensor: Tensor, heads: int) -> Tensor:
-    """As a part's queries are laid out → per query head [b, h, s, …]."""
-    if tensor.shape[1] == heads:
-        return tensor
-    return rearrange(tensor, "b g (r s) ... -> b (g r) s ...", r=heads // tensor.shape[1])
-
-
-def _equal_widths(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused kernels want one width for all: pad with zeros, which changes no score and no value."""
-    missing = values.shape[-1] - keys.shape[-1]
-    if missing > 0:
-        return pad(queries, (0, missing)), pad(keys, (0, missing)), values
-    return (queries, keys, pad(values, (0, -missing))) if missing < 0 else (queries, keys, values)
+def hidden(dtype: torch.dtype) -> float:
+    """The bias of a key that is not to be seen: as good as −∞, but finite, so that a set may be hidden as a whole."""
+    return torch.finfo(dtype).min / 2
 
 
 def default_scale(width: int) -> float:
     """1/√d."""
     return 1 / math.sqrt(width)
+
+
+class _Layout:
+    """A part as the kernels take it: one head count and one width for queries, keys and values.
+
+    Grouped queries: a group's queries stand in a row before their one key/value head; where the causal mask forbids
+    that, the part's keys and values (a chunk's at most) are repeated. Unequal widths: zeros fill the narrower tensors,
+    which changes no score and no value.
+    """
+
+    def __init__(self, part: Part) -> None:
+        queries, keys, values, bias = part.queries, part.keys, part.values, part.bias
+        self.heads, self.kv_heads = queries.shape[1], keys.shape[1]
+        self.ratio = self.heads // self.kv_heads
+        self.repeats = self.ratio > 1 and part.causal
+        self.folds = self.ratio > 1 and not part.causal
+        if self.repeats:
+            keys, values = keys.repeat_interleave(self.ratio, 1), values.repeat_interleave(self.ratio, 1)
+        queries = self.group(queries)
+        if self.folds and bias is not None and bias.shape[2] > 1:
+            bias = bias.repeat(1, 1, self.ratio, 1)
+        self.key_width, self.value_width = keys.shape[-1], values.shape[-1]
+        missing = self.value_width - self.key_width
+        if missing > 0:
+            queries, keys = pad(queries, (0, missing)), pad(keys, (0, missing))
+        elif missing < 0:
+            values = pad(values, (0, -missing))
+        self.queries, self.keys, self.values, self.bias = queries, keys, values, bias
+
+    def group(self, tensor: Tensor) -> Tensor:
+        """Per query head [b, h, s, …] → as the kernel's queries are laid out."""
+        return rearrange(tensor, "b (g r) s ... -> b g (r s) ...", r=self.ratio) if self.folds else tensor
+
+    def ungroup(self, tensor: Tensor, heads: int) -> Tensor:
+        """As the kernel's queries are laid out → per query head [b, h, s, …]."""
+        return rearrange(tensor, "b g (r s) ... -> b (g r) s ...", r=self.ratio) if self.folds else tensor
+
+    def restore(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The kernel's gradients → the part's."""
+        queries = self.ungroup(queries, self.heads)[..., : self.key_width]
+        keys, values = keys[..., : self.key_width], values[..., : self.value_width]
+        if self.repeats:
+            keys, values = (rearrange(t, "b (g r) n d -> b g r n d", r=self.ratio).sum(2) for t in (keys, values))
+        return queries, keys, values
+
+
+def _forward(part: _Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by PyTorch's fused kernel where there is one that gives both."""
+    if part.queries.device.type == "cpu":
+        return _flash(part.queries, part.keys, part.values, 0.0, causal, attn_mask=part.bias, scale=scale)
+    scores = _scores(part, causal, scale)
+    return scores.softmax(-1).to(part.values.dtype) @ part.values, scores.logsumexp(-1)
+
+
+def _backward(
+    part: _Layout, causal: bool, scale: float, output: Tensor, lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    missing = part.values.shape[-1] - grad.shape[-1]
+    if missing:
+        output, grad = pad(output, (0, missing)), pad(grad, (0, missing))
+    if part.queries.device.type == "cpu":
+        tensors = (grad, part.queries, part.keys, part.values, output, lse)
+        return _flash_backward(*tensors, 0.0, causal, attn_mask=part.bias, scale=scale)
+    shares = (_scores(part, causal, scale) - lse.unsqueeze(-1)).exp()
+    wide = grad.to(shares.dtype)
+    per_score = shares * (wide @ part.values.to(shares.dtype).mT - (wide * output).sum(-1, keepdim=True)) * scale
+    grads = (per_score @ part.keys.to(shares.dtype), per_score.mT @ part.queries.to(shares.dtype), shares.mT @ wide)
+    return tuple(tensor.to(grad.dtype) for tensor in grads)  # type: ignore[return-value]
+
+
+def _scores(part: _Layout, causal: bool, scale: float) -> Tensor:
+    scores = (part.queries @ part.keys.mT).to(torch.promote_types(part.queries.dtype, torch.float32)) * scale
+    if part.bias is not None:
+        scores = scores + part.bias
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, hidden(scores.dtype))
+    return scores

@@ -14,7 +14,7 @@ import numpy as np
 from memkit.memory import held
 from memkit.policy import Policy
 
-__all__ = ["BAND_STEP", "Count", "Exit", "Schedule", "Step", "common"]
+__all__ = ["BAND_STEP", "Exit", "Schedule", "Step", "common"]
 
 BAND_STEP = 128
 """Queries read together under a sliding window: the part of the band that needs a mask is this wide."""
@@ -52,6 +52,11 @@ class Step:
     active: Rows
     first: Rows
     slots: Rows
+
+    @property
+    def most_slots(self) -> int:
+        """The most slots that any active row reads."""
+        return int(self.slots[self.active].max(initial=0))
 
 
 class Schedule:

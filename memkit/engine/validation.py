@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memkit.engine.call import Call
 from memkit.engine.read import default_scale
-from memkit.engine.torch import Call
 from memkit.errors import InputError
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
@@ -36,7 +36,7 @@ def check_call(
 ) -> Call:
     """The call, or an error that says rule, value and remedy. Queries and values are None where only a plan is made."""
     _check_tensors(queries, keys, values)
-    rows, heads, tokens, _ = keys.shape
+    rows, heads = keys.shape[:2]
     _check_weights(policy, keys, weights)
     _check_rotation(policy, keys, rotation)
     _check_parameters(policy, queries, keys, parameters)
@@ -65,6 +65,7 @@ def check_call(
         values=values,
         weights=weights,
         parameters=parameters,
+        key_norm=None if parameters is None else parameters.key_norm,
         rotation=rotation,
         scale=default_scale(keys.shape[-1]) if scale is None else float(scale),
         memory=memory,

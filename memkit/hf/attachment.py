@@ -14,7 +14,7 @@ When the `with` block ends, hook and setting are gone; the function stays in the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ MOVING_FREQUENCIES = ("dynamic", "longrope")
 
 
 @contextmanager
-def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Iterator[PreTrainedModel]:
+def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generator[PreTrainedModel]:
     """Inside the `with` block, every attention layer of `model` remembers as `policy` says.
 
     ```python
@@ -98,7 +98,7 @@ def _name(policy: Policy) -> str:
 
 
 class MemoryLayer(CacheLayerMixin):
-    """A layer of a transformers cache that holds a `Memory`: new keys and values pass through to the attention function.
+    """A layer of a transformers cache that holds a `Memory`; new keys and values pass on to the attention function.
 
     columns: tokens given so far, padding included; transformers calls this the sequence length.
     """
@@ -229,7 +229,7 @@ class _Attachment:
             self.rotation = Rotation("half-split", 2 * len(frequencies), frequencies)
         self.signature = inspect.signature(type(model.base_model).forward)
 
-    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
+    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The decoder's arguments as it needs them on our engine."""
         arguments = self.signature.bind(decoder, *args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
@@ -267,7 +267,7 @@ class _Attachment:
             other = given.layers[0].policy
             if other.spec != self.policy.spec:
                 raise MemoryStateError(
-                    f"past_key_values were made under policy {_name(other)}, the model is attached to {_name(self.policy)}; "
+                    f"past_key_values must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
                     "start without past_key_values"
                 )
             return given

@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def _default_file() -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """No progress bars: transformers has no one switch for those of GGUF files, and all are written to stderr."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

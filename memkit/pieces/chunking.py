@@ -34,7 +34,7 @@ class FixedChunkerSpec(ChunkerSpec):
     """Chunks of one size."""
 
     kind: Literal["fixed"] = "fixed"
-    size: int = Field(256, ge=1, description="tokens per chunk (C), at least 1")
+    size: int = Field(default=256, ge=1, description="tokens per chunk (C), at least 1")
 
     def build(self) -> Chunker:
         return Chunker(self.size)

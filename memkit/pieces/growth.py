@@ -60,16 +60,17 @@ class GrowthSpec(FamilySpec):
 
     family: ClassVar[str] = "growth"
 
-    floor: int = Field(0, ge=0, description="slots allowed at least")
-    cap: int | None = Field(None, ge=0, description="slots allowed at most, included; left out: no cap")
-    round_down: int = Field(1, ge=1, description="f(n) is rounded down to a multiple of this many slots")
+    floor: int = Field(default=0, ge=0, description="slots allowed at least")
+    cap: int | None = Field(default=None, ge=0, description="slots allowed at most, included; left out: no cap")
+    round_down: int = Field(default=1, ge=1, description="f(n) is rounded down to a multiple of this many slots")
     counts: Literal["seen", "absorbed"] = Field(
-        "seen",
+        default="seen",
         description="which n: tokens seen, the window included (n = b + W·C when the chunk at b leaves), "
         "or tokens absorbed (n = b + C)",
     )
     first_chunk: Literal["budget", "whole"] = Field(
-        "budget", description="whether the first chunk founds as many slots as the budget grants, or one per token"
+        default="budget",
+        description="whether the first chunk founds as many slots as the budget grants, or one per token",
     )
 
     @model_validator(mode="after")

@@ -21,11 +21,11 @@ __all__ = ["DropSpec", "MeanSpec", "Merging", "MergingSpec", "Weigh", "WeightedM
 class Weigh(Spec):
     """Where a token's weight counts; elsewhere its weight is 1."""
 
-    keys: bool = Field(True, description="in the key sum")
-    values: bool = Field(True, description="in the value sum")
-    founders: bool = Field(False, description="also for tokens that found a slot")
+    keys: bool = Field(default=True, description="in the key sum")
+    values: bool = Field(default=True, description="in the value sum")
+    founders: bool = Field(default=False, description="also for tokens that found a slot")
     first_chunk: bool = Field(
-        False, description="also for founders of the first chunk (whose radius stays that of the plain value)"
+        default=False, description="also for founders of the first chunk (whose radius stays that of the plain value)"
     )
 
 
@@ -100,7 +100,7 @@ class WeightedMeanSpec(MergingSpec):
     weight: Literal["learned", "key-norm"] = Field(
         description="learned: the weights ≥ 0 given with the keys; key-norm: the key's Euclidean norm"
     )
-    weigh: Weigh = Field(Weigh(), description="where the weight counts")
+    weigh: Weigh = Field(default=Weigh(), description="where the weight counts")
 
     def build(self) -> WeightedMean:
         return WeightedMean(self.weight == "learned", self.weigh)

@@ -32,15 +32,17 @@ Scalars = dict[str, Tensor]
 class ReadoutSpec(Spec):
     """Declares how slots are read."""
 
-    key: Literal["mean", "layer-norm", "l2", "mean-norm"] = Field("mean", description="how a key sum is read")
+    key: Literal["mean", "layer-norm", "l2", "mean-norm"] = Field(default="mean", description="how a key sum is read")
     value: Literal["mean", "count-mean", "birth-radius", "mean-norm"] = Field(
-        "mean", description="how a value sum is read"
+        default="mean", description="how a value sum is read"
     )
     count_bias: bool = Field(
-        False, description="whether log(tokens in the slot) is added to a slot's score; 0 for sinks and single tokens"
+        default=False,
+        description="whether log(tokens in the slot) is added to a slot's score; 0 for sinks and single tokens",
     )
     temperatures: bool = Field(
-        False, description="whether queries have learned factors per head, one for the window and one for the memory"
+        default=False,
+        description="whether queries have learned factors per head, one for the window and one for the memory",
     )
 
     def build(self) -> Readout:

@@ -6,21 +6,14 @@ A spec is frozen, closed and strict: hyper-parameters only, no state. `spec.buil
 from __future__ import annotations
 
 from abc import ABC
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    GetJsonSchemaHandler,
-    SerializeAsAny,
-    ValidationError,
-)
-from pydantic_core import CoreSchema, ErrorDetails
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from memkit.errors import PolicyError, nearest_name, unknown_name
 
-__all__ = ["FamilySpec", "Spec", "SpecError", "kinds", "register"]
+__all__ = ["AnyOf", "FamilySpec", "Spec", "SpecError", "kinds", "register"]
 
 
 class SpecError(PolicyError):
@@ -83,13 +76,17 @@ def kinds(family: str) -> dict[str, type[FamilySpec]]:
     return dict(_REGISTRY[family])
 
 
-class _Family:
-    """Annotation of a policy's field: any registered spec of one family, in YAML a mapping with its `kind`."""
+class AnyOf:
+    """A field's annotation: any registered spec of one family, in YAML a mapping with its `kind`.
+
+    `growth: Annotated[GrowthSpec, AnyOf("growth")]`; dumped with all fields of the subclass it really is.
+    """
 
     def __init__(self, family: str) -> None:
         self.family = family
 
     def parse(self, value: Any) -> Any:
+        """A mapping → the spec its `kind` names; anything else unchanged."""
         if not isinstance(value, dict):
             return value
         kind = value.get("kind")
@@ -98,6 +95,12 @@ class _Family:
         if kind not in kinds(self.family):
             raise SpecError([("kind", unknown_name(f"{self.family} kind", kind, kinds(self.family)))])
         return kinds(self.family)[kind](**value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        as_it_is = core_schema.wrap_serializer_function_ser_schema(
+            lambda value, serialize: serialize(value), schema=core_schema.any_schema()
+        )
+        return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=as_it_is)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         options: list[dict[str, Any]] = []
@@ -108,12 +111,6 @@ class _Family:
             resolved["properties"]["kind"] = {"const": kind, "type": "string", "title": "Kind"}
             options.append(option)
         return {"oneOf": options, "discriminator": {"propertyName": "kind"}}
-
-
-def any_of(family: str, base: type[FamilySpec]) -> Any:
-    """The field type «any registered spec of `family`», dumped with all fields of the subclass it really is."""
-    entry = _Family(family)
-    return Annotated[SerializeAsAny[base], BeforeValidator(entry.parse), entry]
 
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:

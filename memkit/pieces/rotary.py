@@ -107,8 +107,10 @@ class ZeroSpec(RotarySpec):
     """The rotated channels, the first of each head, are set to 0 (arXiv 2605.09877)."""
 
     kind: Literal["zero"] = "zero"
-    share: float | None = Field(None, ge=0, le=1, description="share of the head width that is rotated, 1 included")
-    width: int | None = Field(None, ge=0, description="channels that are rotated")
+    share: float | None = Field(
+        default=None, ge=0, le=1, description="share of the head width that is rotated, 1 included"
+    )
+    width: int | None = Field(default=None, ge=0, description="channels that are rotated")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ZeroSpec:

@@ -56,10 +56,11 @@ class Leaving:
 
 @dataclass(frozen=True)
 class Placement:
-    """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c]."""
+    """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c]. drops: whether any slot may be −1."""
 
     slot: Tensor
     founded: Tensor
+    drops: bool = True
 
 
 Priority = Callable[[Tensor, Count, Count, Tensor | None], Tensor]
@@ -95,10 +96,11 @@ class NearestSpec(RoutingSpec):
 
     kind: Literal["nearest"] = "nearest"
     similarity: Literal["dot", "cosine", "l2"] = Field(
-        "dot", description="of a token's memory key and a slot's key as read: dot product, cosine, or least distance"
+        default="dot",
+        description="of a token's memory key and a slot's key as read: dot product, cosine, or least distance",
     )
     new_slots: bool = Field(
-        True, description="whether a token may join a slot founded in the same step (KVM yes, OVQ no)"
+        default=True, description="whether a token may join a slot founded in the same step (KVM yes, OVQ no)"
     )
 
     def build(self) -> Nearest:
@@ -124,7 +126,7 @@ class Nearest(Routing):
         size, offsets = chunk.keys.shape[2], chunk.offsets
         everyone = chunk.keys.new_ones(chunk.keys.shape[:3], dtype=torch.bool)
         if isinstance(chunk.grant, int) and chunk.grant == size:
-            return Placement((chunk.live + offsets).expand(everyone.shape), everyone)
+            return Placement((chunk.live + offsets).expand(everyone.shape), everyone, drops=False)
 
         old = self.similarity(chunk.keys, chunk.slots)
         slots = torch.arange(old.shape[-1], device=old.device)
@@ -157,7 +159,7 @@ class Nearest(Routing):
                 new_target, new_score = _best(fresh, 0)
                 target = torch.where(new_score > score, new_target + chunk.live, target)
             slot = torch.where(founded, slot, target)
-        return Placement(slot, founded)
+        return Placement(slot, founded, drops=not chunk.joining)
 
     def _founders(self, chunk: Leaving, founded: Tensor, first_is_there: Count | bool) -> Tensor:
         """Similarity to the slots founded in this step, in token order: [b, g, c, max grant]; −inf where not a target."""
@@ -201,7 +203,7 @@ class Segment(Routing):
         if not chunk.joining:
             slot = torch.where(founded, slot, -1)
         shape = chunk.keys.shape[:3]
-        return Placement(slot.expand(shape), founded.expand(shape))
+        return Placement(slot.expand(shape), founded.expand(shape), drops=not chunk.joining)
 
 
 def _best(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,264 @@
+"""An attention layer that remembers as a policy says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import elu
+
+from memkit.catalog import as_policy
+from memkit.engine import attend
+from memkit.errors import InputError
+from memkit.memory import Memory
+from memkit.parameters import PolicyParameters
+from memkit.pieces.registry import Spec
+from memkit.pieces.rotary import Rotation
+from memkit.policy import Policy, PolicySpec
+
+__all__ = ["MemoryAttention", "QueryKeyNorm", "RotaryEmbedding", "RotaryEmbeddingSpec"]
+
+QueryKeyNorm = Literal["none", "layer-norm", "unit"]
+
+UNIT_EPS = 1e-5
+
+
+class RotaryEmbeddingSpec(Spec):
+    """How a layer rotates queries and keys (RoPE, arXiv 2104.09864); the first channels of each head turn.
+
+    Pair i of `width`/2 turns by position · frequency_i, from position 0 on.
+    """
+
+    width: int | None = Field(
+        default=None, ge=0, description="channels of each head that turn, even; 0: none; left out: all"
+    )
+    theta: float = Field(default=10_000.0, gt=1, description="base of the frequencies; more than 1")
+    pairing: Literal["adjacent", "half-split"] = Field(
+        default="half-split", description="whether channels (2i, 2i + 1) or (i, i + width/2) are a pair"
+    )
+    spacing: Literal["open", "closed"] = Field(
+        default="open",
+        description="open: frequency_i = theta^(−2i/width), which stops short of 1/theta; "
+        "closed: theta^(−i/(width/2 − 1)), the last one being 1/theta",
+    )
+    clockwise: bool = Field(
+        default=False, description="whether pairs turn the other way: (x, y) → (x cos + y sin, y cos − x sin)"
+    )
+
+    @model_validator(mode="after")
+    def _even(self) -> RotaryEmbeddingSpec:
+        if self.width is not None and self.width % 2:
+            raise ValueError(f"rotary.width must be even, for channels turn in pairs, got {self.width}")
+        return self
+
+    def turned_width(self, head_width: int) -> int:
+        """Channels that turn, of heads this wide. Raises `InputError` where they do not fit."""
+        width = head_width if self.width is None else self.width
+        if width > head_width or width % 2:
+            raise InputError(
+                f"rotary.width must be even and at most the head width {head_width}, got {width}; set rotary.width"
+            )
+        return width
+
+    def frequencies(self, head_width: int) -> Tensor:
+        """Radians per position of each pair, [width/2] float64; negative where pairs turn clockwise."""
+        pairs = self.turned_width(head_width) // 2
+        steps = pairs if self.spacing == "open" else max(pairs - 1, 1)
+        frequencies = self.theta ** (-torch.arange(pairs, dtype=torch.float64) / steps)
+        return -frequencies if self.clockwise else frequencies
+
+    def build(self, head_width: int) -> RotaryEmbedding:
+        """The embedding for heads this wide."""
+        return RotaryEmbedding(self, head_width)
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns the first channels of queries and keys by their positions. Has no parameters and no buffers.
+
+    rounding: where given, cos and sin are rounded to this dtype before they are used; some models were trained so.
+    """
+
+    def __init__(self, spec: RotaryEmbeddingSpec, head_width: int, rounding: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.spec, self.width, self.rounding = spec, spec.turned_width(head_width), rounding
+        # Not a buffer: module.to(torch.bfloat16) would round the frequencies, and long positions would go astray.
+        self.frequencies = spec.frequencies(head_width)
+
+    def rotation(self) -> Rotation | None:
+        """What policies that un-rotate need to know; None where nothing turns."""
+        return Rotation(self.spec.pairing, self.width, self.frequencies) if self.width else None
+
+    def forward(self, positions: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """Each of `vectors` [b, h, t, d] at positions [b, t]. Angles are taken in float64."""
+        if not self.width:
+            return vectors
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[:, None, :, None].double() * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self.rounding is not None:
+            cos, sin = cos.to(self.rounding), sin.to(self.rounding)
+        return tuple(self._turn(each, cos.to(each.dtype), sin.to(each.dtype)) for each in vectors)
+
+    def _turn(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turning, rest = vectors[..., : self.width], vectors[..., self.width :]
+        if self.spec.pairing == "adjacent":
+            x, y = turning[..., 0::2], turning[..., 1::2]
+            turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)
+        else:
+            x, y = turning.chunk(2, dim=-1)
+            turned = torch.cat((x * cos - y * sin, y * cos + x * sin), dim=-1)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+    def extra_repr(self) -> str:
+        rounding = "" if self.rounding is None else f", rounding={self.rounding}"
+        return f"width={self.width}, theta={self.spec.theta}, {self.spec.pairing}{rounding}"
+
+
+class MemoryAttention(nn.Module):
+    """Causal self-attention under a memory policy: y = (attention of x W_q over memory and x W_k, x W_v) W_o.
+
+    ```python
+    layer = memkit.MemoryAttention("kvm-sqrt-16", width=768, heads=6)
+    y, memory = layer(x)            # x [b, t, width]
+    y, memory = layer(more, memory)  # goes on where it stopped
+    ```
+
+    policy: a name, a PolicySpec or a Policy. width: of x and y. heads, kv_heads: query heads, and key/value heads that
+    groups of them share (as many where left out). head_width: of queries and keys (width / heads where left out);
+    value_width: of values (as wide as keys where left out).
+    qk_norm: `layer-norm` norms every head's query and key (weight and bias, shared by heads); `unit` divides them by
+    ‖·‖ + 1e-5, and scores are β·√d·q·k with β learned per head (arXiv 2602.03922).
+    rotary: how queries and keys are rotated, a RotaryEmbeddingSpec or its fields; left out: all channels, θ = 10,000.
+
+    Projections have no bias. The policy's learned parts (memory-key LayerNorm, temperatures) are in `learned`; merge
+    weights are 1 + ELU(x W_gate), one per token and key/value head. Works under `torch.autocast`: projections in its
+    dtype, routing and sums in float32.
+
+    Raises `InputError` where sizes do not fit, or the policy un-rotates what is not rotated.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | PolicySpec | Policy,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        value_width: int | None = None,
+        qk_norm: QueryKeyNorm = "none",
+        rotary: RotaryEmbeddingSpec | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy = as_policy(policy)
+        self.width, self.heads, self.kv_heads = width, heads, heads if kv_heads is None else kv_heads
+        self.head_width = _head_width(width, heads) if head_width is None else head_width
+        self.value_width = self.head_width if value_width is None else value_width
+        for name in ("width", "heads", "kv_heads", "head_width", "value_width"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if heads % self.kv_heads:
+            raise InputError(f"heads must be a multiple of kv_heads, got {heads} and {self.kv_heads}")
+        if qk_norm not in ("none", "layer-norm", "unit"):
+            raise InputError(f"qk_norm must be 'none', 'layer-norm' or 'unit', got {qk_norm!r}")
+        self.qk_norm = qk_norm
+
+        self.query = nn.Linear(width, heads * self.head_width, bias=False)
+        self.key = nn.Linear(width, self.kv_heads * self.head_width, bias=False)
+        self.value = nn.Linear(width, self.kv_heads * self.value_width, bias=False)
+        self.output = nn.Linear(heads * self.value_width, width, bias=False)
+        norms = qk_norm == "layer-norm"
+        self.query_norm = nn.LayerNorm(self.head_width) if norms else None
+        self.key_norm = nn.LayerNorm(self.head_width) if norms else None
+        self.query_scale = nn.Parameter(torch.ones(heads)) if qk_norm == "unit" else None
+
+        if not isinstance(rotary, RotaryEmbeddingSpec):
+            rotary = RotaryEmbeddingSpec(**(rotary or {}))
+        self.rotary = rotary.build(self.head_width)
+        if self.policy.needs_rotation and not self.rotary.width:
+            raise InputError(
+                f"rotary {self.policy.spec.rotary.kind} un-rotates keys, but this layer rotates none (rotary.width 0); "
+                "use a policy with rotary: {kind: keep}"
+            )
+        self.learned = PolicyParameters(self.policy, heads, self.head_width)
+        weighed = self.policy.merging.learned and not self.policy.exact_slots
+        self.gate = nn.Linear(width, self.kv_heads, bias=False) if weighed else None
+
+    def forward(
+        self, x: Tensor, memory: Memory | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Memory]:
+        """x [b, t, width] → y [b, t, width] and the memory to go on with.
+
+        memory: what an earlier call returned (without gradients this call takes it over, see `memkit.attend`);
+        lengths [b]: valid tokens of this call per row, the rest padding on the right, whose y is 0.
+        """
+        return self.remember(x, self.query(x), self.key(x), self.value(x), memory, lengths)
+
+    def remember(
+        self,
+        x: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        memory: Memory | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """What follows the projections, for layers that do something of their own to them.
+
+        x [b, t, width] for the merge weights; queries, keys, values [b, t, heads · d]: projected, not yet normed or
+        rotated.
+        """
+        queries = rearrange(queries, "b t (h d) -> b h t d", h=self.heads)
+        keys = rearrange(keys, "b t (g d) -> b g t d", g=self.kv_heads)
+        values = rearrange(values, "b t (g d) -> b g t d", g=self.kv_heads)
+        queries, keys, scale = self._normed(queries, keys)
+        queries, keys = self.rotary(self._positions(keys, memory), queries, keys)
+        # Under autocast a norm may return float32 where the projections are bfloat16.
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+        weights = None
+        if self.gate is not None:
+            weights = (1 + elu(self.gate(x).float())).transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            output, memory = attend(
+                self.policy,
+                queries,
+                keys,
+                values,
+                weights=weights,
+                parameters=self.learned,
+                rotation=self.rotary.rotation() if self.policy.needs_rotation else None,
+                scale=scale,
+                memory=memory,
+                lengths=lengths,
+            )
+        return self.output(rearrange(output, "b h t d -> b t (h d)")), memory
+
+    def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, float | None]:
+        """Normed queries and keys, and the scale of their scores; None for 1/√d."""
+        if self.query_norm is not None and self.key_norm is not None:
+            return self.query_norm(queries), self.key_norm(keys), None
+        if self.query_scale is None:
+            return queries, keys, None
+        queries, keys = (each / (each.norm(dim=-1, keepdim=True) + UNIT_EPS) for each in (queries, keys))
+        return queries * self.query_scale.to(queries.dtype)[:, None, None], keys, self.head_width**0.5
+
+    @staticmethod
+    def _positions(keys: Tensor, memory: Memory | None) -> Tensor:
+        """Positions of this call's tokens, [b, t]: they continue from the memory."""
+        positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], -1)
+        return positions if memory is None else positions + memory.seen.to(keys.device)[:, None]
+
+    def extra_repr(self) -> str:
+        groups = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
+        return f"{self.policy.name or 'policy'}, heads={self.heads}{groups}, head_width={self.head_width}"
+
+
+def _head_width(width: int, heads: int) -> int:
+    if heads < 1 or width % heads:
+        raise InputError(f"width must be a multiple of heads, got {width} and {heads}; or give head_width")
+    return width // heads

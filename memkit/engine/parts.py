@@ -1,0 +1,95 @@
+"""Which key sets the queries of a step meet: slots, older columns of the window, and the step's own, causally."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from memkit.engine.call import Call
+from memkit.engine.read import Part, hidden
+from memkit.engine.schedule import Schedule, Step, common
+from memkit.engine.timeline import Timeline
+from memkit.memory import Ready
+
+__all__ = ["Parts", "queries_apart"]
+
+
+def queries_apart(call: Call, timeline: Timeline) -> tuple[Tensor, Tensor]:
+    """Queries as they meet the window and as they meet the slots: heated, and un-rotated where slots are."""
+    policy, queries = call.policy, call.queries
+    assert queries is not None
+    remembering = queries
+    if policy.needs_rotation:
+        assert timeline.positions is not None
+        positions = timeline.positions[:, None, timeline.positions.shape[1] - queries.shape[2] :]
+        remembering = policy.rotary.memory_queries(queries, call.rotation, positions)
+    if call.parameters is None:
+        return queries, remembering
+    window, memory = call.parameters.temperature_window, call.parameters.temperature_memory
+    heated = queries if window is None else queries * window.to(queries.dtype)[:, None, None]
+    if policy.exact_slots:  # sinks are plain tokens
+        return heated, heated
+    return heated, remembering if memory is None else remembering * memory.to(queries.dtype)[:, None, None]
+
+
+class Parts:
+    """The parts of each step of a call."""
+
+    def __init__(self, schedule: Schedule, keys: Tensor, values: Tensor) -> None:
+        self.schedule, self.keys, self.values = schedule, keys, values
+        self.device, self.dtype = keys.device, keys.dtype
+
+    def of(self, step: Step, windowed: Tensor, remembering: Tensor, ready: Ready | None) -> list[Part]:
+        """What the step's queries meet; `ready` are the slots as they are then, None where none is live."""
+        parts: list[Part] = []
+        span = slice(step.start, step.stop)
+        if ready is not None:
+            most = step.most_slots
+            bias = None if ready.bias is None else ready.bias[:, :, None, :most]
+            if common(step.slots, step.active) is None:
+                slots = torch.arange(most, device=self.device)
+                beyond = self._hiding(slots >= self._per_row(step.slots))
+                bias = beyond if bias is None else bias + beyond
+            parts.append(Part(remembering[:, :, span], ready.keys[:, :, :most], ready.values[:, :, :most], bias))
+        queries = windowed[:, :, span]
+        begin, end = self.schedule.old + step.start, self.schedule.old + step.stop
+        alone = step.stop - step.start == 1
+        parts += self._older(step, queries, end if alone else begin)
+        if not alone:
+            parts.append(self._part(queries, begin, end, None, causal=True))
+        return parts
+
+    def _older(self, step: Step, queries: Tensor, end: int) -> list[Part]:
+        """Columns before `end` that the step's first query sees; masked where rows differ or later queries lose some."""
+        first = int(step.first[step.active].min())
+        band = self.schedule.policy.window.band
+        kept = first  # the first column that all queries of the step still see
+        if band is not None:
+            kept = min(max(first, self.schedule.old + step.stop - band), end)
+        uneven = common(step.first, step.active) is None
+        parts: list[Part] = []
+        for begin, stop in pairwise((first, kept, end)):
+            if stop == begin:
+                continue
+            columns = torch.arange(begin, stop, device=self.device)
+            bias = self._hiding(columns < self._per_row(step.first)) if uneven else None
+            if band is not None and begin < kept:
+                oldest = torch.arange(step.start, step.stop, device=self.device) + self.schedule.old - band + 1
+                fallen = self._hiding(columns < oldest[:, None]).transpose(0, 2)
+                bias = fallen if bias is None else torch.minimum(bias, fallen)
+            parts.append(self._part(queries, begin, stop, bias))
+        return parts
+
+    def _part(self, queries: Tensor, begin: int, end: int, bias: Tensor | None, causal: bool = False) -> Part:
+        keys, values = self.keys[:, :, begin:end], self.values[:, :, begin:end]
+        return Part(queries, keys, values, bias, causal, columns=(begin, end))
+
+    def _hiding(self, hide: Tensor) -> Tensor:
+        """A bias that hides keys: hide [b, n] → [b, 1, 1, n]."""
+        bias = torch.zeros(hide.shape, dtype=self.dtype, device=self.device)
+        return bias.masked_fill_(hide, hidden(self.dtype))[:, None, None]
+
+    def _per_row(self, numbers) -> Tensor:
+        return torch.from_numpy(numbers).to(self.device)[:, None]
