@@ -1,5 +1,6 @@
 """memkit: how an attention layer remembers, as a configuration choice."""
 
+from memkit.attention import MemoryAttention
 from memkit.catalog import load_policy, policy_names
 from memkit.engine import attend, plan
 from memkit.errors import InputError, MemkitError, MemoryStateError, ModelError, PolicyError
@@ -16,6 +17,7 @@ __all__ = [
     "InputError",
     "MemkitError",
     "Memory",
+    "MemoryAttention",
     "MemoryStateError",
     "ModelError",
     "Plan",

@@ -84,39 +84,24 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, spec: RotaryEmbeddingSpec, head_width: int, rounding: torch.dtype | None = None) -> None:
         super().__init__()
-        self.spec, self.width, self.rounding = spec, spec.turned_width(head_width), rounding
+        self.rounding = rounding
+        width = spec.turned_width(head_width)
         # Not a buffer: module.to(torch.bfloat16) would round the frequencies, and long positions would go astray.
-        self.frequencies = spec.frequencies(head_width)
-
-    def rotation(self) -> Rotation | None:
-        """What policies that un-rotate need to know; None where nothing turns."""
-        return Rotation(self.spec.pairing, self.width, self.frequencies) if self.width else None
+        self.rotation = Rotation(spec.pairing, width, spec.frequencies(head_width)) if width else None
 
     def forward(self, positions: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-        """Each of `vectors` [b, h, t, d] at positions [b, t]. Angles are taken in float64."""
-        if not self.width:
+        """Each of `vectors` [b, h, t, d] at positions [b, t]."""
+        rotation = self.rotation
+        if rotation is None:
             return vectors
-        if self.frequencies.device != positions.device:
-            self.frequencies = self.frequencies.to(positions.device)
-        angles = positions[:, None, :, None].double() * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rotation.angles(positions[:, None])
         if self.rounding is not None:
             cos, sin = cos.to(self.rounding), sin.to(self.rounding)
-        return tuple(self._turn(each, cos.to(each.dtype), sin.to(each.dtype)) for each in vectors)
-
-    def _turn(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turning, rest = vectors[..., : self.width], vectors[..., self.width :]
-        if self.spec.pairing == "adjacent":
-            x, y = turning[..., 0::2], turning[..., 1::2]
-            turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)
-        else:
-            x, y = turning.chunk(2, dim=-1)
-            turned = torch.cat((x * cos - y * sin, y * cos + x * sin), dim=-1)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+        return tuple(rotation.turn(each, cos, sin) for each in vectors)
 
     def extra_repr(self) -> str:
         rounding = "" if self.rounding is None else f", rounding={self.rounding}"
-        return f"width={self.width}, theta={self.spec.theta}, {self.spec.pairing}{rounding}"
+        return f"{self.rotation.width if self.rotation else 0} channels{rounding}"
 
 
 class MemoryAttention(nn.Module):
@@ -180,7 +165,7 @@ class MemoryAttention(nn.Module):
         if not isinstance(rotary, RotaryEmbeddingSpec):
             rotary = RotaryEmbeddingSpec(**(rotary or {}))
         self.rotary = rotary.build(self.head_width)
-        if self.policy.needs_rotation and not self.rotary.width:
+        if self.policy.needs_rotation and self.rotary.rotation is None:
             raise InputError(
                 f"rotary {self.policy.spec.rotary.kind} un-rotates keys, but this layer rotates none (rotary.width 0); "
                 "use a policy with rotary: {kind: keep}"
@@ -189,9 +174,7 @@ class MemoryAttention(nn.Module):
         weighed = self.policy.merging.learned and not self.policy.exact_slots
         self.gate = nn.Linear(width, self.kv_heads, bias=False) if weighed else None
 
-    def forward(
-        self, x: Tensor, memory: Memory | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Memory]:
+    def forward(self, x: Tensor, memory: Memory | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Memory]:
         """x [b, t, width] → y [b, t, width] and the memory to go on with.
 
         memory: what an earlier call returned (without gradients this call takes it over, see `memkit.attend`);
@@ -231,7 +214,7 @@ class MemoryAttention(nn.Module):
                 values,
                 weights=weights,
                 parameters=self.learned,
-                rotation=self.rotary.rotation() if self.policy.needs_rotation else None,
+                rotation=self.rotary.rotation if self.policy.needs_rotation else None,
                 scale=scale,
                 memory=memory,
                 lengths=lengths,

@@ -184,7 +184,7 @@ class _Recall(torch.autograd.Function):
         memory = run.call.memory
         first = (None, None) if memory is None else (sums.detach(), scalars.detach())
         parts = Parts(run.schedule, keys.detach(), values.detach())
-        kept = Slots(run.call, sums.new_empty(0), scalars.new_empty(0), slots.working_copy, in_place=True)
+        kept = Slots(run.call, sums.new_empty(0), scalars.new_empty(0), slots.ready, in_place=True)
         kept.undo = slots.undo
         ctx.recorded = Recorded(run.call, run.schedule.steps, parts, kept, *first)
         ctx.save_for_backward(windowed, remembering, weights, output, lse)

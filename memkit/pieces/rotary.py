@@ -46,11 +46,18 @@ class Rotation:
             )
 
     def apply(self, vectors: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
-        """Rotate vectors [..., d] to positions [...] (or back, `inverse`). Angles are taken in float64."""
-        angles = positions.double().unsqueeze(-1) * self.frequencies.to(vectors.device).double()
-        cos, sin = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
-        if inverse:
-            sin = -sin
+        """Rotate vectors [..., d] to positions [...] (or back, `inverse`)."""
+        cos, sin = self.angles(positions)
+        return self.turn(vectors, cos, -sin if inverse else sin)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every pair's angle at positions [...], each [..., width/2] float64."""
+        angles = positions.double().unsqueeze(-1) * self.frequencies.to(positions.device).double()
+        return angles.cos(), angles.sin()
+
+    def turn(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn the pairs of vectors [..., d] by angles given as cos and sin [..., width/2]."""
+        cos, sin = cos.to(vectors.dtype), sin.to(vectors.dtype)
         turning, rest = vectors[..., : self.width], vectors[..., self.width :]
         if self.pairing == "adjacent":
             x, y = turning[..., 0::2], turning[..., 1::2]
