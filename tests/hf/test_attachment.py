@@ -1,0 +1,392 @@
+import copy
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import memkit
+from memkit import hf
+from memkit.errors import InputError, MemoryStateError, ModelError
+from tests.hf.tiny import randomised, tiny_config
+
+# Shipped policies on chunks of 8, so that 90 tokens are many chunks.
+SMALL = {
+    "full": {},
+    "window-512": {"window.size": 20},
+    "block-window-3x256": {"chunker.size": 8},
+    "streaming-4-512": {"window.size": 20},
+    "block-mean-8": {"chunker.size": 8},
+    "free-kvm-fixed": {"chunker.size": 8, "growth.slots": 12},
+    "free-kvm-sqrt": {"chunker.size": 8},
+    "free-kvm-log": {"chunker.size": 8, "growth.per_doubling": 4, "growth.start": 8},
+    "free-block-mean": {"chunker.size": 8},
+}
+FREE = [name for name in SMALL if name.startswith("free-")]
+
+
+def small(name: str) -> memkit.PolicySpec:
+    return memkit.load_policy(name, SMALL[name])
+
+
+def read(model, ids: torch.Tensor, *cuts: int, **kwargs) -> torch.Tensor:
+    """Logits of all tokens, read in one call or cut into several."""
+    cache, logits = None, []
+    for begin, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
+        output = model(ids[:, begin:end], past_key_values=cache, use_cache=True, **kwargs)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
+
+
+# Full attention is the untouched model's
+
+
+@torch.no_grad()
+def test_full_is_the_untouched_model_in_prefill_and_token_by_token(tiny, ids):
+    expected = tiny(ids).logits
+    with hf.attach(tiny, "full"):
+        close(tiny(ids).logits, expected)
+        close(tiny(ids, use_cache=False).logits, expected)
+        close(read(tiny, ids, *range(1, 90)), expected)
+
+
+@torch.no_grad()
+def test_full_is_the_untouched_smollm_in_prefill_and_token_by_token(smollm):
+    text = "Full attention reads every token it has ever seen, and pays for each of them. " * 12
+    ids = torch.tensor([smollm.tokenizer(text)["input_ids"][:160]])
+    expected = smollm.model(ids).logits
+    with hf.attach(smollm.model, "full"):
+        close(smollm.model(ids).logits, expected)
+        close(read(smollm.model, ids, 140, *range(141, 160)), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "changes"),
+    [
+        (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+        (Qwen2ForCausalLM, Qwen2Config, {}),
+        (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+        (
+            LlamaForCausalLM,
+            type(tiny_config()),
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        ),
+        (
+            LlamaForCausalLM,
+            type(tiny_config()),
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        ),
+    ],
+    ids=["mistral", "qwen2", "qwen3", "linear rope", "yarn"],
+)
+@torch.no_grad()
+def test_families_and_rope_types(model, config, changes, ids):
+    stock = randomised(model(tiny_config(config, **changes)))
+    expected = stock(ids).logits
+    with hf.attach(stock, "full"):
+        close(read(stock, ids, 50), expected)
+    # Every token founds a slot and stands at its own position: un-rotating and rotating again is the identity.
+    spec = memkit.load_policy(
+        "free-kvm-sqrt", SMALL["free-kvm-sqrt"] | {"growth.kind": "linear", "growth.fraction": 1.0}
+    )
+    with hf.attach(stock, spec):
+        close(read(stock, ids, 50), expected, 2e-3)
+
+
+@torch.no_grad()
+def test_bare_decoder(ids):
+    decoder = randomised(LlamaModel(tiny_config()))
+    expected = decoder(ids).last_hidden_state
+    with hf.attach(decoder, "full"):
+        close(decoder(ids).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_window_is_a_band_of_full_attention(tiny, ids):
+    position = torch.arange(90)
+    seen = (position <= position[:, None]) & (position > position[:, None] - 20)
+    expected = tiny(ids, attention_mask=seen.expand(2, 1, -1, -1)).logits
+    with hf.attach(tiny, small("window-512")):
+        close(tiny(ids).logits, expected)
+
+
+# However a text is split, however rows are padded
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_split_equals_whole(tiny, ids, name):
+    with hf.attach(tiny, small(name)):
+        whole = tiny(ids).logits
+        close(read(tiny, ids, 13, 14, 15, 40, 72), whole)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_padded_rows_equal_rows_alone(tiny, ids, name):
+    cuts = [(40, 23), (8, 1), (1, 17)]  # tokens per row in each of three calls
+    with hf.attach(tiny, small(name)):
+        cache, read_so_far, masks = None, [0, 0], []
+        rows: list[list[torch.Tensor]] = [[], []]
+        for call, lengths in enumerate(cuts):
+            part = torch.zeros(2, max(lengths), dtype=torch.long)
+            for row, length in enumerate(lengths):
+                part[row, :length] = ids[row, read_so_far[row] : read_so_far[row] + length]
+                read_so_far[row] += length
+            masks.append(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
+            mask = masks[-1] if call == 1 else torch.cat(masks, dim=1)  # of this call, or of all so far
+            output = tiny(part, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            for row, length in enumerate(lengths):
+                rows[row].append(output.logits[row, :length])
+        for row, length in enumerate(read_so_far):
+            close(torch.cat(rows[row]), tiny(ids[row : row + 1, :length]).logits[0])
+        assert [memory.seen.tolist() for memory in hf.memories(cache)] == [read_so_far, read_so_far]
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+def test_gradients_flow_and_equal_the_untouched_models(tiny, ids):
+    def gradient() -> torch.Tensor:
+        tiny.zero_grad()
+        tiny(ids, labels=ids).loss.backward()
+        return tiny.model.layers[0].self_attn.k_proj.weight.grad.clone()
+
+    expected = gradient()
+    with hf.attach(tiny, "full"):
+        close(gradient(), expected)
+        tiny.train()
+        tiny.gradient_checkpointing_enable()
+        close(gradient(), expected)
+    tiny.gradient_checkpointing_disable()
+
+
+# generate
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"prefill_chunk_size": 7},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_generate_as_the_untouched_model(tiny, ids, options):
+    options = {"max_new_tokens": 12, "do_sample": False, **options}
+    expected = tiny.generate(ids, **options)
+    with hf.attach(tiny, "full"):
+        assert torch.equal(tiny.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_generate_on_a_policy_is_greedy_decoding(tiny, ids, name):
+    with hf.attach(tiny, small(name)):
+        generated = tiny.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+        with torch.no_grad():
+            again = tiny(generated.sequences[:, :-1]).logits[:, 89:].argmax(-1)
+    assert torch.equal(generated.sequences[:, 90:], again)
+    assert [memory.seen.tolist() for memory in hf.memories(generated.past_key_values)] == [[109, 109]] * 2
+
+
+@torch.no_grad()
+def test_generate_continues_a_cache(tiny, ids):
+    with hf.attach(tiny, small("free-kvm-sqrt")):
+        expected = tiny.generate(ids, max_new_tokens=6, do_sample=False)
+        cache = tiny(ids[:, :70], use_cache=True).past_key_values
+        kept = copy.deepcopy(cache)
+        for past in (cache, kept):
+            assert torch.equal(tiny.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=past), expected)
+
+
+@torch.no_grad()
+def test_an_empty_cache_of_ones_own_is_filled(tiny, ids):
+    with hf.attach(tiny, "full"):
+        cache = DynamicCache()
+        parts = [tiny(part, past_key_values=cache).logits for part in ids.split(30, dim=1)]
+        close(torch.cat(parts, dim=1), tiny(ids).logits)
+        assert cache.get_seq_length() == 90
+
+
+@torch.no_grad()
+def test_memory_is_shared_by_a_group_of_query_heads(tiny, ids):
+    with hf.attach(tiny, small("free-kvm-fixed")):
+        memory = hf.memories(tiny(ids, use_cache=True).past_key_values)[0]
+    assert memory.counts.shape == (2, 2, 12)  # two rows, two key/value heads of four query heads, twelve slots
+
+
+# The model is left as it was
+
+
+def state(model) -> tuple:
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    return copy.deepcopy(model.config.to_dict()), model.config._attn_implementation, hooks, list(vars(model))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_model_is_restored_after_use_and_after_errors(tiny, ids, implementation):
+    tiny.set_attn_implementation(implementation)
+    before, expected = state(tiny), tiny(ids).logits
+    with hf.attach(tiny, "window-512"):
+        tiny(ids)
+    assert state(tiny) == before
+    for policy, call, error, message in (
+        ("window-512", lambda: tiny(ids + 211), IndexError, "out of range"),
+        ("window-512", lambda: tiny(ids, output_attentions=True), InputError, "output_attentions"),
+        ("kvm-sqrt-16", lambda: tiny(ids), ModelError, "learned"),
+        ("no-such-policy", lambda: tiny(ids), memkit.PolicyError, "unknown policy"),
+    ):
+        with pytest.raises(error, match=message), hf.attach(tiny, policy):
+            call()
+        assert state(tiny) == before
+    assert torch.equal(tiny(ids).logits, expected)
+
+
+def test_second_attach_is_refused_and_leaves_the_first(tiny, ids):
+    with hf.attach(tiny, small("window-512")):
+        expected = tiny(ids).logits
+        with pytest.raises(ModelError, match=r"one policy at a time.*leave the first"), hf.attach(tiny, "full"):
+            pass
+        assert torch.equal(tiny(ids).logits, expected)
+
+
+def test_cache_is_of_no_use_outside_or_under_another_policy(tiny, ids):
+    with hf.attach(tiny, small("free-kvm-sqrt")):
+        cache = tiny(ids, use_cache=True).past_key_values
+    with pytest.raises(MemoryStateError, match=r"under policy free-kvm-sqrt.*inside memkit\.hf\.attach"):
+        tiny(ids, past_key_values=cache)
+    with (
+        hf.attach(tiny, "full"),
+        pytest.raises(MemoryStateError, match="must be of the attached policy, full, got free-kvm-sqrt"),
+    ):
+        tiny(ids, past_key_values=cache)
+
+
+def test_a_model_that_shares_the_config_is_refused(tiny, ids):
+    other = LlamaForCausalLM(tiny.config)
+    with hf.attach(tiny, "full"), pytest.raises(ModelError, match="shares its config"):
+        other(ids)
+
+
+# What is refused: rule, value, remedy in one line
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "changes", "message"),
+    [
+        (GPT2LMHeadModel, GPT2Config, {}, r"Llama family \(llama, mistral, qwen2, qwen3\), got gpt2"),
+        (MistralForCausalLM, MistralConfig, {}, "got sliding_window 4096"),
+        (
+            Qwen2ForCausalLM,
+            Qwen2Config,
+            {"use_sliding_window": True, "max_window_layers": 1},
+            "got sliding_window 4096",
+        ),
+    ],
+)
+def test_models_that_are_refused(model, config, changes, message):
+    with pytest.raises(ModelError, match=message), hf.attach(model(tiny_config(config, **changes)), "full"):
+        pass
+
+
+def test_moving_frequencies_are_refused_only_where_keys_are_unrotated(ids):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = LlamaForCausalLM(tiny_config(rope_parameters=rope))
+    with pytest.raises(ModelError, match="fixed rotary frequencies, got rope type dynamic"):
+        hf.attach(model, "free-kvm-sqrt").__enter__()
+    with hf.attach(model, "window-512"):
+        model(ids)
+
+
+def test_learned_parts_are_refused_with_the_reason(tiny):
+    with pytest.raises(
+        ModelError, match=r"got kvm-sqrt-16, which needs merge weights.*LayerNorm.*use a free-\* policy"
+    ):
+        hf.attach(tiny, "kvm-sqrt-16").__enter__()
+
+
+def left_padded(model, ids):
+    model(ids, attention_mask=torch.tensor([[1] * 90, [0] * 3 + [1] * 87]))
+
+
+def padded_generate(model, ids):
+    model.generate(ids, attention_mask=torch.tensor([[1] * 90, [1] * 87 + [0] * 3]), max_new_tokens=2)
+
+
+def four_dimensional_mask(model, ids):
+    model(ids, attention_mask=torch.ones(2, 1, 90, 90))
+
+
+def mask_of_another_text(model, ids):
+    cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :1], attention_mask=torch.tensor([[0] + [1] * 90] * 2), past_key_values=cache)
+
+
+def positions_of_ones_own(model, ids):
+    model(ids, position_ids=torch.arange(5, 95)[None])
+
+
+def stock_cache(model, ids):
+    model.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+def assisted(model, ids):
+    model.generate(ids[:1], max_new_tokens=8, prompt_lookup_num_tokens=2, do_sample=False)
+
+
+def weights_wanted(model, ids):
+    model(ids, output_attentions=True)
+
+
+def bidirectional(model, ids):
+    model(ids, is_causal=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (left_padded, r"padding must be on the right.*row 1.*padding_side = 'right'"),
+        (padded_generate, r"as generate sets it.*padding in row 1; generate rows of equal length"),
+        (four_dimensional_mask, r"attention_mask must cover.*\(2, 90\).*got \(2, 1, 90, 90\)"),
+        (mask_of_another_text, r"must mark the tokens already read, \[90, 90\] per row, got \[89, 89\]"),
+        (positions_of_ones_own, r"position_ids must count each row's tokens.*leave position_ids out"),
+        (stock_cache, r"got a StaticCache of 0 tokens; leave past_key_values and cache_implementation out"),
+        (assisted, r"cannot forget its newest tokens.*without assisted decoding"),
+        (weights_wanted, "leave output_attentions out"),
+        (bidirectional, "causal, got is_causal False"),
+    ],
+)
+def test_calls_that_are_refused(tiny, ids, call, message):
+    with hf.attach(tiny, "full"), pytest.raises((InputError, MemoryStateError), match=message) as caught:
+        call(tiny, ids)
+    assert "\n" not in str(caught.value)
+
+
+def test_attention_dropout_is_refused_in_training(ids):
+    model = LlamaForCausalLM(tiny_config(attention_dropout=0.1)).train()
+    with hf.attach(model, "full"), pytest.raises(ModelError, match=r"must be 0 on a memory, got 0\.1"):
+        model(ids)
+
+
+def test_memories_of_a_stock_cache_are_refused(tiny, ids):
+    with pytest.raises(MemoryStateError, match="must be what an attached model returned"):
+        hf.memories(tiny(ids, use_cache=True).past_key_values)

@@ -1,0 +1,246 @@
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+import rich.console
+import torch
+from transformers import LlamaForCausalLM
+
+import memkit
+from memkit import comparison, hf
+from memkit.comparison import Comparison, Measurement, compare
+from memkit.errors import InputError, ModelError, PolicyError
+from tests.hf.tiny import randomised, tiny_config
+
+mpl.use("agg")
+
+# Merges by place in the text: equal letters have all but equal keys, and ties that rounding decides differ by split.
+FREE = memkit.load_policy("free-block-mean", {"chunker.size": 8})
+WINDOW = memkit.load_policy("window-512", {"window.size": 20})
+
+
+class Letters:
+    """A tokenizer: one token per character."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 208 for letter in text]}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> hf.LoadedModel:
+    return hf.LoadedModel(randomised(LlamaForCausalLM(tiny_config())), Letters(), "tiny", 0.5)
+
+
+@pytest.fixture(scope="module")
+def small(loaded: hf.LoadedModel) -> Comparison:
+    return compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=3)
+
+
+def plain(comparison: Comparison, width: int = 80) -> str:
+    console = rich.console.Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(comparison.table())
+    return console.export_text()
+
+
+def test_loss_is_the_untouched_models_over_the_scored_positions(loaded: hf.LoadedModel, small: Comparison):
+    ids = torch.tensor([Letters()(comparison.default_text())["input_ids"][:200]])
+    with torch.no_grad():
+        logits = loaded.model(ids).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[49:199], ids[0, 50:])
+    assert small.policies[0].loss == pytest.approx(float(expected), abs=1e-5)
+    assert small.settings["scored"] == 150
+
+
+@pytest.mark.parametrize(("segment", "cut"), [(7, 3), (50, 256), (64, 16), (200, 150)])
+def test_segments_and_slices_change_no_loss(loaded, small, monkeypatch, segment, cut):
+    monkeypatch.setattr(comparison, "SEGMENT", segment)
+    monkeypatch.setattr(comparison, "SLICE", cut)
+    again = compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=1)
+    for one, other in zip(again.policies, small.policies, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=1e-5)
+        assert (one.slots, one.window) == (other.slots, other.window)
+
+
+def test_costs_and_differences(loaded: hf.LoadedModel, small: Comparison):
+    full, window, free = small.policies
+    assert (full.slots, full.window, window.slots, window.window) == (0, 200, 0, 20)
+    policy = FREE.build()
+    assert free.slots == policy.slots_after(200)
+    with torch.no_grad(), hf.attach(loaded.model, FREE):
+        ids = torch.tensor([Letters()(comparison.default_text())["input_ids"][:200]])
+        layers = hf.memories(loaded.model(ids, use_cache=True).past_key_values)
+    assert free.bytes == sum(memory.bytes for memory in layers)
+    assert (full.difference, full.bytes_share, full.held_share) == (0, 1, 1)
+    for entry in (window, free):
+        assert entry.difference == pytest.approx(entry.loss - full.loss)
+        assert entry.bytes_share == entry.bytes / full.bytes
+        assert entry.held_share == (entry.slots + entry.window) / 200
+        assert entry.read_seconds > 0
+        assert entry.decode_ms > 0
+
+
+def test_without_full_there_is_nothing_to_compare_with(loaded: hf.LoadedModel):
+    alone = compare([WINDOW], model=loaded, tokens=60, skip=50, decoded=1)
+    (entry,) = alone.policies
+    assert (entry.difference, entry.difference_error, entry.bytes_share, entry.held_share) == (None,) * 4
+    assert "compare full too" in plain(alone)
+
+
+def test_model_is_left_as_it_was_and_runs_repeat(loaded: hf.LoadedModel, small: Comparison):
+    loaded.model.train()
+    state = torch.random.get_rng_state()
+    again = compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=1)
+    assert [entry.loss for entry in again.policies] == [entry.loss for entry in small.policies]
+    assert loaded.model.training
+    assert torch.equal(state, torch.random.get_rng_state())
+    loaded.model.eval()
+
+
+def entry(policy: str, size: int, loss: float) -> Measurement:
+    return Measurement(policy, loss, None, None, 1, 1, None, size, None, 1.0, 1.0)
+
+
+def test_front():
+    points = [("a", 10, 3.0), ("b", 10, 3.0), ("c", 10, 3.1), ("d", 20, 2.0), ("e", 30, 2.0), ("f", 5, 9.0)]
+    measured = [(WINDOW.build(), entry(*point), torch.zeros(1)) for point in points]
+    assert "".join(e.policy for e in comparison._against_full(measured) if e.front) == "abdf"
+
+
+def test_json_is_as_documented(small: Comparison):
+    data = json.loads(small.to_json())
+    assert list(data) == ["settings", "policies"]
+    names = [field.name for field in fields(Measurement)]
+    assert {"policy", "loss", "bytes", "slots", "read_seconds", "decode_ms"} < set(names)
+    assert all(list(row) == names for row in data["policies"])
+    assert [row["policy"] for row in data["policies"]] == ["full", "window-512", "free-block-mean"]
+    documented = (Comparison.__doc__ or "").partition("settings:")[2]
+    assert [name for name in data["settings"] if name not in documented] == []
+    assert data["settings"]["model"] == "tiny"
+    assert data["settings"]["versions"]["torch"] == torch.__version__
+    assert all(name in (Measurement.__doc__ or "") for name in names)
+
+
+def test_pandas_frame(small: Comparison):
+    frame = small.to_pandas()
+    assert frame.policy.tolist() == ["full", "window-512", "free-block-mean"]
+    assert frame.attrs["tokens"] == 200
+
+
+def test_table_fits_80_columns_and_is_sorted_by_memory(small: Comparison):
+    text = plain(small)
+    assert "…" not in text
+    rows = [line.split() for line in text.splitlines() if re.match(r"[ ●]+(full|window-512|free-block-mean) ", line)]
+    order = [cells[-9] for cells in rows]
+    assert order == [e.policy for e in sorted(small.policies, key=lambda e: e.bytes)]
+    assert [cells[0] == "●" for cells in rows] == [e.front for e in sorted(small.policies, key=lambda e: e.bytes)]
+    for setting in ("tiny", "pydoc_data.topics", "200 tokens", "2 threads", "torch", "seed 0"):
+        assert setting in text
+
+
+def test_html_and_figure(small: Comparison):
+    page = small._repr_html_()
+    assert page.count("<tr>") == 4
+    assert "free-block-mean" in page
+    given = replace(small, settings=small.settings | {"text": "<script>"})
+    assert "<script>" not in given._repr_html_()
+    axes = small.plot()
+    assert {text.get_text() for text in axes.texts} == {"full", "window-512", "free-block-mean"}
+    assert axes.get_xscale() == "log"
+    assert small.plot(axes) is axes
+
+
+def test_progress_reaches_the_end_of_every_policy(loaded: hf.LoadedModel):
+    calls: list[tuple[str, int, int]] = []
+    options = {"model": loaded, "tokens": 60, "skip": 50, "decoded": 2}
+    compare([WINDOW, FREE], progress=lambda *call: calls.append(call), **options)
+    assert [call for call in calls if call[1] == call[2]] == [("window-512", 62, 62), ("free-block-mean", 62, 62)]
+
+    from memkit.viz.comparison import progress_bar
+
+    with progress_bar(2) as report:
+        compare([WINDOW, FREE], progress=report, **options)
+
+
+def test_overrides_policies_of_ones_own_and_names(loaded: hf.LoadedModel):
+    options = {"model": loaded, "tokens": 60, "skip": 50, "decoded": 1}
+    names = [e.policy for e in compare([WINDOW, WINDOW.build(), WINDOW.named(None)], **options).policies]
+    assert names == ["window-512", "window-512 (2)", "unnamed"]
+    changed = compare(["window-512"], overrides={"window.size": 7}, **options)
+    assert changed.policies[0].window == 7
+    assert changed.settings["overrides"] == {"window.size": 7}
+    assert "set: window.size=7" in plain(changed)
+
+
+def test_text_of_ones_own(loaded: hf.LoadedModel, tmp_path: Path):
+    options = {"model": loaded, "tokens": 60, "skip": 50, "decoded": 1}
+    text = "Wer reitet so spät durch Nacht und Wind? " * 3
+    path = tmp_path / "erlkönig.txt"
+    path.write_text(text, encoding="utf-8")
+    given, read = compare(["full"], text=text, **options), compare(["full"], text=path, **options)
+    assert given.policies[0].loss == read.policies[0].loss
+    assert (given.settings["text"], read.settings["text"]) == ("given text", "erlkönig.txt")
+    assert given.settings["text_sha256"] == read.settings["text_sha256"]
+
+
+def test_default_text_is_the_same_every_time():
+    text = comparison.default_text()
+    assert len(text) > 400_000
+    assert text == comparison.default_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"skip": 0}, InputError, "skip must be a whole number, at least 1, got 0"),
+        ({"tokens": 50}, InputError, r"tokens must be .* at least 51 \(skip \+ 1.*, got 50"),
+        ({"decoded": 0}, InputError, "decoded must be a whole number, at least 1, got 0"),
+        ({"text": "short"}, InputError, "tokens must be at most 5, the length of given text, got 60"),
+        ({"text": Path("nowhere.txt")}, InputError, r"nowhere\.txt must be a text file in UTF-8"),
+        ({"policies": ["ful"]}, PolicyError, "unknown policy 'ful'"),
+        ({"policies": ["full", "kvm-sqrt-16"]}, ModelError, "kvm-sqrt-16, which needs merge weights"),
+        ({"overrides": {"window.sice": 1}}, PolicyError, "sice"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_is_read(loaded, options, error, message):
+    def never(*call: object) -> None:
+        raise AssertionError(f"measured {call}")
+
+    arguments = {"policies": ["window-512"], "model": loaded, "tokens": 60, "skip": 50, **options}
+    with pytest.raises(error, match=message) as caught:
+        compare(arguments.pop("policies"), progress=never, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_extras_are_missing_one_line_says_how_to_get_them(small: Comparison, monkeypatch: pytest.MonkeyPatch):
+    for module, use, remedy in (
+        ("pandas", small.to_pandas, "pip install pandas"),
+        ("matplotlib", small.plot, r"pip install 'memkit-attention\[notebook\]'"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(ModelError, match=remedy):
+                use()
+
+
+def test_importing_loads_no_heavy_package():
+    program = "import sys, memkit.comparison; print({'rich', 'matplotlib', 'pandas', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.slow
+def test_the_main_job_takes_less_than_six_minutes():
+    whole = compare()
+    assert [entry.policy for entry in whole.policies] == list(comparison.DEFAULT_POLICIES)
+    full = whole.policies[0]
+    assert all(math.isfinite(entry.loss) and entry.loss >= full.loss - 0.01 for entry in whole.policies)
+    assert all(entry.bytes < full.bytes for entry in whole.policies[1:])
+    measured = sum(entry.read_seconds for entry in whole.policies)
+    assert whole.settings["load_seconds"] + measured < 360
