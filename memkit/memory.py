@@ -202,7 +202,7 @@ class Memory:
         """Raise where the memory is another policy's."""
         if self.policy is not policy and self.policy.spec != policy.spec:
             raise MemoryStateError(
-                f"this memory belongs to {_named(self.policy.spec)}, not to {_named(policy.spec)}; start with memory=None"
+                f"memory belongs to {_named(self.policy.spec)}, not to {_named(policy.spec)}; start with memory=None"
             )
 
     @property

@@ -13,10 +13,10 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from memkit.pieces.admission import AdmissionSpec, NoAdmissionSpec, NoveltySpec
 from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
-from memkit.pieces.growth import NoGrowthSpec
+from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
 from memkit.pieces.merging import MeanSpec, Merging, MergingSpec
 from memkit.pieces.readout import ReadoutSpec
-from memkit.pieces.registry import AnyOf, FamilySpec, Spec
+from memkit.pieces.registry import AnyOf, Spec
 from memkit.pieces.rotary import KeepSpec, RotarySpec
 from memkit.pieces.routing import NearestSpec, RoutingSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
@@ -38,7 +38,7 @@ class PolicySpec(Spec):
         ge=0,
         description="first tokens that always found the first slots; counted in the budget, never merged into",
     )
-    growth: Annotated[FamilySpec, AnyOf("growth")] = Field(
+    growth: Annotated[AnyGrowthSpec, AnyOf("growth")] = Field(
         default=NoGrowthSpec(), description="slots allowed after n tokens"
     )
     admission: Annotated[AdmissionSpec, AnyOf("admission")] = Field(
@@ -130,7 +130,7 @@ def _founding(spec: PolicySpec) -> None:
 def _joining(spec: PolicySpec) -> None:
     """A token that founds nothing must have a slot to join."""
     merging: Merging = spec.merging.build()
-    if isinstance(spec.growth, NoGrowthSpec) or not merging.joins:
+    if not isinstance(spec.growth, GrowthSpec) or not merging.joins:
         return
     policy = Policy(spec)
     slots = policy.slots_after_chunk(spec.sinks // policy.chunk)
@@ -168,8 +168,8 @@ def _radius(spec: PolicySpec) -> None:
         and spec.routing.build().founds
     ):
         raise ValueError(
-            f"readout.value: birth-radius needs slots founded by one token, and routing {spec.routing.kind} founds them "
-            "by runs; use value: mean-norm, or routing: {kind: nearest}"
+            f"readout.value: birth-radius needs slots founded by one token, and routing {spec.routing.kind} founds "
+            "them by runs; use value: mean-norm, or routing: {kind: nearest}"
         )
 
 
@@ -230,14 +230,12 @@ class Policy:
         return tuple(part for part, needed in parts.items() if needed)
 
     def budget(self, begin: int) -> int:
-        """Slots allowed once the chunk that starts at token `begin` has left the window (sinks counted, chunk clipped)."""
+        """Slots allowed once the chunk that starts at token `begin` has left the window, sinks counted."""
         leaving = begin + self.chunk
         if self.growth is None:
             return min(self.sinks, leaving)
-        if self.growth.spec.counts == "seen":
-            tokens = begin + (self.window.capacity or 0)
-        else:
-            tokens = leaving
+        seen = self.growth.spec.counts == "seen"
+        tokens = begin + (self.window.capacity or 0) if seen else leaving
         budget = self.growth.budget(tokens)
         return min(max(self.sinks, budget), leaving)
 

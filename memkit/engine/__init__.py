@@ -47,7 +47,7 @@ def attend(
     rotation: how keys were rotated, needed by `unrotate` and `rerotate`, refused elsewhere.
     scale: of the scores; None: 1/√d.
     memory: what an earlier call returned. Without gradients this call takes it over, updating it in place: the old
-    handle raises when used again, `memory.fork()` copies. With gradients it is left as it is, and gradients flow through.
+    handle raises when used again, `memory.fork()` copies. With gradients it is left as it is, and they flow through.
     lengths [b]: valid tokens of this call per row, 0 … t, the rest padding on the right, whose outputs are 0.
     plan: follow this plan instead of making one. backend: "reference" is the oracle, token by token in float64.
 
@@ -87,7 +87,7 @@ def plan(
     memory: Memory | None = None,
     lengths: Tensor | None = None,
 ) -> Plan:
-    """Where each token that leaves the window during such a call goes. Arguments as for `attend`; memory is only read."""
+    """Where each token that leaves the window in such a call goes. Arguments as for `attend`; memory is only read."""
     call = check_call(
         as_policy(policy),
         None,

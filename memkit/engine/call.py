@@ -20,7 +20,7 @@ __all__ = ["Call"]
 class Call:
     """A checked call. Tensors as `memkit.attend` takes them; queries and values are None where only a plan is wanted.
 
-    key_norm: weight and bias of the memory-key LayerNorm, None for 1 and 0; differentiable: whether gradients are wanted.
+    key_norm: weight and bias of the memory-key LayerNorm, None for 1 and 0.
     """
 
     policy: Policy

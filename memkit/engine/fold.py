@@ -24,8 +24,8 @@ class Chunk:
     """Tokens that leave the window together.
 
     keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
-    first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its columns on the timeline, one slice
-    for all rows or numbers [b, c].
+    first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its timeline columns, one slice for
+    all rows or numbers [b, c].
     """
 
     keys: Tensor
@@ -41,7 +41,7 @@ class Fold:
     """What undoing one fold takes: kept where a backward pass will run through it.
 
     target [n]: the slot of each of the chunk's tokens, as rows of the tensors seen as [b·g·m, …];
-    touched [n']: the slots that were read anew; sums, scalars: what they held after the fold; before: as they were read
+    touched [n']: the slots that were read anew; sums, scalars: what they held after the fold; before: how they read
     before it.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ class Parts:
         return parts
 
     def _older(self, step: Step, queries: Tensor, end: int) -> list[Part]:
-        """Columns before `end` that the step's first query sees; masked where rows differ or later queries lose some."""
+        """Columns before `end` that the first query sees; masked where rows differ or later queries lose some."""
         first = int(step.first[step.active].min())
         band = self.schedule.policy.window.band
         kept = first  # the first column that all queries of the step still see
@@ -91,5 +92,5 @@ class Parts:
         bias = torch.zeros(hide.shape, dtype=self.dtype, device=self.device)
         return bias.masked_fill_(hide, hidden(self.dtype))[:, None, None]
 
-    def _per_row(self, numbers) -> Tensor:
+    def _per_row(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.device)[:, None]

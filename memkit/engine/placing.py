@@ -24,7 +24,7 @@ def leaving_chunk(call: Call, timeline: Timeline, schedule: Schedule, exit_: Exi
         values=None if timeline.values is None else columns(timeline.values, where),
         weights=None if timeline.weights is None else columns(timeline.weights, where),
         positions=None if timeline.positions is None else columns(timeline.positions[:, None], where),
-        first=_shared(timeline, exit_.begin == 0, exit_.leaves),
+        first=_shared(timeline, exit_.begin == 0, exit_.leaves) != 0,
         where=where,
     )
 
@@ -102,11 +102,11 @@ def _span(timeline: Timeline, exit_: Exit, begin: np.ndarray) -> slice | Tensor:
     return timeline.per_row(np.where(exit_.leaves, begin, 0))[:, None] + torch.arange(size, device=timeline.device)
 
 
-def _shared(timeline: Timeline, numbers: np.ndarray, among: np.ndarray):
+def _shared(timeline: Timeline, numbers: np.ndarray, among: np.ndarray) -> int | Tensor:
     """What the rows in `among` have in common, as one number; else one per row, [b, 1, 1]."""
     one = common(numbers, among)
     if one is not None:
-        return bool(one) if numbers.dtype == np.bool_ else one
+        return one
     return timeline.per_row(numbers * among)[:, None, None]
 
 

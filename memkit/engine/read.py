@@ -87,7 +87,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         output, lse, *tensors = ctx.saved_tensors
         parts = [Part(*tensors[3 * i : 3 * i + 3], *kind) for i, kind in enumerate(ctx.kinds)]
         found = attend_parts_backward(parts, ctx.scale, output, lse, grads[0])

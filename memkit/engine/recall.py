@@ -2,8 +2,8 @@
 
 Forward keeps, per chunk, how the slots it touched read before and what they summed after: as many numbers as the chunk
 has. Backward then walks the steps in reverse, restores how slots read at each, and carries two gradients along: that of
-how each slot reads, until the fold that read it anew turns it into the gradient of its sums; and that of the sums, which
-a slot's tokens gather on the way (it is the suffix sum over all later readings).
+how each slot reads, until the fold that read it anew turns it into its sums' gradient; and that of the sums, which a
+slot's tokens gather on the way (it is the suffix sum over all later readings).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ how it is read, how many slots there may be, which tokens found and join them, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from functools import cached_property
@@ -22,7 +22,19 @@ import torch
 from torch import Tensor
 
 from memkit.memory import Memory
-from memkit.pieces.routing import Leaving
+from memkit.pieces.growth import (
+    FixedGrowthSpec,
+    GrowthSpec,
+    LinearGrowthSpec,
+    LogGrowthSpec,
+    PowerGrowthSpec,
+    SaturatingGrowthSpec,
+    SqrtGrowthSpec,
+)
+from memkit.pieces.merging import DropSpec, MeanSpec, WeightedMeanSpec
+from memkit.pieces.rotary import ZeroSpec
+from memkit.pieces.routing import Leaving, NearestSpec, SegmentSpec
+from memkit.pieces.window import AllWindowSpec, BlockWindowSpec, SlidingWindowSpec
 from memkit.plan import Plan
 
 if TYPE_CHECKING:
@@ -182,15 +194,22 @@ class Slot:
         return self.count.log() if counted else torch.zeros_like(self.count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Token:
     """One token of one head. place: its rotary position, None where the policy un-rotates nothing."""
 
+    rules: Rules
     position: int
     key: Tensor
     value: Tensor
     weight: Tensor | None
     place: Tensor | None
+
+    @cached_property
+    def memory_key(self) -> Tensor:
+        """k̄: the key after the rotary treatment, then after the LayerNorm where slots are read with one."""
+        key = self.rules.treated(self.key, self.place)
+        return self.rules.layer_norm(key) if self.rules.spec.readout.key == "layer-norm" else key
 
 
 # What the policy's fields mean
@@ -211,19 +230,16 @@ class Rules:
         self.norm_bias = None if learned is None else as_double(learned.key_norm_bias)
         self.window_heat = None if learned is None else as_double(learned.temperature_window)
         self.memory_heat = None if learned is None else as_double(learned.temperature_memory)
-        # A rule of a user's own may be anything; the shipped ones are their fields.
-        self.own_merging = self.spec.merging.kind not in ("mean", "drop", "weighted-mean")
 
     def sees_from(self, position: int) -> int:
         """The first token that the query at `position` sees exactly."""
-        size, window = self.spec.chunker.build().size, self.spec.window
-        match window.kind:
-            case "all":
+        match self.spec.window:
+            case AllWindowSpec(kind="all"):
                 return 0
-            case "sliding":
-                return max(0, position - window.size + 1)
-            case "block":
-                return max(0, position // size - window.chunks + 1) * size
+            case SlidingWindowSpec(kind="sliding", size=size):
+                return max(0, position - size + 1)
+            case BlockWindowSpec(kind="block", chunks=chunks):
+                return max(0, position // self.chunk - chunks + 1) * self.chunk
             case _:
                 return int(self.policy.window.begin(position))
 
@@ -238,9 +254,10 @@ class Rules:
         growth, size, after = self.spec.growth, self.chunk, self.slots_after_chunks
         if self.sinks_are_tokens:
             return min(self.spec.sinks, left)
+        assert isinstance(growth, GrowthSpec)
         while (len(after) - 1) * size < left:
             begin, slots = (len(after) - 1) * size, after[-1]
-            counted = begin + (definitely(self.policy.window.capacity) if growth.counts == "seen" else size)
+            counted = begin + ((self.policy.window.capacity or 0) if growth.counts == "seen" else size)
             allowed = min(max(self.spec.sinks, self.budget(counted)), begin + size)
             granted = min(size, max(0, allowed - slots))
             after.append(slots + (size if begin == 0 and growth.first_chunk == "whole" else granted))
@@ -249,23 +266,23 @@ class Rules:
     def budget(self, tokens: int) -> int:
         """Slots allowed after so many tokens: min(cap, max(floor, ⌊f(n)⌋ rounded down))."""
         growth = self.spec.growth
+        assert isinstance(growth, GrowthSpec) and self.policy.growth is not None
         with localcontext() as context:
             context.prec = 60
             n = Decimal(tokens)
-            match growth.kind:
-                case "fixed":
-                    size = Decimal(growth.slots)
-                case "sqrt":
-                    size = written_as(growth.factor) * n.sqrt()
-                case "power":
-                    size = written_as(growth.factor) * n ** written_as(growth.exponent)
-                case "log":
-                    doublings = (1 + n / written_as(growth.start)).ln() / Decimal(2).ln()
-                    size = written_as(growth.per_doubling) * doublings
-                case "saturating":
-                    size = growth.limit * n / (growth.limit + n)
-                case "linear":
-                    size = written_as(growth.fraction) * n
+            match growth:
+                case FixedGrowthSpec(kind="fixed", slots=slots):
+                    size = Decimal(slots)
+                case SqrtGrowthSpec(kind="sqrt", factor=factor):
+                    size = written_as(factor) * n.sqrt()
+                case PowerGrowthSpec(kind="power", factor=factor, exponent=exponent):
+                    size = written_as(factor) * n ** written_as(exponent)
+                case LogGrowthSpec(kind="log", per_doubling=slots, start=start):
+                    size = written_as(slots) * (1 + n / written_as(start)).ln() / Decimal(2).ln()
+                case SaturatingGrowthSpec(kind="saturating", limit=limit):
+                    size = limit * n / (limit + n)
+                case LinearGrowthSpec(kind="linear", fraction=fraction):
+                    size = written_as(fraction) * n
                 case _:
                     return self.policy.growth.budget(tokens)
             # 60 digits, of which the last may be wrong: 3.99…9 stands for the whole number it rounds to.
@@ -274,12 +291,7 @@ class Rules:
         allowed = max(growth.floor, rounded)
         return allowed if growth.cap is None else min(growth.cap, allowed)
 
-    # A token's memory key, and its weight
-
-    def memory_key(self, token: Token) -> Tensor:
-        """k̄: the key after the rotary treatment, then after the LayerNorm where slots are read with one."""
-        key = self.treated(token.key, token.place)
-        return self.layer_norm(key) if self.spec.readout.key == "layer-norm" else key
+    # What a token brings
 
     def treated(self, key: Tensor, place: Tensor | None) -> Tensor:
         """A key as the rotary treatment leaves it."""
@@ -288,7 +300,8 @@ class Rules:
             case "keep":
                 return key
             case "zero":
-                width = rotary.width if rotary.width is not None else int(rotary.share * len(key))
+                assert isinstance(rotary, ZeroSpec)
+                width = rotary.width if rotary.width is not None else int((rotary.share or 0) * len(key))
                 return torch.cat((torch.zeros_like(key[:width]), key[width:]))
             case "unrotate" | "rerotate":
                 assert place is not None
@@ -336,18 +349,19 @@ class Rules:
     def weights(self, chunk: list[Token]) -> list[Tensor]:
         """How much each token weighs, before it is known whether it founds."""
         one = torch.ones_like(chunk[0].key[0])
-        merging = self.spec.merging
-        if self.own_merging:
-            keys = torch.stack([token.key for token in chunk])[None, None]
-            given = [token.weight for token in chunk if token.weight is not None]
-            learned = torch.stack(given)[None, None] if given else None
-            found = self.policy.merging.weight(keys, learned)
-            return [one] * len(chunk) if found is None else list(found.expand(1, 1, len(chunk))[0, 0])
-        if merging.kind != "weighted-mean":
-            return [one] * len(chunk)
-        if merging.weight == "key-norm":
-            return [token.key.norm() for token in chunk]
-        return [one if token.weight is None else token.weight for token in chunk]
+        match self.spec.merging:
+            case MeanSpec(kind="mean") | DropSpec(kind="drop"):
+                return [one] * len(chunk)
+            case WeightedMeanSpec(kind="weighted-mean", weight="key-norm"):
+                return [token.key.norm() for token in chunk]
+            case WeightedMeanSpec(kind="weighted-mean", weight="learned"):
+                return [definitely(token.weight) for token in chunk]
+            case _:
+                keys = torch.stack([token.key for token in chunk])[None, None]
+                given = [token.weight for token in chunk if token.weight is not None]
+                learned = torch.stack(given)[None, None] if given else None
+                found = self.policy.merging.weight(keys, learned)
+                return [one] * len(chunk) if found is None else list(found.expand(1, 1, len(chunk))[0, 0])
 
     def alone(self, token: Token, weight: Tensor, founds: bool) -> Slot:
         """What a token brings: a slot of its own if it founds, what it adds to a slot if it joins.
@@ -363,7 +377,7 @@ class Rules:
         if self.sinks_are_tokens:
             key, for_key, for_value, mass = token.key, one, one, one
         else:
-            key = self.memory_key(token)
+            key = token.memory_key
         radius = token.value.norm() * (one if first else for_value)
         return Slot(
             rules=self,
@@ -409,50 +423,50 @@ class Rules:
 
     # Which tokens found, and where the others go
 
-    def similarity(self, key: Tensor, slot: Tensor) -> float:
-        """How near a memory key is to a slot's key as read."""
+    def similarities(self, key: Tensor, slots: Tensor) -> list[float]:
+        """How near a memory key [d] is to slots' keys as read [m, d]."""
+        assert isinstance(self.spec.routing, NearestSpec)
         match self.spec.routing.similarity:
             case "dot":
-                return float(key @ slot)
+                scores = slots @ key
             case "cosine":
-                return float(direction(key) @ direction(slot))
+                scores = slots @ key / (slots.norm(dim=1).clamp(min=TINY) * key.norm().clamp(min=TINY))
             case "l2":
-                return -float((key - slot).square().sum())
+                scores = -(slots - key).square().sum(1)
+        return scores.tolist()
 
     def place(self, chunk: list[Token], slots: list[Slot], granted: int) -> list[Placed]:
         """All of a chunk is routed before any sum changes. The first S tokens of a row found in any case."""
         forced = min(max(self.spec.sinks - chunk[0].position, 0), len(chunk))
         if self.sinks_are_tokens:
             return [(token.position, True) if token.position < self.spec.sinks else (-1, False) for token in chunk]
-        match self.spec.routing.kind:
-            case "nearest":
-                return self.place_nearest(chunk, slots, granted, forced)
-            case "segment":
+        match self.spec.routing:
+            case NearestSpec(kind="nearest", new_slots=new_slots):
+                return self.place_nearest(chunk, slots, granted, forced, new_slots)
+            case SegmentSpec(kind="segment"):
                 return self.place_runs(chunk, slots, granted, forced)
             case _:
                 return self.place_otherwise(chunk, slots, granted, forced)
 
-    def place_nearest(self, chunk: list[Token], slots: list[Slot], granted: int, forced: int) -> list[Placed]:
+    def place_nearest(
+        self, chunk: list[Token], slots: list[Slot], granted: int, forced: int, new_slots: bool
+    ) -> list[Placed]:
         """Admission says who founds; every other token joins the most similar slot that is no sink."""
-        keys = [self.memory_key(token) for token in chunk]
-        fresh = [self.alone(token, weight, True) for token, weight in zip(chunk, self.weights(chunk), strict=True)]
-        judged = self.spec.admission.kind == "novelty" or (
-            self.policy.admission is not None and self.policy.admission.compares
-        )
+        keys, weights = [token.memory_key.detach() for token in chunk], self.weights(chunk)
         # In an empty memory token 0 founds a slot, and the rest are judged against it.
-        opening = judged and not slots and granted > 0
-        chosen = set(range(forced)) | ({0} if opening else set())
-        known = [fresh[0]] if opening else slots
-        free = [j for j in range(len(chunk)) if j not in chosen]
-        chosen |= set(self.admitted(free, granted - len(chosen), keys, known))
-
-        founders = sorted(chosen)
+        opening = self.compares and not slots and granted > 0
+        known = [self.alone(chunk[0], weights[0], True)] if opening else slots
+        ahead = max(forced, 1) if opening else forced
+        free = list(range(ahead, len(chunk)))
+        founders = [*range(ahead), *sorted(self.admitted(free, granted - ahead, keys, known))]
         home = {j: len(slots) + i for i, j in enumerate(founders)}
+
         targets = list(enumerate(slots))[self.spec.sinks :]
-        if self.spec.routing.new_slots:
-            targets += [(home[j], fresh[j]) for j in founders if j >= forced]
-        elif opening and forced == 0:
-            targets += [(home[0], fresh[0])]
+        for j in founders:
+            # Where new slots are no targets, the first slot of an empty memory still is.
+            if j >= forced and (new_slots or (opening and j == 0)):
+                targets.append((home[j], self.alone(chunk[j], weights[j], True)))
+        there = compared([slot for _, slot in targets], keys[0])
         placed: list[Placed] = []
         for j, key in enumerate(keys):
             if j in home:
@@ -460,9 +474,15 @@ class Rules:
             elif not self.policy.merging.joins or not targets:
                 placed.append((-1, False))
             else:
-                scores = [self.similarity(key, slot.compared) for _, slot in targets]
-                placed.append((targets[first_of(max, scores)][0], False))
+                scores = self.similarities(key, there)
+                placed.append((targets[scores.index(max(scores))][0], False))  # ties: the lowest slot
         return placed
+
+    @property
+    def compares(self) -> bool:
+        """Whether admission judges tokens by the slots there are."""
+        own = self.policy.admission
+        return self.spec.admission.kind == "novelty" or (own is not None and own.compares)
 
     def admitted(self, free: list[int], wanted: int, keys: list[Tensor], slots: list[Slot]) -> list[int]:
         """Which `wanted` tokens among those with offsets `free` found."""
@@ -470,7 +490,8 @@ class Rules:
             return []
         match self.spec.admission.kind:
             case "novelty":
-                redundancy = [max(self.similarity(keys[j], slot.compared) for slot in slots) for j in free]
+                there = compared(slots, keys[0])
+                redundancy = [max(self.similarities(keys[j], there)) for j in free]
                 return [free[i] for i in in_order(redundancy)[:wanted]]
             case "recency":
                 return free[len(free) - wanted :]
@@ -482,7 +503,8 @@ class Rules:
                 offsets = torch.arange(len(keys)) - (len(keys) - len(free))
                 redundancy = None
                 if rule.compares:
-                    best = [max(self.similarity(key, slot.compared) for slot in slots) for key in keys]
+                    there = compared(slots, keys[0])
+                    best = [max(self.similarities(key, there)) for key in keys]
                     redundancy = torch.tensor(best, dtype=torch.float64)[None, None]
                 order = rule.priority(offsets, len(free), wanted, redundancy).expand(1, 1, len(keys))[0, 0]
                 return [free[i] for i in in_order([float(order[j]) for j in free])[:wanted]]
@@ -503,18 +525,17 @@ class Rules:
 
     def place_otherwise(self, chunk: list[Token], slots: list[Slot], granted: int, forced: int) -> list[Placed]:
         """A user's own routing."""
-        policy, keys = self.policy, [self.memory_key(token) for token in chunk]
-        weights = self.weights(chunk)
+        policy, keys = self.policy, [token.memory_key.detach() for token in chunk]
 
         def alone() -> Tensor:
-            fresh = [self.alone(token, weight, True) for token, weight in zip(chunk, weights, strict=True)]
-            return stacked([slot.compared for slot in fresh], keys[0])[None, None]
+            fresh = [self.alone(token, weight, True) for token, weight in zip(chunk, self.weights(chunk), strict=True)]
+            return compared(fresh, keys[0])[None, None]
 
         admission = policy.admission
         placement = policy.routing.place(
             Leaving(
-                keys=torch.stack(keys)[None, None].detach(),
-                slots=stacked([slot.compared for slot in slots], keys[0])[None, None].detach(),
+                keys=torch.stack(keys)[None, None],
+                slots=compared(slots, keys[0])[None, None],
                 live=len(slots),
                 sinks=self.spec.sinks,
                 forced=forced,
@@ -577,6 +598,7 @@ class Head:
         """The token at `position`, which must still be held."""
         at = position - self.origin
         return Token(
+            rules=self.rules,
             position=position,
             key=self.keys[at],
             value=self.values[at],
@@ -747,19 +769,19 @@ def ratio(part: Tensor | int, whole: Tensor) -> Tensor:
     return part / whole if whole > 0 else torch.zeros_like(whole)
 
 
-def first_of(choose: Callable[[Sequence[float]], float], scores: Sequence[float]) -> int:
-    """Where the chosen score stands first: ties go to the lowest slot, or the earliest token."""
-    return scores.index(choose(scores))
-
-
-def in_order(scores: Sequence[float]) -> list[int]:
-    """Indices from the lowest score to the highest, ties in order."""
+def in_order(scores: list[float]) -> list[int]:
+    """Indices from the lowest score to the highest; ties: the earliest."""
     return sorted(range(len(scores)), key=lambda i: scores[i])
 
 
 def stacked(vectors: list[Tensor], like: Tensor) -> Tensor:
     """Vectors as rows, none of them included."""
     return torch.stack(vectors) if vectors else like.new_zeros(0, *like.shape)
+
+
+def compared(slots: list[Slot], like: Tensor) -> Tensor:
+    """Slots' keys as routing compares them, [m, d], without a gradient."""
+    return stacked([slot.compared.detach() for slot in slots], like)
 
 
 def written_as(number: float) -> Decimal:

@@ -27,8 +27,8 @@ Rows = np.ndarray
 class Exit:
     """A chunk that leaves the window of some rows.
 
-    leaves [b]: which rows; begin [b]: the chunk's first position; live, grant, forced [b]: slots before it, tokens of it
-    that found, and how many of those are sinks.
+    leaves [b]: which rows; begin [b]: the chunk's first position; live, grant, forced [b]: slots before it, its
+    tokens that found, and how many of those are sinks.
     """
 
     leaves: Rows

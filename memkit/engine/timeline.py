@@ -97,7 +97,7 @@ class Timeline:
         return torch.cat((held.narrow(axis, memory.end - old, old), new), dim=axis)
 
     def _positions(self) -> tuple[Tensor | None, Tensor | None]:
-        """Positions of this call's tokens, [b, t] float64, and where they continue, [b]; where the policy un-rotates."""
+        """Positions of this call's tokens, [b, t] float64, and where they go on, [b]; None without rotation."""
         call, memory = self.call, self.call.memory
         if not call.policy.needs_rotation:
             return None, None

@@ -192,7 +192,7 @@ class _Recall(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = backward(ctx.recorded, *ctx.saved_tensors, *given)
         norm = grads.norm or [None, None]
         return (

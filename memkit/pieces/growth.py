@@ -18,6 +18,7 @@ from memkit.errors import PolicyError
 from memkit.pieces.registry import FamilySpec, register
 
 __all__ = [
+    "AnyGrowthSpec",
     "FixedGrowthSpec",
     "Growth",
     "GrowthSpec",
@@ -55,10 +56,18 @@ class Growth(ABC):
         return budget if self.spec.cap is None else min(self.spec.cap, budget)
 
 
-class GrowthSpec(FamilySpec):
-    """Declares a growth schedule."""
+class AnyGrowthSpec(FamilySpec):
+    """Declares a growth schedule, or that there is none."""
 
     family: ClassVar[str] = "growth"
+
+    @abstractmethod
+    def build(self) -> Growth | None:
+        """The schedule; None where there are never slots but sinks."""
+
+
+class GrowthSpec(AnyGrowthSpec):
+    """Declares a growth schedule, with the bounds that every schedule has."""
 
     floor: int = Field(default=0, ge=0, description="slots allowed at least")
     cap: int | None = Field(default=None, ge=0, description="slots allowed at most, included; left out: no cap")
@@ -80,15 +89,14 @@ class GrowthSpec(FamilySpec):
         return self
 
     @abstractmethod
-    def build(self) -> Growth | None:
-        """The schedule; None where there are never slots but sinks."""
+    def build(self) -> Growth:
+        """The schedule."""
 
 
 @register
-class NoGrowthSpec(FamilySpec):
+class NoGrowthSpec(AnyGrowthSpec):
     """No slots but the sinks, which stay exact tokens at their own positions; all others are dropped."""
 
-    family: ClassVar[str] = "growth"
     kind: Literal["none"] = "none"
 
     def build(self) -> None:

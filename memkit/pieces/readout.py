@@ -67,7 +67,7 @@ class Readout:
         return tuple(name for name, needed in wanted.items() if needed)
 
     def key(self, sums: Tensor, scalars: Scalars, norm: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The slots' keys, not rotated: sums [..., m, d] → [..., m, d]. norm: weight and bias of the LayerNorm, each [d]."""
+        """The slots' keys, not rotated: sums [..., m, d] → [..., m, d]; norm: the LayerNorm's weight and bias, [d]."""
         match self.spec.key:
             case "layer-norm":
                 weight, bias = norm if norm is not None else (None, None)
@@ -83,7 +83,7 @@ class Readout:
         """The slots' values: sums [..., m, v] → [..., m, v]."""
         match self.spec.value:
             case "birth-radius":
-                return normalize(sums, dim=-1, eps=1e-12) * _like(scalars["radius"], sums).unsqueeze(-1)
+                return normalize(sums, dim=-1, eps=1e-12) * scalars["radius"].to(sums.dtype).unsqueeze(-1)
             case "mean-norm":
                 return normalize(sums, dim=-1, eps=1e-12) * _share(scalars["value_norm"], scalars["mass"], sums)
             case "count-mean":

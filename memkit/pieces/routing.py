@@ -27,7 +27,7 @@ Count = int | Tensor
 class Leaving:
     """A chunk that leaves the window, and the memory as it is before that.
 
-    keys [b, g, c, d]: memory keys, float32 or float64; slots [b, g, m, d]: the slots' keys as they are read, not rotated.
+    keys [b, g, c, d]: memory keys, float32 or float64; slots [b, g, m, d]: the slots' keys as read, not rotated.
     live: slots that exist (m of them at most); sinks: how many of those are never a target;
     forced: tokens at the chunk's front that are sinks and found in any case; grant ≥ forced: tokens that found.
     alone(): the tokens' keys as slots of their own would be read, [b, g, c, d].
@@ -162,7 +162,7 @@ class Nearest(Routing):
         return Placement(slot, founded, drops=not chunk.joining)
 
     def _founders(self, chunk: Leaving, founded: Tensor, first_is_there: Count | bool) -> Tensor:
-        """Similarity to the slots founded in this step, in token order: [b, g, c, max grant]; −inf where not a target."""
+        """Similarity to the slots founded in this step, in token order, [b, g, c, max grant]; −inf: not a target."""
         most, alone = chunk.max_grant, chunk.alone()
         # Founders' offsets first, in order; the offsets of the others behind them are masked below.
         where = torch.argsort((~founded).long(), dim=-1, stable=True)[..., :most]

@@ -7,16 +7,18 @@ Tokens before `begin(p)` have left the window by then: the memory has absorbed o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from memkit.pieces.registry import FamilySpec, register
 
 __all__ = ["AllWindow", "BlockWindow", "SlidingWindow", "Window", "WindowSpec"]
 
-Position = TypeVar("Position", int, np.ndarray)
+Position = int | NDArray[np.int64]
+"""A position in the sequence, or one per row of a batch."""
 
 
 class Window(ABC):
@@ -30,7 +32,7 @@ class Window(ABC):
     """The number of tokens each query sees where that is the same for all; None where it changes by whole chunks."""
 
     @abstractmethod
-    def begin(self, position: Position) -> Position:
+    def begin(self, position: Position) -> NDArray[np.int64]:
         """First position seen exactly by the query at `position`; 0 ≤ begin ≤ position, never falling."""
 
 
@@ -38,22 +40,23 @@ class BlockWindow(Window):
     """The W newest chunks: begin(p) = max(0, ⌊p/C⌋ − W + 1)·C (arXiv 2605.09877, block sliding window attention)."""
 
     def __init__(self, chunk: int, chunks: int) -> None:
-        self.unit, self.chunks = chunk, chunks
+        self.unit = self.chunk = chunk
+        self.chunks = chunks
         self.capacity = chunk * chunks
 
-    def begin(self, position: Position) -> Position:
-        return np.maximum(0, position // self.unit - self.chunks + 1) * self.unit
+    def begin(self, position: Position) -> NDArray[np.int64]:
+        return np.maximum(0, np.asarray(position) // self.chunk - self.chunks + 1) * self.chunk
 
 
 class SlidingWindow(Window):
     """The last n tokens, the query included: begin(p) = max(0, p − n + 1)."""
 
     def __init__(self, size: int) -> None:
-        self.capacity = self.band = size
+        self.size = self.capacity = self.band = size
         self.unit = 1
 
-    def begin(self, position: Position) -> Position:
-        return np.maximum(0, position - self.capacity + 1)
+    def begin(self, position: Position) -> NDArray[np.int64]:
+        return np.maximum(0, np.asarray(position) - self.size + 1)
 
 
 class AllWindow(Window):
@@ -62,8 +65,8 @@ class AllWindow(Window):
     capacity = None
     unit = None
 
-    def begin(self, position: Position) -> Position:
-        return position * 0
+    def begin(self, position: Position) -> NDArray[np.int64]:
+        return np.zeros_like(position)
 
 
 class WindowSpec(FamilySpec):
