@@ -6,6 +6,7 @@ A file is data: loading one never imports or runs anything.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,8 @@ def policy_names() -> list[str]:
 def policy_header(name: str) -> str:
     """The comment at the head of a shipped policy's file: what it is, where it comes from, when to use it."""
     lines = _path(name).read_text(encoding="utf-8").splitlines()
-    comment = [
-        line.lstrip("# ").rstrip() for line in lines if line.startswith("#") and "yaml-language-server" not in line
-    ]
-    return "\n".join(comment)
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
 
 
 def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | None = None) -> PolicySpec:
@@ -56,8 +55,9 @@ def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | 
             return _shipped(str(policy))
         path = _path(policy)
         name, source, data = path.stem, str(policy), _read(path)
-    for field, value in (overrides or {}).items():
-        _override(data, field, value)
+    changes = (overrides or {}).items()
+    for field, value in sorted(changes, key=lambda change: change[0].split(".")[-1] != "kind"):
+        _override(data, source, field, value)
     return _validate(data, source).named(name)
 
 
@@ -105,12 +105,14 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], field: str, value: Any) -> None:
+def _override(data: dict[str, Any], source: str, field: str, value: Any) -> None:
     *parents, last = field.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
-            raise PolicyError(f"{field}: {parent} is no mapping, so it has no field {last}")
+            raise PolicyError(
+                f"{source}: {field}: {parent} is a plain value and has no field {last}; set {parent} itself"
+            )
     if last == "kind" and data.get("kind") != value:
         data.clear()
     data[last] = value

@@ -116,11 +116,13 @@ class Nearest(Routing):
         self.kind, self.new_slots = similarity, new_slots
 
     def similarity(self, keys: Tensor, slots: Tensor) -> Tensor:
-        """[b, g, c, m]; l2 is −½·distance² up to a term that is the same for all slots of a token."""
+        """[b, g, c, m]; l2 is −½·distance²."""
         if self.kind == "cosine":
             keys, slots = normalize(keys, dim=-1), normalize(slots, dim=-1)
         scores = keys @ slots.mT
-        return scores - slots.square().sum(-1).unsqueeze(-2) / 2 if self.kind == "l2" else scores
+        if self.kind == "l2":  # the keys' own term changes no token's slot, but which tokens are novel
+            return scores - slots.square().sum(-1).unsqueeze(-2) / 2 - keys.square().sum(-1).unsqueeze(-1) / 2
+        return scores
 
     def place(self, chunk: Leaving, priority: Priority | None, redundancy: bool) -> Placement:
         size, offsets = chunk.keys.shape[2], chunk.offsets
