@@ -81,7 +81,7 @@ class PolicySpec(Spec):
 
     def build(self) -> Policy:
         """The pieces, put together (once)."""
-        if self._policy is None:
+        if self._policy is None or self._policy.spec is not self:  # a changed copy takes private attributes along
             self._policy = Policy(self)
         return self._policy
 
