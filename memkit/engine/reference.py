@@ -158,7 +158,7 @@ class Slot:
             case "mean-norm":
                 return direction(self.key) * ratio(self.key_norm, self.mass)
             case "mean":
-                return self.key * ratio(1, self.mass)
+                return ratio(self.key, self.mass)
 
     @cached_property
     def met(self) -> Tensor:
@@ -183,9 +183,9 @@ class Slot:
             case "mean-norm":
                 return direction(self.value) * ratio(self.value_norm, self.mass)
             case "count-mean":
-                return self.value * ratio(1, self.count)
+                return ratio(self.value, self.count)
             case "mean":
-                return self.value * ratio(1, self.mass)
+                return ratio(self.value, self.mass)
 
     @property
     def bias(self) -> Tensor:
@@ -430,7 +430,8 @@ class Rules:
             case "dot":
                 scores = slots @ key
             case "cosine":
-                scores = slots @ key / (slots.norm(dim=1).clamp(min=TINY) * key.norm().clamp(min=TINY))
+                # One root of whole numbers, so that small integer keys of one direction tie exactly.
+                scores = slots @ key / (slots.square().sum(1) * key.square().sum()).sqrt().clamp(min=TINY**2)
             case "l2":
                 scores = -(slots - key).square().sum(1)
         return scores.tolist()
@@ -764,9 +765,9 @@ def direction(vector: Tensor) -> Tensor:
     return vector / vector.norm().clamp(min=TINY)
 
 
-def ratio(part: Tensor | int, whole: Tensor) -> Tensor:
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole; 0 where the whole is 0 (a slot without mass is read as zero)."""
-    return part / whole if whole > 0 else torch.zeros_like(whole)
+    return part / whole if whole > 0 else torch.zeros_like(part)
 
 
 def in_order(scores: list[float]) -> list[int]:

@@ -1,0 +1,229 @@
+"""Small policies and inputs for the engine's tests, and how near two results must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import memkit
+from memkit.pieces.growth import GrowthSpec
+from memkit.pieces.window import BlockWindowSpec, SlidingWindowSpec
+
+CHUNK = 8
+WIDTH, VALUE_WIDTH = 8, 6
+
+Tensors = dict[str, Tensor]
+
+
+def scaled(spec: memkit.PolicySpec, chunk: int = CHUNK) -> memkit.PolicySpec:
+    """The same policy in small: chunks of `chunk` tokens, and budgets that stand to them as they did before."""
+    if isinstance(spec.window, SlidingWindowSpec):
+        return memkit.load_policy(spec, {"window.size": 2 * chunk})
+    smaller = chunk / spec.chunker.build().size
+    changed: dict[str, Any] = {"chunker.size": chunk}
+    growth = spec.growth
+    if isinstance(growth, GrowthSpec):
+        # f'(n·s) = s·f(n) for every schedule f, s the scale.
+        by_field = {
+            "slots": smaller,
+            "limit": smaller,
+            "per_doubling": smaller,
+            "start": smaller,
+            "factor": smaller ** (1 - getattr(growth, "exponent", 0.5)),
+        }
+        for name, factor in by_field.items():
+            if hasattr(growth, name):
+                number = getattr(growth, name) * factor
+                changed[f"growth.{name}"] = round(number) if name in ("slots", "limit") else number
+        if growth.floor:
+            changed["growth.floor"] = max(round(growth.floor * smaller), spec.sinks + 1)
+        if growth.cap is not None:
+            changed["growth.cap"] = round(growth.cap * smaller)
+    return memkit.load_policy(spec, changed)
+
+
+def small(name: str) -> memkit.PolicySpec:
+    """A shipped policy, scaled."""
+    return scaled(memkit.load_policy(name))
+
+
+def awkward_lengths(spec: memkit.PolicySpec) -> list[int]:
+    """1, C − 1, C, C + 1, W·C, W·C + 1 and one past a growth step (the third at which slots are added)."""
+    policy = spec.build()
+    chunk, span = spec.chunker.build().size, policy.window.capacity or 2 * spec.chunker.build().size
+    lengths = {1, chunk - 1, chunk, chunk + 1, span, span + 1}
+    steps = [n for n in range(span + 1, span + 16 * chunk) if policy.slots_after(n) > policy.slots_after(n - 1)]
+    lengths.add((steps[2] if len(steps) > 2 else span + 2 * chunk) + 1)
+    return sorted(lengths - {0})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call's arguments. `options` are those that gradients don't flow to."""
+
+    spec: memkit.PolicySpec
+    tensors: Tensors
+    learned: Tensors
+    rotation: memkit.Rotation | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.tensors["keys"].shape[2]
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return dataclasses.replace(
+            self,
+            tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()},
+            learned={name: tensor.to(dtype) for name, tensor in self.learned.items()},
+        )
+
+    def leaves(self) -> Case:
+        """The same case with tensors of its own that collect gradients."""
+        return dataclasses.replace(
+            self,
+            tensors={name: tensor.detach().clone().requires_grad_() for name, tensor in self.tensors.items()},
+            learned={name: tensor.detach().clone().requires_grad_() for name, tensor in self.learned.items()},
+        )
+
+    def row(self, row: int, tokens: int | None = None) -> Case:
+        """One row alone, its first `tokens`."""
+        return dataclasses.replace(
+            self, tensors={name: tensor[row : row + 1, :, :tokens] for name, tensor in self.tensors.items()}
+        )
+
+    def part(self, begin: int, end: int) -> Case:
+        """Tokens begin … end − 1, at the positions they have."""
+        rotation = self.rotation
+        if rotation is not None and rotation.positions is not None:
+            rotation = dataclasses.replace(rotation, positions=rotation.positions[:, begin:end])
+        tensors = {name: tensor[:, :, begin:end] for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors, rotation=rotation)
+
+    def parameters(self) -> memkit.PolicyParameters | None:
+        return parameters_from(self.spec, self.learned, self.tensors["queries"].shape[1]) if self.learned else None
+
+    def attend(self, **options: Any) -> tuple[Tensor, memkit.Memory]:
+        return memkit.attend(self.spec, **self.tensors, parameters=self.parameters(), rotation=self.rotation, **options)
+
+    def plan(self, **options: Any) -> memkit.Plan:
+        given = {name: tensor for name, tensor in self.tensors.items() if name in ("keys", "weights")}
+        return memkit.plan(self.spec, **given, parameters=self.parameters(), rotation=self.rotation, **options)
+
+    def oracle_plan(self, **options: Any) -> memkit.Plan:
+        """The plan that the oracle makes."""
+        from memkit.engine import reference
+        from memkit.engine.validation import check_call
+
+        given: dict[str, Any] = dict.fromkeys(("weights", "scale", "memory", "lengths", "plan"))
+        given |= {"parameters": self.parameters(), "rotation": self.rotation}
+        given |= {"weights": self.tensors.get("weights")} | options
+        return reference.plan(check_call(self.spec.build(), None, self.tensors["keys"], None, **given))
+
+    def gradients(self, cotangent: Tensor, **options: Any) -> tuple[Tensor, memkit.Memory, Tensors]:
+        """Output, memory, and the gradients of Σ output ⊙ cotangent by name."""
+        case = self.leaves()
+        output, memory = case.attend(**options)
+        everything = case.tensors | case.learned
+        loss = (output * cotangent).sum() + sum(0 * tensor.sum() for tensor in everything.values())
+        found = torch.autograd.grad(loss, list(everything.values()))
+        return output.detach(), memory, dict(zip(everything, found, strict=True))
+
+
+def parameters_from(spec: memkit.PolicySpec, learned: Tensors, heads: int) -> memkit.PolicyParameters:
+    """A policy's parameters that *are* the given tensors, so that gradients reach them."""
+    parameters = memkit.PolicyParameters(spec.build(), heads, WIDTH)
+    for name, tensor in learned.items():
+        delattr(parameters, name)
+        setattr(parameters, name, tensor)
+    return parameters
+
+
+def make_case(
+    spec: memkit.PolicySpec,
+    tokens: int,
+    *,
+    rows: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    value_width: int = VALUE_WIDTH,
+    pairing: Literal["adjacent", "half-split"] = "half-split",
+    seed: int = 0,
+) -> Case:
+    """Random inputs, exact in float32, everything that the policy can use included; half of the keys in clusters."""
+    random = torch.Generator().manual_seed(seed)
+    policy = spec.build()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float32).double()
+
+    centres = normal(5, WIDTH)[torch.randint(5, (rows, kv_heads, tokens), generator=random)]
+    near = torch.rand(rows, kv_heads, tokens, 1, generator=random) < 0.5
+    keys = torch.where(near, centres + normal(*centres.shape) / 4, normal(*centres.shape)).float().double()
+    tensors = {
+        "queries": 2 * normal(rows, heads, tokens, WIDTH),
+        "keys": keys,
+        "values": normal(rows, kv_heads, tokens, value_width),
+    }
+    if policy.merging.learned and not policy.exact_slots:
+        tensors["weights"] = normal(rows, kv_heads, tokens).exp().float().double()
+    of_parameters = memkit.PolicyParameters(policy, heads, WIDTH)
+    learned = {
+        name: (tensor + 0.3 * normal(*tensor.shape)).detach().float().double()
+        for name, tensor in of_parameters.named_parameters()
+    }
+    rotation = None
+    if policy.needs_rotation:
+        width = 6  # not all channels
+        rotation = memkit.Rotation(pairing, width, 0.7 ** torch.arange(width // 2).double())
+    return Case(spec, tensors, learned, rotation)
+
+
+def cotangent(case: Case, seed: int = 1) -> Tensor:
+    """A random gradient of the outputs, exact in float32."""
+    rows, heads, tokens, _ = case.tensors["queries"].shape
+    shape = (rows, heads, tokens, case.tensors["values"].shape[-1])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the expected tensor's largest entry where that exceeds 1."""
+    if expected.numel() == 0:
+        return 0.0
+    difference = (actual.double() - expected.double()).abs().max().item()
+    return difference / max(1.0, expected.double().abs().max().item())
+
+
+def tolerance(dtype: torch.dtype, operations: int = 256) -> float:
+    """Rounding that so many operations may add up to if all of it went one way."""
+    return operations * torch.finfo(dtype).eps
+
+
+def assert_close(actual: Tensor, expected: Tensor, limit: float, what: str) -> None:
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    found = error(actual, expected)
+    assert found <= limit, f"{what}: off by {found:.3g}, allowed {limit:.3g}"
+    assert not math.isnan(found), f"{what}: not a number"
+
+
+def assert_same_plan(actual: memkit.Plan, expected: memkit.Plan) -> None:
+    assert actual.begin.tolist() == expected.begin.tolist()
+    assert actual.length.tolist() == expected.length.tolist()
+    assert actual.slots.tolist() == expected.slots.tolist()
+    assert torch.equal(actual.founded, expected.founded), "other tokens found slots"
+    assert torch.equal(actual.slot, expected.slot), "tokens join other slots"
+
+
+def slots_of(memory: memkit.Memory) -> tuple[Tensor, Tensor]:
+    """Sums and scalars of the live slots."""
+    most = int(memory.slots.max())
+    return memory.sums[:, :, :most], memory.scalars[:, :, :most]
+
+
+def blocks(spec: memkit.PolicySpec) -> bool:
+    """Whether tokens leave by chunks."""
+    return isinstance(spec.window, BlockWindowSpec)
