@@ -1,0 +1,76 @@
+"""What the documents say, run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import yaml
+from nbclient import NotebookClient
+
+import memkit
+from memkit.pieces import MergingSpec, kinds
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The fenced blocks of one language in a Markdown file."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_python_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    scope: dict[str, object] = {"__name__": "readme"}
+    for block in blocks("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), scope)
+    assert "Memory(policy 'ovq-1024'" in capsys.readouterr().out
+
+
+def test_readme_merge_rule_works_in_yaml(tmp_path: Path) -> None:
+    block = blocks("README.md", "python")[-1]
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert issubclass(kinds("merging")["recent"], MergingSpec)
+    spec = memkit.load_policy("free-kvm-fixed", {"merging.kind": "recent", "merging.rate": 0.2})
+    path = tmp_path / "recent.yaml"
+    path.write_text(spec.to_yaml(), encoding="utf-8")
+    assert memkit.load_policy(path) == spec
+
+
+def test_readme_policy_file_is_the_shipped_one() -> None:
+    [block] = blocks("README.md", "yaml")
+    assert memkit.PolicySpec(**yaml.safe_load(block)) == memkit.load_policy("kvm-sqrt-16")
+
+
+def test_readme_error_is_what_a_typo_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = (ROOT / "policies" / "kvm-sqrt-16.yaml").read_text(encoding="utf-8")
+    Path("mine.yaml").write_text(shipped.replace("factor:", "fctor:"), encoding="utf-8")
+    with pytest.raises(memkit.PolicyError) as caught:
+        memkit.load_policy("mine.yaml")
+    assert str(caught.value).startswith("mine.yaml: growth.fctor: unknown field; did you mean 'factor'?")
+    assert str(caught.value).split(";")[0] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_names_every_default_policy() -> None:
+    from memkit.comparison import DEFAULT_POLICIES
+
+    table = blocks("README.md", "")[1]
+    assert all(name in table for name in DEFAULT_POLICIES)
+
+
+def test_notebook_runs_and_draws(tmp_path: Path) -> None:
+    path = tmp_path / "compare_policies.ipynb"
+    shutil.copy(ROOT / "docs" / "compare_policies.ipynb", path)
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(cells) == 5
+    kinds_shown = [{kind for output in cell.outputs for kind in output.get("data", {})} for cell in cells]
+    assert all("text/html" in shown for shown in (kinds_shown[0], kinds_shown[1], kinds_shown[2], kinds_shown[4]))
+    assert "image/png" in kinds_shown[3]
