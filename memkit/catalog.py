@@ -105,10 +105,16 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
+def _default_family(family: str) -> dict[str, Any]:
+    """What a policy file that leaves a family out means by that, for an override to change a part of it."""
+    default = PolicySpec().model_dump(mode="json").get(family)
+    return default if isinstance(default, dict) else {}
+
+
 def _override(data: dict[str, Any], source: str, field: str, value: Any) -> None:
     *parents, last = field.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
+    for depth, parent in enumerate(parents):
+        data = data.setdefault(parent, _default_family(parent) if depth == 0 else {})
         if not isinstance(data, dict):
             raise PolicyError(
                 f"{source}: {field}: {parent} is a plain value and has no field {last}; set {parent} itself"

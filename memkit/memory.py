@@ -38,6 +38,22 @@ class Ready:
     bias: Tensor | None
 
 
+@dataclass
+class SideBySide:
+    """Slots as they are read, and the window behind them, in one buffer: what decoding reads with one fused call.
+
+    keys [b, g, slots + cap, d], values [b, g, slots + cap, v], of which the memory's window buffers are the end; bias
+    [b, g, 1, slots + cap] or None; begin: the first column to read; made_with: the parameters it was made with.
+    """
+
+    slots: int
+    begin: int
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
+    made_with: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class Memory:
     """What a policy carries from one call to the next.
@@ -62,6 +78,7 @@ class Memory:
     sums: Tensor
     scalars: Tensor
     ready: Ready | None = None
+    side_by_side: SideBySide | None = None
     taken: bool = False
 
     # What a caller asks
@@ -90,9 +107,9 @@ class Memory:
     def bytes(self) -> int:
         """Bytes of all tensors held, room kept for growth and decoding's working copy included."""
         tensors = list(self._tensors().values())
-        if self.ready is not None:
-            parts = (self.ready.route, self.ready.keys, self.ready.values, self.ready.bias)
-            tensors += [part for part in parts if part is not None]
+        for copy in (self.ready, self.side_by_side):
+            parts = () if copy is None else vars(copy).values()
+            tensors += [part for part in parts if isinstance(part, Tensor)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
@@ -216,7 +233,7 @@ class Memory:
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Memory:
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **changed, seen_rows=self.seen_rows.copy(), ready=None)
+        return dataclasses.replace(self, **changed, seen_rows=self.seen_rows.copy(), ready=None, side_by_side=None)
 
     def __repr__(self) -> str:
         rows, heads = self.keys.shape[:2]

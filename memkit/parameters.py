@@ -37,3 +37,8 @@ class PolicyParameters(nn.Module):
         if self.key_norm_weight is None or self.key_norm_bias is None:
             return None
         return self.key_norm_weight, self.key_norm_bias
+
+    def tensors(self) -> list[Tensor]:
+        """Those there are."""
+        every = (self.key_norm_weight, self.key_norm_bias, self.temperature_window, self.temperature_memory)
+        return [tensor for tensor in every if tensor is not None]

@@ -122,7 +122,7 @@ class Slots:
         return flat.index_add(0, target, rows.flatten(0, 2)).view_as(sums)
 
     def _fold_in_turn(self, target: Tensor, stored: Tensor, founded: Tensor, rows: Tensor, scalars: Tensor) -> None:
-        """A rule that is not additive: token after token, over all rows and heads at once.
+        """A rule that is not additive: founders first, then token after token, over all rows and heads at once.
 
         The rule combines sums, mass, norms and positions alike; counts are added and radii kept, whatever the rule.
         """
@@ -130,14 +130,17 @@ class Slots:
         width = self.sums.shape[-1]
         state = torch.cat((self.sums.to(self.scalars.dtype), self.scalars), dim=-1).flatten(0, 2)
         tokens = torch.cat((rows.to(scalars.dtype), scalars), dim=-1)
+        # A token may join a slot whose founder stands behind it in the chunk.
+        state = state.index_copy(0, target[founded], tokens[founded])
+        joins = stored & ~founded
         for index in range(tokens.shape[2]):
-            where = target[:, :, index].flatten()
-            token, held = tokens[:, :, index].flatten(0, 1), state[where]
+            # Asked about these alone: on an empty slot a rule may divide by zero, and 0 · NaN spoils a gradient.
+            some = joins[:, :, index]
+            where, token = target[:, :, index][some], tokens[:, :, index][some]
+            held = state[where]
             both = self.policy.merging.combine(held, token)
             both = torch.cat((both[:, :width], torch.where(plain, (held + token)[:, width:], both[:, width:])), dim=-1)
-            new = torch.where(founded[:, :, index].reshape(-1, 1), token, both)
-            new = torch.where(stored[:, :, index].reshape(-1, 1), new, held)
-            state = state.index_copy(0, where, new)
+            state = state.index_copy(0, where, both)
         sums, numbers = state[:, :width].to(self.sums.dtype).view_as(self.sums), state[:, width:].view_as(self.scalars)
         if self.in_place:
             self.sums.copy_(sums)

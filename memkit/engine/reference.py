@@ -285,8 +285,10 @@ class Rules:
                     size = written_as(fraction) * n
                 case _:
                     return self.policy.growth.budget(tokens)
-            # 60 digits, of which the last may be wrong: 3.99…9 stands for the whole number it rounds to.
-            floor = math.floor(size + Decimal("1e-40"))
+            # A power or logarithm of floats that comes within 8 units in the last place of a whole number is that
+            # number; of the other formulas' 60 digits only the last may be wrong.
+            lift = Decimal(2) ** -49 if isinstance(growth, PowerGrowthSpec | LogGrowthSpec) else Decimal("1e-50")
+            floor = math.floor(size * (1 + lift))
         rounded = floor // growth.round_down * growth.round_down
         allowed = max(growth.floor, rounded)
         return allowed if growth.cap is None else min(growth.cap, allowed)

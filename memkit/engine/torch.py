@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.call import Call
+from memkit.engine.decode import decode
 from memkit.engine.fold import Slots
 from memkit.engine.parts import Parts, queries_apart
 from memkit.engine.placing import follow, leaving_chunk, place, record
@@ -41,6 +42,8 @@ def attend(call: Call) -> tuple[Tensor, Memory]:
         else:
             memory.taken = True
     with torch.no_grad():
+        if (decoded := decode(call)) is not None:
+            return decoded
         run = _Run(call)
         return run.padded(run.read(*queries_apart(call, run.timeline))[0]), run.memory()
 
@@ -143,7 +146,9 @@ class _Run:
         carried |= {"sums": self.slots.sums, "scalars": self.slots.scalars, "seen_rows": self.schedule.after}
         if self.timeline.in_place:
             assert self.call.memory is not None
-            return dataclasses.replace(self.call.memory, **carried, ready=self.slots.working_copy, taken=False)
+            return dataclasses.replace(
+                self.call.memory, **carried, ready=self.slots.working_copy, side_by_side=None, taken=False
+            )
         return Memory(policy=self.call.policy, **carried)
 
 

@@ -119,7 +119,7 @@ def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None
         raise InputError(f"weights must be [b, g, t] = {tuple(keys.shape[:3])}, got {tuple(weights.shape)}")
     if weights.device != keys.device or not weights.is_floating_point():
         raise InputError(f"weights must be floating point on {keys.device}, got {weights.dtype} on {weights.device}")
-    if weights.device.type == "cpu" and bool((weights < 0).any()):
+    if weights.device.type == "cpu" and weights.numel() and float(weights.amin()) < 0:
         raise InputError(f"weights must be at least 0, got {float(weights.min())}; KVM takes 1 + ELU of its gate")
 
 
@@ -151,23 +151,21 @@ def _check_parameters(
         return
     if not isinstance(parameters, PolicyParameters):
         raise InputError(f"parameters must be memkit.PolicyParameters, got {type(parameters).__name__}")
-    wanted = PolicyParameters(policy, 1, 1)
-    for name in ("key_norm_weight", "key_norm_bias", "temperature_window", "temperature_memory"):
-        tensor = getattr(parameters, name)
-        if (tensor is None) != (getattr(wanted, name) is None):
-            need = "needs" if tensor is None else "has no use for"
+    norm, temperatures = policy.readout.layer_norm and not policy.exact_slots, policy.readout.spec.temperatures
+    width, heads = keys.shape[-1], None if queries is None else queries.shape[1]
+    for name, needed, size in (
+        ("key_norm_weight", norm, width),
+        ("key_norm_bias", norm, width),
+        ("temperature_window", temperatures, heads),
+        ("temperature_memory", temperatures and not policy.exact_slots, heads),
+    ):
+        tensor: Tensor | None = getattr(parameters, name)
+        if (tensor is not None) != needed:
+            need = "needs" if needed else "has no use for"
             raise InputError(
-                f"the policy {need} parameters.{name}; make them with PolicyParameters(policy, heads, width)"
+                f"the policy {need} parameters.{name}; make them with PolicyParameters(policy, heads, head_width)"
             )
-        if tensor is None:
-            continue
-        if name.startswith("key"):
-            size = keys.shape[-1]
-        elif queries is not None:
-            size = queries.shape[1]
-        else:
-            continue
-        if tuple(tensor.shape) != (size,):
+        if tensor is not None and size is not None and tuple(tensor.shape) != (size,):
             raise InputError(f"parameters.{name} must have shape ({size},), got {tuple(tensor.shape)}")
 
 

@@ -1,0 +1,78 @@
+"""Decoding one token at a time, slots and window side by side in one buffer, equals the whole pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import memkit
+
+TOKENS, WIDTH, HEADS = 90, 8, 4
+
+
+@pytest.mark.parametrize("name", memkit.policy_names())
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_one_token_at_a_time_equals_whole(name: str, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    spec = memkit.load_policy(name)
+    spec = memkit.load_policy(name, {"window.size": 20} if spec.window.kind == "sliding" else {"chunker.size": 8})
+    policy = spec.build()
+    queries, keys = torch.randn(2, HEADS, TOKENS, WIDTH), torch.randn(2, kv_heads, TOKENS, WIDTH)
+    values = torch.randn(2, kv_heads, TOKENS, WIDTH + 2)
+    weights = torch.rand(2, kv_heads, TOKENS) if policy.merging.learned and not policy.exact_slots else None
+    parameters = memkit.PolicyParameters(policy, HEADS, WIDTH)
+    rotation = None
+    if policy.needs_rotation:
+        rotation = memkit.Rotation("adjacent", WIDTH, 1 / torch.logspace(0, 2, WIDTH // 2))
+    with torch.no_grad():
+        for tensor in parameters.parameters():
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+        plan = memkit.plan(spec, keys, weights=weights, parameters=parameters, rotation=rotation)
+        fixed = {"parameters": parameters, "rotation": rotation}
+        whole, _ = memkit.attend(spec, queries, keys, values, weights=weights, plan=plan, **fixed)
+        memory, outputs = None, []
+        for t in range(TOKENS):
+            one = slice(t, t + 1)
+            output, memory = memkit.attend(
+                spec,
+                queries[:, :, one],
+                keys[:, :, one],
+                values[:, :, one],
+                weights=None if weights is None else weights[:, :, one],
+                memory=memory,
+                plan=plan if policy.chunk and t % policy.chunk == 0 else None,
+                **fixed,
+            )
+            outputs.append(output)
+    # Sums of 90 products of order 1, merged from at most three parts.
+    assert (torch.cat(outputs, 2) - whole).abs().max() <= 128 * torch.finfo(torch.float32).eps
+
+
+def test_decoding_reads_slots_and_window_in_one_buffer() -> None:
+    keys = torch.randn(1, 2, 70, WIDTH)
+    with torch.no_grad():
+        _, memory = memkit.attend("kvm-fixed-256", keys, keys, keys)
+        spec = memkit.load_policy("kvm-fixed-256", {"chunker.size": 8, "growth.slots": 8})
+        _, memory = memkit.attend(spec, keys, keys, keys)
+        one = keys[:, :, :1]
+        _, memory = memkit.attend(spec, one, one, one, memory=memory)
+    side = memory.side_by_side
+    assert side is not None
+    assert side.slots == 8
+    assert side.keys.untyped_storage().data_ptr() == memory.keys.untyped_storage().data_ptr()
+
+
+def test_changed_parameters_are_read_anew() -> None:
+    torch.manual_seed(0)
+    spec = memkit.load_policy("kvm-fixed-256", {"chunker.size": 8, "growth.slots": 8})
+    parameters = memkit.PolicyParameters(spec.build(), 2, WIDTH)
+    keys = torch.randn(1, 2, 40, WIDTH)
+    with torch.no_grad():
+        _, memory = memkit.attend(spec, keys, keys, keys, parameters=parameters)
+        one = keys[:, :, :1]
+        _, memory = memkit.attend(spec, one, one, one, parameters=parameters, memory=memory)
+        for tensor in parameters.parameters():
+            tensor.mul_(1.5)
+        expected, _ = memkit.attend(spec, one, one, one, parameters=parameters, memory=memory.fork())
+        output, _ = memkit.attend(spec, one, one, one, parameters=parameters, memory=memory)
+    assert torch.allclose(output, expected, atol=1e-6)
