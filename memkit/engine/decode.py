@@ -53,7 +53,7 @@ def decode(call: Call) -> tuple[Tensor, Memory] | None:
 
 
 def _applies(call: Call, memory: Memory) -> bool:
-    """One token in every row, rows alike, room in the buffer, no chunk that leaves, and one query for slots and window."""
+    """One token per row, rows alike, room in the buffer, no chunk that leaves, one query for slots and window."""
     policy, position = call.policy, int(memory.seen_rows[0])
     plain = call.keys.shape[2] == 1 and call.plan is None and not memory.keys.requires_grad
     if not plain or memory.end == memory.keys.shape[2] or memory.sums.requires_grad:
