@@ -6,6 +6,7 @@ scalars. An additive rule adds all rows of a chunk at once; another takes them o
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class Chunk:
 
     keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
     first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its timeline columns, one slice for
-    all rows or numbers [b, c].
+    all rows or numbers [b, c]; memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet.
     """
 
     keys: Tensor
@@ -34,6 +35,7 @@ class Chunk:
     positions: Tensor | None
     first: bool | Tensor
     where: slice | Tensor
+    memory_keys: Tensor | None = None
 
 
 @dataclass
@@ -163,6 +165,7 @@ class Slots:
             before = tuple(
                 None if t is None else t.flatten(0, 2)[touched] for t in (ready.keys, ready.values, ready.bias)
             )
+            chunk = dataclasses.replace(chunk, memory_keys=None)
             self.undo.append(Fold(placement, chunk, target, touched, sums, scalars, before))
         pairs = [(ready.keys, fresh.keys), (ready.values, fresh.values)]
         if ready.route is not ready.keys:
@@ -191,7 +194,7 @@ def memory_keys(call: Call, chunk: Chunk) -> Tensor:
 
 def contributions(call: Call, chunk: Chunk, founded: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's row of sums [b, g, c, d + v] and of scalars [b, g, c, s], founders weighed as the rule says."""
-    policy, keys = call.policy, memory_keys(call, chunk)
+    policy, keys = call.policy, memory_keys(call, chunk) if chunk.memory_keys is None else chunk.memory_keys
     dtype, ones = keys.dtype, torch.ones_like(keys[..., 0])
     values = keys[..., :0] if chunk.values is None else chunk.values.to(dtype)
     for_keys = for_values = for_radius = ones

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ __all__ = ["follow", "leaving_chunk", "place", "record"]
 def leaving_chunk(call: Call, timeline: Timeline, schedule: Schedule, exit_: Exit) -> Chunk:
     """The tokens that leave. Rows that keep theirs get some tokens too, which `place` then drops."""
     where = _span(timeline, exit_, exit_.begin + schedule.shift)
-    return Chunk(
+    chunk = Chunk(
         keys=columns(timeline.keys, where),
         values=None if timeline.values is None else columns(timeline.values, where),
         weights=None if timeline.weights is None else columns(timeline.weights, where),
@@ -27,6 +29,7 @@ def leaving_chunk(call: Call, timeline: Timeline, schedule: Schedule, exit_: Exi
         first=_shared(timeline, exit_.begin == 0, exit_.leaves) != 0,
         where=where,
     )
+    return dataclasses.replace(chunk, memory_keys=memory_keys(call, chunk))
 
 
 @torch.no_grad()
@@ -41,7 +44,8 @@ def place(call: Call, timeline: Timeline, exit_: Exit, chunk: Chunk, slots: Slot
         founded = (offsets < forced).expand(chunk.keys.shape[:3])
         placement = Placement(torch.where(founded, live + offsets, -1), founded)
     else:
-        keys = memory_keys(call, chunk)
+        keys = chunk.memory_keys
+        assert keys is not None
         most = int(exit_.live[exit_.leaves].max())
         compares = policy.routing.compares and most > 0
         admission = policy.admission

@@ -119,7 +119,7 @@ def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None
         raise InputError(f"weights must be [b, g, t] = {tuple(keys.shape[:3])}, got {tuple(weights.shape)}")
     if weights.device != keys.device or not weights.is_floating_point():
         raise InputError(f"weights must be floating point on {keys.device}, got {weights.dtype} on {weights.device}")
-    if weights.device.type == "cpu" and weights.numel() and float(weights.amin()) < 0:
+    if weights.device.type == "cpu" and weights.numel() and float(weights.detach().amin()) < 0:
         raise InputError(f"weights must be at least 0, got {float(weights.min())}; KVM takes 1 + ELU of its gate")
 
 
