@@ -1,0 +1,75 @@
+"""The ten laws, over randomly drawn policies and over every shipped one."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import memkit
+from memkit.pieces import registry
+from memkit.testing import Case, cases, laws, policies, scaled_down
+from tests.testing.ema import EmaSpec
+
+DRAWN = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+SHIPPED = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors of a few numbers: threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@st.composite
+def calls(draw: st.DrawFn, **fixed: object) -> tuple[memkit.PolicySpec, Case]:
+    spec = draw(policies(registered=False, **fixed))
+    return spec, draw(cases(spec.build()))
+
+
+each_law = pytest.mark.parametrize("law", laws.POLICY_LAWS, ids=lambda law: law.__name__)
+
+
+@each_law
+def test_drawn_policies(law):
+    @DRAWN
+    @given(calls())
+    def holds(call):
+        law(*call)
+
+    holds()
+
+
+@pytest.fixture
+def _registered(monkeypatch):
+    """The kind exists for one test only; others compare lists of kinds."""
+    monkeypatch.setitem(registry._REGISTRY["merging"], "test-ema", EmaSpec)
+
+
+@pytest.mark.usefixtures("_registered")
+@each_law
+def test_policies_with_a_rule_that_is_not_additive(law):
+    if law.claim == "conserves":
+        pytest.skip("a moving average forgets on purpose")
+
+    @settings(DRAWN, max_examples=30)
+    @given(calls(merging=EmaSpec()))
+    def holds(call):
+        law(*call)
+
+    holds()
+
+
+@each_law
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_shipped_policies_in_small(law, name):
+    spec = scaled_down(memkit.load_policy(name))
+
+    @SHIPPED
+    @given(cases(spec.build()))
+    def holds(case):
+        law(spec, case)
+
+    holds()
