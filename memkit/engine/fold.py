@@ -99,6 +99,8 @@ class Slots:
 
     def fold(self, placement: Placement, chunk: Chunk) -> None:
         """Take a chunk in. Dropped tokens have slot −1."""
+        if self.sums.shape[2] == 0:  # a budget of no slots at all
+            return
         rows, scalars = contributions(self.call, chunk, placement.founded)
         stored = placement.slot >= 0
         target = self.flat(placement.slot.clamp(min=0))

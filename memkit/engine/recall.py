@@ -96,7 +96,7 @@ def backward(
                     grads.windowed[:, :, span] += queries
                     grads.keys[:, :, slice(*part.columns)] += keys
                     grads.values[:, :, slice(*part.columns)] += values
-        if step.exit is not None:
+        if step.exit is not None and undo:
             _unfold(call, slots, undo.pop(), reading, grads)
     if recorded.sums is not None and recorded.scalars is not None:
         sums, scalars, *norm = _through_reading(call, recorded.sums, recorded.scalars, reading)

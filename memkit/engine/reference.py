@@ -169,10 +169,10 @@ class Slot:
             case "keep" | "zero" | "unrotate":
                 return self.compared
             case _:
-                rotary, mean = self.rules.policy.rotary, ratio(self.position, self.mass)
-                return rotary.slot_keys(self.compared[None, None, None], self.rules.rotation, mean[None, None, None])[
-                    0, 0, 0
-                ]
+                rotary, mean = self.rules.policy.rotary, ratio(self.position, self.mass)[None, None, None]
+                if not rotary.rotates_slots:
+                    return self.compared
+                return rotary.slot_keys(self.compared[None, None, None], self.rules.rotation, mean)[0, 0, 0]
 
     @cached_property
     def answer(self) -> Tensor:
@@ -351,6 +351,8 @@ class Rules:
     def weights(self, chunk: list[Token]) -> list[Tensor]:
         """How much each token weighs, before it is known whether it founds."""
         one = torch.ones_like(chunk[0].key[0])
+        if self.sinks_are_tokens:
+            return [one] * len(chunk)
         match self.spec.merging:
             case MeanSpec(kind="mean") | DropSpec(kind="drop"):
                 return [one] * len(chunk)

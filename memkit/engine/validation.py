@@ -120,7 +120,9 @@ def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None
     if weights.device != keys.device or not weights.is_floating_point():
         raise InputError(f"weights must be floating point on {keys.device}, got {weights.dtype} on {weights.device}")
     if weights.device.type == "cpu" and weights.numel() and float(weights.detach().amin()) < 0:
-        raise InputError(f"weights must be at least 0, got {float(weights.min())}; KVM takes 1 + ELU of its gate")
+        raise InputError(
+            f"weights must be at least 0, got {float(weights.detach().min())}; KVM takes 1 + ELU of its gate"
+        )
 
 
 def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> None:

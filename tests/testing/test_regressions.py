@@ -37,6 +37,17 @@ def test_weights_that_want_gradients_are_checked_without_a_warning():
     laws.same_plan_same_answer(spec, Case(lengths=(7,), weights="positive", gradients=True))
 
 
+def test_gradients_of_a_memory_that_may_hold_nothing():
+    """The backward pass looked for slots where the budget allows none."""
+    spec = PolicySpec(
+        chunker={"kind": "fixed", "size": 1},
+        window={"kind": "block", "chunks": 1},
+        growth={"kind": "fixed", "slots": 0},
+        merging={"kind": "drop"},
+    )
+    laws.same_plan_same_answer(spec, Case(lengths=(3,), gradients=True))
+
+
 def test_a_rule_is_asked_about_tokens_that_join_alone():
     """On an empty slot a rule that divides by the mass gave NaN, and NaN · 0 spoiled the gradients."""
 
