@@ -68,7 +68,7 @@ class RotaryEmbeddingSpec(Spec):
         """Radians per position of each pair, [width/2] float64; negative where pairs turn clockwise."""
         pairs = self.turned_width(head_width) // 2
         steps = pairs if self.spacing == "open" else max(pairs - 1, 1)
-        frequencies = self.theta ** (-torch.arange(pairs, dtype=torch.float64) / steps)
+        frequencies = self.theta ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / steps)
         return -frequencies if self.clockwise else frequencies
 
     def build(self, head_width: int) -> RotaryEmbedding:

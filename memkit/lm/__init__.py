@@ -1,0 +1,19 @@
+"""Language models declared in YAML, whose layers remember as their policies say."""
+
+from memkit.lm.memory import ModelMemory
+from memkit.lm.mixers import AttentionMixerSpec
+from memkit.lm.model import MemoryLM
+from memkit.lm.parts import MlpSpec
+from memkit.lm.rwkv7 import RWKV7MixerSpec
+from memkit.lm.spec import LayersSpec, MixerSpec, ModelSpec
+
+__all__ = [
+    "AttentionMixerSpec",
+    "LayersSpec",
+    "MemoryLM",
+    "MixerSpec",
+    "MlpSpec",
+    "ModelMemory",
+    "ModelSpec",
+    "RWKV7MixerSpec",
+]

@@ -1,0 +1,143 @@
+"""Mixers: how a layer lets tokens see each other. This one is memory attention; see `rwkv7` for the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from memkit.attention import MemoryAttention, QueryKeyNorm, RotaryEmbeddingSpec
+from memkit.catalog import load_policy
+from memkit.lm.parts import Span, State, TokenShift, ValueResidual, rank, tensor
+from memkit.lm.rounding import rounded
+from memkit.lm.spec import MixerSpec, ModelSpec
+from memkit.memory import Memory
+from memkit.pieces.registry import register
+from memkit.policy import PolicySpec
+
+__all__ = ["AttentionMixer", "AttentionMixerSpec", "Mixer"]
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes the tokens of a layer, and carries a state from one call to the next.
+
+    Layers of equal mixer specs are of one kind. The first of a kind computes `first_values` from the embeddings, and
+    every layer of the kind, itself included, may mix them into its values.
+    """
+
+    @abstractmethod
+    def first_values(self, x: Tensor, state: State, span: Span) -> tuple[Tensor | None, State]:
+        """v_first [b, t, c] from the layer's norm of the embeddings, [b, t, width], and what to carry on; or None."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, first: Tensor | None, state: State, span: Span) -> tuple[Tensor, State]:
+        """x [b, t, width] (normed) → what is added to the residual stream, and what to carry on."""
+
+    @abstractmethod
+    def initialise(self, layer: int, depth: int) -> None:
+        """Set parameters to what training starts from; layers count from 0."""
+
+
+@register
+class AttentionMixerSpec(MixerSpec):
+    """Attention under any memory policy."""
+
+    kind: Literal["attention"] = "attention"
+    policy: PolicySpec = Field(description="how the layer remembers: a shipped policy's name, or the policy itself")
+    qk_norm: QueryKeyNorm = Field(
+        default="layer-norm",
+        description="what is done to every head's query and key: layer-norm (with bias), unit (divided by ‖·‖ + 1e-5, "
+        "scores β·√d·q·k with β learned per head), or none",
+    )
+    rotary: RotaryEmbeddingSpec | None = Field(default=None, description="left out: the model's")
+    kv_heads: int | None = Field(default=None, ge=1, description="left out: the model's")
+    token_shift: bool = Field(
+        default=True,
+        description="whether projected queries, keys and values are shifted towards the previous token's "
+        "(its own for the first)",
+    )
+    value_residual: Literal["gated", "linear", "none"] = Field(
+        default="gated", description="how values are mixed with those of the first layer of this kind"
+    )
+    value_residual_rank: int | None = Field(
+        default=None, ge=1, description="rank of the gate; left out: 1.3·√width to a multiple of 32, at least 32"
+    )
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _by_name(cls, policy: Any) -> Any:
+        return load_policy(policy) if isinstance(policy, (str, Path)) else policy
+
+    def build(self, model: ModelSpec, layer: int) -> AttentionMixer:
+        return AttentionMixer(self, model)
+
+
+class AttentionMixer(Mixer):
+    """Memory attention with token shift and value residual around its projections."""
+
+    def __init__(self, spec: AttentionMixerSpec, model: ModelSpec) -> None:
+        super().__init__()
+        policy = spec.policy.build()
+        self.attention = MemoryAttention(
+            rounded(policy) if model.rounding == "bfloat16" else policy,
+            width=model.width,
+            heads=model.heads,
+            kv_heads=spec.kv_heads or model.kv_heads,
+            head_width=model.head_width,
+            qk_norm=spec.qk_norm,
+            rotary=spec.rotary or model.rotary,
+        )
+        if model.rounding == "bfloat16":
+            self.attention.rotary.rounding = torch.bfloat16
+        self.residual = None
+        if spec.value_residual != "none":
+            channels = self.attention.value.out_features
+            size = spec.value_residual_rank or rank(model.width, 1.3, 0.5)
+            self.residual = ValueResidual(spec.value_residual, model.width, channels, size)
+        self.shift = None
+        if spec.token_shift:
+            projections = {name: getattr(self.attention, name) for name in ("query", "key", "value")}
+            self.shift = nn.ModuleDict({name: TokenShift(each.out_features) for name, each in projections.items()})
+
+    def first_values(self, x: Tensor, state: State, span: Span) -> tuple[Tensor | None, State]:
+        return (None if self.residual is None else self.attention.value(x)), {}
+
+    def forward(self, x: Tensor, first: Tensor | None, state: State, span: Span) -> tuple[Tensor, State]:
+        projected = {name: getattr(self.attention, name)(x) for name in ("query", "key", "value")}
+        if self.residual is not None:
+            assert first is not None
+            projected["value"] = self.residual(projected["value"], first, x)
+        carried: State = {}
+        if self.shift is not None:
+            for name, each in projected.items():
+                last = tensor(state, name)
+                carried[name] = span.last(each, last)
+                projected[name] = self.shift[name](each, span.previous(each, last, "itself"))
+        memory = state.get("memory")
+        assert not isinstance(memory, Tensor)
+        y, after = self.attention.remember(
+            x, projected["query"], projected["key"], projected["value"], memory, span.lengths
+        )
+        carried["memory"] = after
+        return y, carried
+
+    @torch.no_grad()
+    def initialise(self, layer: int, depth: int) -> None:
+        self.attention.output.weight.zero_()
+        if self.residual is not None:
+            self.residual.initialise()
+        if self.shift is not None:
+            for name, power in (("query", 0.2), ("key", 0.7), ("value", 0.7)):
+                shift = self.shift[name]
+                assert isinstance(shift, TokenShift)
+                shift.initialise(layer, depth, power)
+
+
+def memory_of(state: State) -> Memory | None:
+    """The memory of a layer of memory attention; None for another layer."""
+    memory = state.get("memory")
+    return memory if isinstance(memory, Memory) else None

@@ -1,0 +1,189 @@
+"""MemoryLM: a decoder-only language model whose layers remember as their policies say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from memkit.errors import InputError, MemoryStateError
+from memkit.lm.memory import ModelMemory
+from memkit.lm.mixers import Mixer
+from memkit.lm.parts import Linear, Mlp, Span, State
+from memkit.lm.spec import MixerSpec, ModelSpec
+
+__all__ = ["Block", "MemoryLM"]
+
+
+class Block(nn.Module):
+    """x += scale · mixer(LN(x)), then x += scale · mlp(LN(x))."""
+
+    def __init__(self, mixer: MixerSpec, model: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.scale = model.residual_scale
+        self.mixer_norm = nn.LayerNorm(model.width)
+        self.mixer: Mixer = mixer.build(model, layer)
+        self.mlp_norm = nn.LayerNorm(model.width)
+        self.mlp = Mlp(model.mlp, model.width)
+
+    def forward(self, x: Tensor, first: Tensor | None, state: State, span: Span) -> tuple[Tensor, State]:
+        """x [b, t, width]; first: values of the first layer of this kind; state: what the layer carries."""
+        mixed, carried = self.mixer(self.mixer_norm(x), first, state, span)
+        x = x + self.scale * mixed
+        added, mlp = self.mlp(self.mlp_norm(x), state, span)
+        return x + self.scale * added, {**carried, **mlp}
+
+
+class MemoryLM(nn.Module):
+    """The model a `ModelSpec` declares.
+
+    ```python
+    model = memkit.load_model("tiny-kvm-sqrt")
+    logits, memory = model(ids)              # ids [b, t] → logits [b, t, vocabulary]
+    logits, memory = model(more_ids, memory)  # goes on where it stopped, one token or many
+    ```
+
+    However a text is split into calls, the logits are the same. `activation_checkpointing = True` computes blocks
+    anew in the backward pass instead of keeping what they computed.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(spec.vocabulary, spec.width)
+        self.embedding_norm = nn.LayerNorm(spec.width)
+        self.blocks = nn.ModuleList(Block(mixer, spec, layer) for layer, mixer in enumerate(spec.mixers))
+        self.head_norm = nn.LayerNorm(spec.width)
+        self.head = Linear(spec.width, spec.vocabulary)
+        mixers = spec.mixers
+        self._first_of_kind = [mixers.index(mixer) for mixer in mixers]
+        if not self.head.weight.is_meta:
+            self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Set all parameters to what training starts from: every block adds nothing at first."""
+        nn.init.uniform_(self.embedding.weight, -1e-4, 1e-4)
+        nn.init.orthogonal_(self.head.weight, gain=0.5 * (self.spec.vocabulary / self.spec.width) ** 0.5)
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            block.mixer.initialise(layer, self.spec.depth)
+            block.mlp.initialise(layer, self.spec.depth)
+
+    def forward(
+        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, ModelMemory]:
+        """ids [b, t] → logits [b, t, vocabulary], those at t for token t + 1, and the memory to go on with.
+
+        memory: what an earlier call returned; without gradients this call takes it over (`memory.fork()` copies).
+        lengths [b]: valid tokens of this call per row, the rest padding on the right, whose logits are 0.
+        """
+        x, memory = self.read(ids, memory, lengths)
+        logits = self.head(x)
+        if lengths is None:
+            return logits, memory
+        valid = Span(lengths.to(ids.device), None).valid(ids.shape[1])
+        assert valid is not None
+        return logits.masked_fill(~valid, 0), memory
+
+    def read(
+        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, ModelMemory]:
+        """As a call, but short of the head: what `head` takes, [b, t, width]."""
+        span = self._span(ids, memory, lengths)
+        states: list[State] = [{} for _ in self.blocks] if memory is None else memory.layers
+        carried: list[State] = [{} for _ in self.blocks]
+        x = embedded = self.embedding_norm(self.embedding(ids))
+        firsts: dict[int, Tensor | None] = {}
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            kind = self._first_of_kind[layer]
+            if kind == layer:
+                firsts[kind], carried[layer] = block.mixer.first_values(block.mixer_norm(embedded), states[layer], span)
+            arguments = (x, firsts[kind], states[layer], span)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, state = checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[misc]
+            else:
+                x, state = block(*arguments)
+            carried[layer] |= state
+        seen = torch.zeros(ids.shape[0], dtype=torch.long) if memory is None else memory.seen
+        brought = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths.cpu().long()
+        return self.head_norm(x), ModelMemory(self.spec, seen + brought, carried)
+
+    def loss(self, ids: Tensor, lengths: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of every next token, in nats; of the valid ones, and within documents, where given."""
+        logits = self(ids, lengths=lengths)[0] if documents is None else self.read_packed(ids, documents)
+        targets = ids[:, 1:].clone()
+        if lengths is not None:
+            valid = Span(lengths.to(ids.device), None).valid(ids.shape[1])
+            assert valid is not None
+            targets = targets.masked_fill(~valid[:, 1:, 0], -100)
+        if documents is not None:
+            targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+
+    def read_packed(self, ids: Tensor, documents: Tensor) -> Tensor:
+        """Logits of rows that hold several documents each, none of which sees another.
+
+        ids, documents [b, t]: a token's document is the run of equal numbers it stands in. Documents are read as rows
+        of their own, those of similar length together, so less than half of what is read is padding.
+        """
+        if documents.shape != ids.shape:
+            raise InputError(f"documents must be as ids, {tuple(ids.shape)}, got {tuple(documents.shape)}")
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = begins.flatten().nonzero()[:, 0]
+        lengths = torch.diff(starts, append=starts.new_tensor([ids.numel()]))
+        flat = ids.flatten()
+        places: list[Tensor] = []
+        found: list[Tensor] = []
+        magnitude = lengths.double().log2().floor().long()
+        for each in magnitude.unique():
+            begin, length = starts[magnitude == each], lengths[magnitude == each]
+            where = begin[:, None] + torch.arange(int(length.max()), device=ids.device)
+            valid = where < (begin + length)[:, None]
+            logits, _ = self(flat[where.clamp(max=ids.numel() - 1)], lengths=length)
+            places.append(where[valid])
+            found.append(logits[valid])
+        if not found:
+            return self(ids)[0]
+        return torch.cat(found)[torch.cat(places).argsort()].view(*ids.shape, -1)
+
+    def _span(self, ids: Tensor, memory: ModelMemory | None, lengths: Tensor | None) -> Span:
+        """The call's tokens, checked."""
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise InputError(f"ids must be whole numbers [batch, tokens], got {ids.dtype} {tuple(ids.shape)}")
+        if (
+            ids.device.type == "cpu"
+            and ids.numel()
+            and not 0 <= int(ids.min()) <= int(ids.max()) < self.spec.vocabulary
+        ):
+            raise InputError(
+                f"ids must lie between 0 and {self.spec.vocabulary - 1}, got {int(ids.min())} … {int(ids.max())}"
+            )
+        if memory is not None:
+            if memory.spec is not self.spec and memory.spec != self.spec:
+                raise MemoryStateError("this memory belongs to another model; start with memory=None")
+            if len(memory.seen) != ids.shape[0]:
+                raise InputError(
+                    f"memory is for {len(memory.seen)} rows, got ids of {ids.shape[0]}; reorder() changes rows"
+                )
+        if lengths is not None:
+            if lengths.shape != ids.shape[:1] or lengths.is_floating_point():
+                raise InputError(
+                    f"lengths must be one whole number per row, shape ({ids.shape[0]},), got {tuple(lengths.shape)}"
+                )
+            if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]:
+                raise InputError(
+                    f"lengths must lie between 0 and the call's {ids.shape[1]} tokens, got {lengths.tolist()}"
+                )
+            lengths = lengths.to(ids.device)
+        begun = None if memory is None else (memory.seen > 0).to(ids.device)
+        return Span(lengths, begun)
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that the model learns."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,150 @@
+"""ModelSpec: a decoder-only language model, declared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field, PrivateAttr, model_validator
+
+from memkit.attention import RotaryEmbeddingSpec
+from memkit.lm.parts import MlpSpec
+from memkit.pieces.registry import AnyOf, FamilySpec, Spec
+
+if TYPE_CHECKING:
+    from memkit.lm.mixers import Mixer
+    from memkit.lm.model import MemoryLM
+
+__all__ = ["LayersSpec", "MixerSpec", "ModelSpec", "OverrideSpec"]
+
+
+class MixerSpec(FamilySpec):
+    """Declares how a layer mixes tokens."""
+
+    family: ClassVar[str] = "mixer"
+
+    def build(self, model: ModelSpec, layer: int) -> Mixer:
+        """The mixer of that layer."""
+        raise NotImplementedError
+
+
+class OverrideSpec(Spec):
+    """Layers that differ from the default: every n-th, or those listed."""
+
+    every: int | None = Field(default=None, ge=2, description="layers first, first + every, … (0 is the first layer)")
+    first: int = Field(default=0, ge=0, description="where `every` begins")
+    at: tuple[int, ...] | None = Field(default=None, description="layers by number, from 0; negative: from the end")
+    mixer: Annotated[MixerSpec, AnyOf("mixer")] = Field(description="their mixer")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_will_do(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("at"), list):
+            return {**data, "at": tuple(data["at"])}
+        return data
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> OverrideSpec:
+        if (self.every is None) == (self.at is None):
+            raise ValueError(
+                f"exactly one of every and at says which layers are meant, got every {self.every} and at {self.at}"
+            )
+        return self
+
+    def layers(self, depth: int) -> list[int]:
+        """The layers meant, of so many."""
+        if self.at is None:
+            return list(range(self.first, depth, self.every or 1))
+        return [layer % depth for layer in self.at]
+
+
+class LayersSpec(Spec):
+    """Which mixer each layer has."""
+
+    default: Annotated[MixerSpec, AnyOf("mixer")] = Field(description="the mixer of every layer that no override names")
+    overrides: tuple[OverrideSpec, ...] = Field(default=(), description="layers that differ; later ones win")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_will_do(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("overrides"), list):
+            overrides = [OverrideSpec(**each) if isinstance(each, dict) else each for each in data["overrides"]]
+            return {**data, "overrides": tuple(overrides)}
+        return data
+
+
+class ModelSpec(Spec):
+    """A decoder-only language model.
+
+    x = LN(embedding[ids]); per block x += mixer(LN(x)), x += mlp(LN(x)); logits = head(LN(x)). All LayerNorms have
+    weight and bias, projections have no bias, and embedding and head are not tied (the backbone of arXiv 2605.09877).
+    """
+
+    vocabulary: int = Field(ge=1, description="token ids, 0 … vocabulary − 1")
+    width: int = Field(ge=1, description="channels of the residual stream")
+    depth: int = Field(ge=1, description="blocks")
+    heads: int = Field(ge=1, description="query heads of a layer")
+    kv_heads: int | None = Field(default=None, ge=1, description="key/value heads; left out: as many as heads")
+    head_width: int | None = Field(default=None, ge=1, description="channels of a head; left out: width / heads")
+    rotary: RotaryEmbeddingSpec = Field(default=RotaryEmbeddingSpec(), description="how queries and keys are rotated")
+    mlp: MlpSpec = Field(default=MlpSpec(), description="the MLP of every block")
+    residual_scale: float = Field(default=1.0, gt=0, description="factor on what mixers and MLPs add")
+    rounding: Literal["none", "bfloat16"] = Field(
+        default="none",
+        description="bfloat16: cos and sin, and slot values read by birth-radius, are rounded to bfloat16 whatever the "
+        "model's dtype, as in the training of the published Key-Value Means checkpoints",
+    )
+    layers: LayersSpec = Field(description="which mixer each layer has")
+
+    _name: str | None = PrivateAttr(None)
+
+    @property
+    def name(self) -> str | None:
+        """The stem of the file it came from; None for a spec made in Python. No part of the declaration."""
+        return self._name
+
+    def named(self, name: str | None) -> ModelSpec:
+        """The same declaration under a name."""
+        copy = self.model_copy()
+        copy._name = name
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelSpec) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.to_yaml())
+
+    @property
+    def mixers(self) -> list[MixerSpec]:
+        """Every layer's mixer, first layer first."""
+        mixers = [self.layers.default] * self.depth
+        for override in self.layers.overrides:
+            for layer in override.layers(self.depth):
+                mixers[layer] = override.mixer
+        return mixers
+
+    def to_yaml(self) -> str:
+        """The declaration as YAML, every field and policy written out; `load_model_spec` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def build(self) -> MemoryLM:
+        """The model, freshly initialised."""
+        from memkit.lm.model import MemoryLM
+
+        return MemoryLM(self)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}; or set head_width")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        for number, override in enumerate(self.layers.overrides):
+            for layer in override.at or ():
+                if not -self.depth <= layer < self.depth:
+                    raise ValueError(
+                        f"layers.overrides.{number}.at: must name layers from 0 to {self.depth - 1} "
+                        f"(negative: from the end), got {layer}"
+                    )
+        return self
