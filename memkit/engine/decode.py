@@ -18,6 +18,7 @@ from memkit.engine.call import Call
 from memkit.engine.fold import read_slots
 from memkit.engine.read import Part, attend_parts
 from memkit.memory import Memory, SideBySide
+from memkit.policy import Policy
 
 __all__ = ["decode"]
 
@@ -28,11 +29,10 @@ def decode(call: Call) -> tuple[Tensor, Memory] | None:
     if memory is None or not _applies(call, memory):
         return None
     assert call.queries is not None and call.values is not None
-    made_with = _versions(call)
-    if memory.side_by_side is None or memory.side_by_side.made_with != made_with:
+    made_with, banded = _versions(call), call.policy.window.band is not None
+    if not banded and (memory.side_by_side is None or memory.side_by_side.made_with != made_with):
         memory = _place_side_by_side(call, memory, made_with)
-    side, here = memory.side_by_side, slice(memory.end, memory.end + 1)
-    assert side is not None
+    here = slice(memory.end, memory.end + 1)
     memory.keys[:, :, here], memory.values[:, :, here] = call.keys, call.values
     if memory.weights is not None:
         memory.weights[:, :, here] = 1 if call.weights is None else call.weights
@@ -40,16 +40,34 @@ def decode(call: Call) -> tuple[Tensor, Memory] | None:
     if memory.positions is not None and following is not None:
         memory.positions[:, memory.end] = following
         following = following + 1
-    seen = slice(side.begin, side.slots + memory.end + 1)
     queries, heat = call.queries, None if call.parameters is None else call.parameters.temperature_window
     if heat is not None:
         queries = queries * heat.to(queries.dtype)[:, None, None]
-    bias = None if side.bias is None else side.bias[:, :, :, seen]
-    output, _ = attend_parts([Part(queries, side.keys[:, :, seen], side.values[:, :, seen], bias)], call.scale)
+    output, _ = attend_parts(_band(call, memory, queries) if banded else _all_at_once(memory, queries), call.scale)
     after = dataclasses.replace(
         memory, seen_rows=memory.seen_rows + 1, end=memory.end + 1, next_positions=following, taken=False
     )
     return output, after
+
+
+def _all_at_once(memory: Memory, queries: Tensor) -> list[Part]:
+    """Slots and window, side by side."""
+    side = memory.side_by_side
+    assert side is not None
+    seen = slice(side.begin, side.slots + memory.end + 1)
+    bias = None if side.bias is None else side.bias[:, :, :, seen]
+    return [Part(queries, side.keys[:, :, seen], side.values[:, :, seen], bias)]
+
+
+def _band(call: Call, memory: Memory, queries: Tensor) -> list[Part]:
+    """Under a sliding window, which leaves its oldest token behind at each step: sinks apart, if there are any."""
+    size = min(int(memory.held_rows[0]) + 1, call.policy.window.band or 0)
+    seen = slice(memory.end + 1 - size, memory.end + 1)
+    parts = [Part(queries, memory.keys[:, :, seen], memory.values[:, :, seen])]
+    if slots := int(memory.live_rows[0]):
+        ready = read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots])
+        parts.append(Part(queries, ready.keys, ready.values))
+    return parts
 
 
 def _applies(call: Call, memory: Memory) -> bool:
@@ -58,7 +76,7 @@ def _applies(call: Call, memory: Memory) -> bool:
     plain = call.keys.shape[2] == 1 and call.plan is None and not memory.keys.requires_grad
     if not plain or memory.end == memory.keys.shape[2] or memory.sums.requires_grad:
         return False
-    if policy.window.band is not None or (policy.chunk and position % policy.chunk == 0) or position == 0:
+    if position == 0 or _leaves(policy, position):
         return False
     if policy.needs_rotation and (
         not policy.rotary.rotates_slots or call.rotation is None or call.rotation.positions is not None
@@ -70,6 +88,14 @@ def _applies(call: Call, memory: Memory) -> bool:
         return False
     heat = None if call.parameters is None else call.parameters.temperature_memory
     return heat is None or call.queries is None or call.queries.shape[1] == call.keys.shape[1]
+
+
+def _leaves(policy: Policy, position: int) -> bool:
+    """Whether the token at `position` pushes a chunk, or a sink, out of the window."""
+    band = policy.window.band
+    if band is not None:
+        return band <= position < band + policy.sinks
+    return policy.chunk > 0 and position % policy.chunk == 0
 
 
 def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) -> Memory:
