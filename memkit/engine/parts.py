@@ -21,10 +21,13 @@ def queries_apart(call: Call, timeline: Timeline) -> tuple[Tensor, Tensor]:
     """Queries as they meet the window and as they meet the slots: heated, and un-rotated where slots are."""
     policy, queries = call.policy, call.queries
     assert queries is not None
+    if not timeline.schedule.even:  # nothing that stands in the padding may reach a gradient
+        queries = queries.masked_fill(~timeline.own_columns()[:, None, :, None], 0)
     remembering = queries
-    if policy.needs_rotation:
-        assert timeline.positions is not None
-        positions = timeline.positions[:, None, timeline.positions.shape[1] - queries.shape[2] :]
+    if not policy.exact_slots:
+        positions = timeline.positions
+        if positions is not None:
+            positions = positions[:, None, positions.shape[1] - queries.shape[2] :]
         remembering = policy.rotary.memory_queries(queries, call.rotation, positions)
     if call.parameters is None:
         return queries, remembering

@@ -31,6 +31,7 @@ class Timeline:
             padding = ~self.own_columns()[:, None, :, None]
             keys = keys.masked_fill(padding, 0)
             values = None if values is None else values.masked_fill(padding, 0)
+            weights = None if weights is None else weights.masked_fill(padding[..., 0], 0)
         if weights is None and call.policy.merging.learned and not call.policy.exact_slots:
             weights = keys.new_ones(keys.shape[:3])
         positions, self.next_positions = self._positions()

@@ -1,0 +1,238 @@
+"""Pieces of a user's own, registered like ours: the engine and the oracle ask them alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+import memkit
+from memkit.pieces import (
+    Admission,
+    AdmissionSpec,
+    Growth,
+    GrowthSpec,
+    Leaving,
+    Merging,
+    MergingSpec,
+    Placement,
+    Rotary,
+    RotarySpec,
+    Routing,
+    RoutingSpec,
+    registry,
+)
+from tests.engine.cases import Case, assert_same_plan, make_case, small
+from tests.engine.test_agreement import assert_agrees
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """What a test registers is gone after it."""
+    for family, known in registry._REGISTRY.items():
+        monkeypatch.setitem(registry._REGISTRY, family, dict(known))
+
+
+def own(changes: dict[str, Any], base: str = "kvm-sqrt-16") -> memkit.PolicySpec:
+    return memkit.load_policy(small(base), changes)
+
+
+class Ema(Merging):
+    """A slot moves a quarter of the way to each token that joins it. Order matters."""
+
+    additive = False
+
+    def combine(self, slot: Tensor, token: Tensor) -> Tensor:
+        return slot + (token - slot) / 4
+
+
+class EmaSpec(MergingSpec):
+    kind: Literal["test-ema"] = "test-ema"
+
+    def build(self) -> Ema:
+        return Ema()
+
+
+class Loud(Merging):
+    """The larger a key, the more it weighs."""
+
+    def weight(self, keys: Tensor, weights: Tensor | None) -> Tensor:
+        return keys.abs().amax(-1)
+
+
+class LoudSpec(MergingSpec):
+    kind: Literal["test-loud"] = "test-loud"
+
+    def build(self) -> Loud:
+        return Loud()
+
+
+class Cubic(Growth):
+    def size(self, tokens: int) -> float:
+        return math.cbrt(tokens) * 4
+
+
+class CubicSpec(GrowthSpec):
+    kind: Literal["test-cubic"] = "test-cubic"
+
+    def build(self) -> Cubic:
+        return Cubic(self)
+
+
+class Familiar(Admission):
+    """The opposite of novelty."""
+
+    compares = True
+
+    def priority(self, offsets: Tensor, free: Any, grant: Any, redundancy: Tensor | None) -> Tensor:
+        assert redundancy is not None
+        return -redundancy
+
+
+class FamiliarSpec(AdmissionSpec):
+    kind: Literal["test-familiar"] = "test-familiar"
+
+    def build(self) -> Familiar:
+        return Familiar()
+
+
+class Middle(Admission):
+    """The tokens in the middle of those that may be chosen."""
+
+    def priority(self, offsets: Tensor, free: Any, grant: Any, redundancy: Tensor | None) -> Tensor:
+        return (2 * offsets - free + 1).abs()
+
+
+class MiddleSpec(AdmissionSpec):
+    kind: Literal["test-middle"] = "test-middle"
+
+    def build(self) -> Middle:
+        return Middle()
+
+
+class RoundRobin(Routing):
+    """The first tokens found; the others go round the slots that are no sinks."""
+
+    founds = True
+
+    def place(self, chunk: Leaving, priority: Any, redundancy: bool) -> Placement:
+        shape, offsets = chunk.keys.shape[:3], chunk.offsets
+        founded = offsets < chunk.grant
+        turn = chunk.sinks + (offsets - chunk.grant) % (chunk.live + chunk.grant - chunk.sinks)
+        slot = torch.where(founded, chunk.live + offsets, turn)
+        return Placement(slot.expand(shape), founded.expand(shape))
+
+
+class RoundRobinSpec(RoutingSpec):
+    kind: Literal["test-round-robin"] = "test-round-robin"
+
+    def build(self) -> RoundRobin:
+        return RoundRobin()
+
+
+class Half(Rotary):
+    """Memory keys are half as long, and met by queries twice as long."""
+
+    def memory_keys(self, keys: Tensor, rotation: Any, positions: Any) -> Tensor:
+        return keys / 2
+
+    def memory_queries(self, queries: Tensor, rotation: Any, positions: Any) -> Tensor:
+        return queries * 2
+
+
+class HalfSpec(RotarySpec):
+    kind: Literal["test-half"] = "test-half"
+
+    def build(self) -> Half:
+        return Half()
+
+
+class Ahead(Rotary):
+    """Slots stand three positions after their tokens' mean."""
+
+    needs_rotation = True
+    rotates_slots = True
+
+    def memory_keys(self, keys: Tensor, rotation: Any, positions: Any) -> Tensor:
+        return rotation.apply(keys, positions, inverse=True)
+
+    def slot_keys(self, keys: Tensor, rotation: Any, positions: Any) -> Tensor:
+        return rotation.apply(keys, positions + 3)
+
+
+class AheadSpec(RotarySpec):
+    kind: Literal["test-ahead"] = "test-ahead"
+
+    def build(self) -> Ahead:
+        return Ahead()
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes"),
+    [
+        pytest.param(LoudSpec, {"merging": {"kind": "test-loud"}}, id="merging"),
+        pytest.param(CubicSpec, {"growth": {"kind": "test-cubic", "floor": 4}}, id="growth"),
+        pytest.param(FamiliarSpec, {"admission": {"kind": "test-familiar"}}, id="admission that compares"),
+        pytest.param(MiddleSpec, {"admission": {"kind": "test-middle"}, "sinks": 2}, id="admission"),
+        pytest.param(
+            RoundRobinSpec,
+            {"routing": {"kind": "test-round-robin"}, "admission": {"kind": "none"}, "readout.value": "mean-norm"},
+            id="routing",
+        ),
+        pytest.param(HalfSpec, {"rotary": {"kind": "test-half"}}, id="rotary"),
+        pytest.param(AheadSpec, {"rotary": {"kind": "test-ahead"}}, id="rotary that rotates slots"),
+    ],
+)
+def test_engine_and_oracle_agree(spec: type, changes: dict[str, Any]):
+    memkit.register(spec)
+    case = make_case(own(changes), 75)
+    assert_same_plan(case.plan(), case.oracle_plan())
+    assert_agrees(case)
+
+
+@pytest.mark.parametrize("base", ["kvm-sqrt-16", "free-kvm-sqrt", "block-mean-8", "ovq-1024"])
+def test_a_rule_that_is_not_additive(base: str):
+    memkit.register(EmaSpec)
+    changes: dict[str, Any] = {"merging": {"kind": "test-ema"}}
+    case = make_case(own(changes, base), 75)
+    assert_same_plan(case.plan(), case.oracle_plan())
+    assert_agrees(case)
+
+
+@torch.no_grad()
+def test_a_rule_that_is_not_additive_token_by_token():
+    memkit.register(EmaSpec)
+    case = make_case(own({"merging": {"kind": "test-ema"}}), 60)
+    expected, _ = case.attend()
+    memory, outputs = None, []
+    for position in range(60):
+        output, memory = case.part(position, position + 1).attend(memory=memory)
+        outputs.append(output)
+    assert torch.allclose(torch.cat(outputs, dim=2), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_who_joins_a_slot_before_its_founder_comes_is_kept(backend: str):
+    # Token 0 joins the slot that token 1, behind it in the chunk, founds: 1, then a quarter of the way to 0.
+    memkit.register(EmaSpec)
+    spec = memkit.PolicySpec(
+        chunker={"kind": "fixed", "size": 2},
+        window={"kind": "block", "chunks": 1},
+        growth={"kind": "fixed", "slots": 1},
+        admission={"kind": "recency"},
+        merging={"kind": "test-ema"},
+    )
+    keys = torch.tensor([[0.0], [1.0], [0.0]])[None, None]
+    _, memory = memkit.attend(spec, keys, keys, keys, backend=backend)
+    assert memory.counts.tolist() == [[[2]]]
+    assert memory.sums[0, 0, 0].tolist() == [0.75, 0.75]
+
+
+def test_a_policy_of_own_pieces_saves_what_it_is():
+    memkit.register(EmaSpec)
+    spec = own({"merging": {"kind": "test-ema"}})
+    assert memkit.PolicySpec(**spec.model_dump()) == spec
+    assert isinstance(make_case(spec, 3), Case)
