@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html as markup
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -115,7 +116,8 @@ def _label_rises(axes: Axes, entries: list[Measurement], height: float = 10, wid
 def progress_bar(policies: int, console: Console | None = None) -> Generator[Report]:
     """A bar over so many policies, on stderr and gone when it is done; gives what `compare(progress=…)` wants."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console or Console(stderr=True), transient=True) as bar:
+    console = console or Console(file=sys.stderr)  # the stream of now: loading a model redirects the name to silence it
+    with Progress(*columns, console=console, transient=True) as bar:
         task: TaskID = bar.add_task("loading the model", total=policies, step="")
         labels: list[str] = []
 
