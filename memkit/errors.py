@@ -40,4 +40,4 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that nobody knows: the name, the nearest one, and all known ones."""
     names = sorted(known)
-    return f"unknown {what} '{name}'{nearest_name(name, names)} known: {', '.join(names)}"
+    return f"unknown {what} '{name}'{nearest_name(name, names) or ';'} known: {', '.join(names)}"

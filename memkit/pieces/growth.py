@@ -6,6 +6,7 @@ the sinks, at most the tokens absorbed, and never shrinks. Which n is meant is t
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from abc import ABC, abstractmethod
@@ -141,7 +142,7 @@ class Sqrt(Growth):
 
     def size(self, tokens: int) -> int:
         factor = _decimal(self.spec.factor)
-        return math.isqrt(math.floor(factor * factor * tokens))
+        return math.isqrt(factor.numerator**2 * tokens // factor.denominator**2)
 
 
 @register
@@ -225,9 +226,11 @@ class Linear(Growth):
     spec: LinearGrowthSpec
 
     def size(self, tokens: int) -> int:
-        return math.floor(_decimal(self.spec.fraction) * tokens)
+        fraction = _decimal(self.spec.fraction)
+        return fraction.numerator * tokens // fraction.denominator
 
 
+@functools.cache
 def _decimal(number: float) -> Fraction:
     """The number as a person wrote it: 0.1 is one tenth, not its nearest binary fraction."""
     return Fraction(repr(number))

@@ -125,7 +125,8 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str,
             found.append((path, str(cause)))
         else:
             found.append((path, _wording(detail, model)))
-    return found
+    # A typo first: it may be why another field is missing.
+    return sorted(found, key=lambda problem: not problem[1].startswith("unknown field"))
 
 
 def _wording(detail: ErrorDetails, model: type[BaseModel]) -> str:
@@ -139,7 +140,9 @@ def _wording(detail: ErrorDetails, model: type[BaseModel]) -> str:
                 holder = getattr(holder, "annotation", None)
             fields = [name for name in getattr(holder, "model_fields", {}) if name != "kind"]
             name = str(detail["loc"][-1])
-            return f"unknown field{nearest_name(name, fields)} known: {', '.join(fields) or 'none'}"
+            if not fields:
+                return "unknown field; this kind has none"
+            return f"unknown field{nearest_name(name, fields) or ';'} known: {', '.join(fields)}"
         case "missing":
             return "is required and missing"
         case _:
