@@ -1,0 +1,324 @@
+"""What a policy costs, from its spec alone: slots, bytes and floating-point operations. No tensor is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+
+from memkit.catalog import as_policy
+from memkit.engine.timeline import WINDOW_SLACK
+from memkit.engine.validation import DTYPES
+from memkit.errors import InputError
+from memkit.policy import Policy, PolicySpec
+
+__all__ = ["FITTED_LENGTHS", "Cost", "Flops", "Shape", "cost"]
+
+FITTED_LENGTHS = tuple(4096 << i for i in range(9))
+"""Tokens at which the exponent is fitted: 4k, 8k … 1M."""
+
+# Positions looked at in one go: a few arrays of 8 MB, however long the text.
+BLOCK = 1 << 20
+FLOAT64_BYTES = 8
+
+AnyPolicy = str | Path | PolicySpec | Policy
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is multiplied: `rows` sequences through `layers` layers, each of `heads` query heads, `kv_heads` key/value
+    heads, keys of `head_width` and values of `value_width` channels, in `dtype`."""
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    value_width: int
+    dtype: str
+    layers: int
+    rows: int
+
+    def __str__(self) -> str:
+        widths = (
+            f"{self.head_width}" if self.head_width == self.value_width else f"{self.head_width}/{self.value_width}"
+        )
+        grouped = "" if self.kv_heads == self.heads else f" over {self.kv_heads} key/value heads"
+        return (
+            f"{_several(self.layers, 'layer')} of {_several(self.heads, 'head')}{grouped}, width {widths}, "
+            f"{self.dtype}, {_several(self.rows, 'row')}"
+        )
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations, 2 per multiply-add.
+
+    attention: queries meet keys and values; routing: tokens that leave the window find their slots.
+    """
+
+    attention: int
+    routing: int
+
+    @property
+    def total(self) -> int:
+        """Attention and routing."""
+        return self.attention + self.routing
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `policy` costs at `tokens` tokens; see `cost` for what is counted.
+
+    slots, window: slots, and tokens kept exactly, of each row, layer and key/value head after a prefill;
+    slot_bytes, window_bytes: what the memories of all layers and rows hold then, room to decode included;
+    prefill: operations for all tokens; decode: for one more; exponent: prefill grows as tokens^exponent from 4k to 1M.
+    """
+
+    policy: str
+    tokens: int
+    shape: Shape
+    slots: int
+    window: int
+    slot_bytes: int
+    window_bytes: int
+    prefill: Flops
+    decode: Flops
+    exponent: float
+
+    @property
+    def bytes(self) -> int:
+        """Slots and window."""
+        return self.slot_bytes + self.window_bytes
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields as plain numbers and text, for JSON."""
+        return {**dataclasses.asdict(self), "bytes": self.bytes}
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "slots, each head": f"{self.slots:,}",
+            "window, tokens": f"{self.window:,}",
+            "memory": f"{self.bytes:,} bytes ({self.slot_bytes:,} slots + {self.window_bytes:,} window)",
+            "prefill": f"{self.prefill.total:.3g} FLOPs ({self.prefill.routing:.3g} of them routing)",
+            "one more token": f"{self.decode.total:.3g} FLOPs",
+            "prefill grows as": f"tokens<sup>{self.exponent:.2f}</sup>",
+        }
+        body = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in rows.items())
+        caption = f"{escape(self.policy)} after {self.tokens:,} tokens<br><small>{escape(str(self.shape))}</small>"
+        return f"<table><caption>{caption}</caption>{body}</table>"
+
+
+@overload
+def cost(
+    policy: AnyPolicy,
+    tokens: int,
+    *,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    head_width: int = 64,
+    value_width: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    layers: int = 1,
+    rows: int = 1,
+) -> Cost: ...
+
+
+@overload
+def cost(
+    policy: AnyPolicy,
+    tokens: Iterable[int],
+    *,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    head_width: int = 64,
+    value_width: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    layers: int = 1,
+    rows: int = 1,
+) -> list[Cost]: ...
+
+
+def cost(
+    policy: AnyPolicy,
+    tokens: int | Iterable[int],
+    *,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    head_width: int = 64,
+    value_width: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    layers: int = 1,
+    rows: int = 1,
+) -> Cost | list[Cost]:
+    """What a policy costs after reading `tokens` tokens; a list of costs for several lengths.
+
+    heads h, kv_heads g (left out: h), head_width d, value_width v (left out: d), dtype, layers and rows say for what.
+
+    Bytes are those of `Memory.bytes` after one prefill in `dtype` without gradients: sums (float32, or float64 for
+    float64) and numbers (float64) of every slot, and the window's keys, values, weights and positions with the room
+    kept for decoding. The copy of the slots as they are read, which decoding keeps, is not in it.
+
+    With w(p) tokens of the window and m(p) slots visible to the query at position p, its own token included,
+
+        attention = 2·h·(d + v) · Σ_p (w(p) + m(p))              scores and weighted values
+        routing   = 2·g·d · Σ_chunks C·(m before + m founded)    every token that leaves against every slot
+
+    for each layer and row. Routing costs nothing where no slot is compared (`segment`, growth `none`) and where the
+    whole chunk founds. `full` thus costs the causal half of the square. One decoded token stands at p = `tokens` and
+    pays its share, 1/C, of routing the next chunk that leaves. Left out, all linear in the tokens: projections,
+    softmax, norms, rotary, the sums themselves, and what a kernel computes only to mask it.
+
+    The exponent is the slope, by least squares in log–log, of attention + routing over a prefill at 4k, 8k … 1M tokens.
+
+    Raises `InputError` for numbers that do not fit, `PolicyError` as `load_policy` does.
+    """
+    shape = _shape(heads, kv_heads, head_width, value_width, dtype, layers, rows)
+    lengths = [tokens] if isinstance(tokens, int) else list(tokens)
+    for length in lengths:
+        _check_at_least("tokens", length, 1)
+    course = _Course(as_policy(policy), max([*lengths, *FITTED_LENGTHS]))
+    visible = course.visible({*lengths, *FITTED_LENGTHS})
+    exponent = _slope({n: _prefill(course, shape, n, visible[n]).total for n in FITTED_LENGTHS})
+    costs = [_cost_at(course, shape, length, visible[length], exponent) for length in lengths]
+    return costs[0] if isinstance(tokens, int) else costs
+
+
+class _Course:
+    """How windows and slots go along for a text of so many tokens and one more: whole numbers, all exact."""
+
+    def __init__(self, policy: Policy, tokens: int) -> None:
+        self.policy = policy
+        self.compares = not policy.exact_slots and policy.routing.compares
+        chunks = 0 if policy.exact_slots else int(policy.window.begin(tokens)) // policy.chunk + 1
+        # Slots once so many chunks have left; without growth there may be a chunk per token, and none is needed.
+        self.table = np.array([policy.slots_after_chunk(index - 1) for index in range(chunks + 1)], dtype=np.int64)
+
+    def slots(self, left: np.ndarray) -> np.ndarray:
+        """Slots there are once `left` tokens have left the window."""
+        return np.minimum(self.policy.sinks, left) if self.policy.exact_slots else self.table[left // self.policy.chunk]
+
+    def visible(self, lengths: Iterable[int]) -> dict[int, int]:
+        """Σ over all queries of what each sees, slots and window, for texts of so many tokens."""
+        totals: dict[int, int] = {}
+        total = begin = 0
+        for length in sorted(lengths):
+            while begin < length:
+                end = min(length, begin + BLOCK)
+                positions = np.arange(begin, end, dtype=np.int64)
+                left = self.policy.window.begin(positions)
+                total += int((positions - left + 1 + self.slots(left)).sum())
+                begin = end
+            totals[length] = total
+        return totals
+
+    def compared(self, first: int, stop: int) -> int:
+        """Pairs of a token and a slot that are compared as chunks `first` … `stop` − 1 leave."""
+        if not self.compares:
+            return 0
+        live, after = self.table[first:stop], self.table[first + 1 : stop + 1]
+        chooses = after - live < self.policy.chunk  # where all found, there is nothing to choose
+        return self.policy.chunk * int((after if self.policy.merging.joins else live)[chooses].sum())
+
+
+def _cost_at(course: _Course, shape: Shape, tokens: int, visible: int, exponent: float) -> Cost:
+    policy = course.policy
+    slot_bytes, window_bytes = _bytes(policy, shape, tokens)
+    return Cost(
+        policy=policy.name or "unnamed",
+        tokens=tokens,
+        shape=shape,
+        slots=policy.slots_after(tokens),
+        window=tokens - int(policy.window.begin(tokens - 1)),
+        slot_bytes=slot_bytes,
+        window_bytes=window_bytes,
+        prefill=_prefill(course, shape, tokens, visible),
+        decode=_decode(course, shape, tokens),
+        exponent=exponent,
+    )
+
+
+def _prefill(course: _Course, shape: Shape, tokens: int, visible: int) -> Flops:
+    chunks = int(course.policy.window.begin(tokens - 1)) // (course.policy.chunk or 1)
+    return Flops(attention=_attention(shape, visible), routing=_routing(shape, course.compared(0, chunks)))
+
+
+def _decode(course: _Course, shape: Shape, tokens: int) -> Flops:
+    left, chunk = int(course.policy.window.begin(tokens)), course.policy.chunk or 1
+    visible = tokens - left + 1 + int(course.slots(np.array(left)))
+    compared = course.compared(left // chunk, left // chunk + 1)
+    return Flops(attention=_attention(shape, visible), routing=_routing(shape, compared) // chunk)
+
+
+def _attention(shape: Shape, visible: int) -> int:
+    """For so many pairs of a query and what it sees."""
+    return 2 * shape.layers * shape.rows * shape.heads * (shape.head_width + shape.value_width) * visible
+
+
+def _routing(shape: Shape, compared: int) -> int:
+    """For so many pairs of a token that leaves and a slot."""
+    return 2 * shape.layers * shape.rows * shape.kv_heads * shape.head_width * compared
+
+
+def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
+    """Bytes of slots and of the window after a prefill, as the torch engine allocates them."""
+    dtype = getattr(torch, shape.dtype)
+    width = shape.head_width + shape.value_width
+    per_slot = width * torch.promote_types(dtype, torch.float32).itemsize + len(policy.columns) * FLOAT64_BYTES
+    heads = shape.layers * shape.rows * shape.kv_heads
+    slots = heads * policy.slots_after(tokens) * per_slot
+
+    capacity = policy.window.capacity
+    room = tokens if capacity is None else capacity + WINDOW_SLACK
+    weighs = policy.merging.learned and not policy.exact_slots
+    window = heads * room * (width + weighs) * dtype.itemsize
+    if policy.needs_rotation:  # positions of the window's tokens, and the next one
+        window += shape.layers * shape.rows * (room + 1) * FLOAT64_BYTES
+    return slots, window
+
+
+def _slope(operations: dict[int, int]) -> float:
+    """Of log operations over log tokens, by least squares."""
+    x, y = np.log(list(operations)), np.log([float(number) for number in operations.values()])
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+def _shape(
+    heads: int,
+    kv_heads: int | None,
+    head_width: int,
+    value_width: int | None,
+    dtype: str | torch.dtype,
+    layers: int,
+    rows: int,
+) -> Shape:
+    shape = Shape(
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_width=head_width,
+        value_width=head_width if value_width is None else value_width,
+        dtype=str(dtype).removeprefix("torch."),
+        layers=layers,
+        rows=rows,
+    )
+    for name in ("heads", "kv_heads", "head_width", "value_width", "layers", "rows"):
+        _check_at_least(name, getattr(shape, name), 1)
+    if shape.heads % shape.kv_heads:
+        raise InputError(f"heads must be a multiple of the {shape.kv_heads} kv_heads, got {shape.heads}")
+    known = [str(known).removeprefix("torch.") for known in DTYPES]
+    if shape.dtype not in known:
+        raise InputError(f"dtype must be one of {', '.join(known)}, got {shape.dtype}")
+    return shape
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}")
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
