@@ -1,0 +1,241 @@
+"""The command line. Exit code 0; 1: a check failed; 2: bad input, said in one line on standard error."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from typer.core import TyperGroup
+
+from memkit import __version__
+from memkit.catalog import load_policy, policy_header, policy_names
+from memkit.errors import InputError, MemkitError, PolicyError
+
+__all__ = ["app"]
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MemkitError as error:
+            typer.echo(" ".join(str(error).split()), err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="How an attention layer remembers, as a configuration choice.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memkit {__version__}")
+        raise typer.Exit
+
+
+def _import_modules(names: list[str]) -> list[str]:
+    """Import a user's modules, found in the working folder too, so that they register their pieces."""
+    if names and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"--import {name}: cannot be imported: {cause}; run python -c 'import {name}' to see where"
+            ) from None
+    return names
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+]
+Policies = Annotated[list[str], typer.Argument(metavar="POLICY", help="A shipped policy's name, or a YAML file.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in growth.factor=8; may be repeated."),
+]
+ImportOption = Annotated[
+    list[str],
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import a Python module first, which registers pieces of your own; may be repeated.",
+        callback=_import_modules,
+        is_eager=True,
+    ),
+]
+
+
+@app.callback()
+def _memkit(version: VersionOption = False) -> None:
+    pass
+
+
+@app.command("list")
+def list_policies() -> None:
+    """List the shipped policies.
+
+    How each grows, and what it is.
+    """
+    from memkit import viz
+    from memkit.viz.policies import listing
+
+    viz.show(listing((load_policy(name), policy_header(name)) for name in policy_names()))
+
+
+@app.command()
+def show(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A shipped policy's name, or a YAML file.")],
+    changes: SetOption = [],  # noqa: B006
+    modules: ImportOption = [],  # noqa: B006
+) -> None:
+    """Show one policy.
+
+    What it is, its declaration, its growth from 1k to 1M tokens, and who sees what.
+    """
+    spec = load_policy(policy, _overrides(changes))
+    from memkit import viz
+    from memkit.viz.policies import details
+
+    viz.show(details(spec, policy_header(policy)))
+
+
+@app.command()
+def cost(
+    policies: Policies,
+    tokens: Annotated[
+        list[int], typer.Option("--tokens", metavar="N", help="Tokens read; repeat it for several lengths.")
+    ] = [4096, 65_536, 1_048_576],  # noqa: B006
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads; left out: as many as query heads.")] = None,
+    head_width: Annotated[int, typer.Option(help="Channels of a key.")] = 64,
+    value_width: Annotated[int | None, typer.Option(help="Channels of a value; left out: as a key.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    layers: Annotated[int, typer.Option(help="Layers.")] = 1,
+    rows: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    changes: SetOption = [],  # noqa: B006
+    modules: ImportOption = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what policies cost before anything runs.
+
+    Slots, bytes, operations of a prefill and of one more token, and how the prefill grows.
+    """
+    from memkit import costing
+
+    overrides = _overrides(changes)
+    costs = [
+        entry
+        for policy in policies
+        for entry in costing.cost(
+            load_policy(policy, overrides),
+            tokens,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_width=head_width,
+            value_width=value_width,
+            dtype=dtype,
+            layers=layers,
+            rows=rows,
+        )
+    ]
+    if as_json:
+        typer.echo(json.dumps([entry.to_dict() for entry in costs], indent=2, ensure_ascii=False))
+        return
+    from memkit import viz
+    from memkit.viz.costs import table
+
+    viz.show(table(costs))
+
+
+@app.command()
+def compare(
+    policies: Annotated[
+        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: ten shipped ones.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A Hugging Face folder or a GGUF file; left out: SmolLM2-135M-Instruct."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text; left out: the topics of Python's own help.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to read.")] = 4096,
+    skip: Annotated[int, typer.Option(metavar="N", help="First token whose loss counts.")] = 1024,
+    changes: SetOption = [],  # noqa: B006
+    modules: ImportOption = [],  # noqa: B006
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write the results to a JSON file.")
+    ] = None,
+) -> None:
+    """Let a language model read a text under several policies.
+
+    What each costs, and how well the model then predicts, measured in one run.
+    """
+    overrides = _overrides(changes)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise InputError(f"{json_file}: its folder does not exist; make it first, or name another file")
+    from memkit import comparison, viz
+    from memkit.viz.comparison import progress_bar
+
+    chosen = policies or list(comparison.DEFAULT_POLICIES)
+    with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
+        result = comparison.compare(
+            chosen, model=model, text=text, tokens=tokens, skip=skip, overrides=overrides, progress=progress
+        )
+    viz.show(result.table())
+    if json_file is not None:
+        _write(json_file, result.to_json() + "\n")
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it to a file instead of printing it.")] = None,
+    modules: ImportOption = [],  # noqa: B006
+) -> None:
+    """Print the JSON schema of a policy file.
+
+    Editors complete and check a file that names it: # yaml-language-server: $schema=policy.schema.json
+    """
+    from memkit.schema import policy_schema
+
+    if out is None:
+        typer.echo(policy_schema(), nl=False)
+    else:
+        _write(out, policy_schema())
+
+
+def _overrides(changes: list[str]) -> dict[str, Any]:
+    """`growth.factor=8` → {"growth.factor": 8}; values are YAML."""
+    overrides: dict[str, Any] = {}
+    for change in changes:
+        field, equals, value = change.partition("=")
+        if not equals or not field.strip():
+            raise PolicyError(f"--set {change}: must be FIELD=VALUE, as in --set growth.factor=8")
+        try:
+            overrides[field.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or "cannot be read"
+            raise PolicyError(f"--set {change}: {problem}; the value is YAML, as 8 or '{{kind: none}}'") from None
+    return overrides
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name a file in a folder of yours") from None

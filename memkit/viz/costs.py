@@ -1,0 +1,57 @@
+"""Costs as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memkit.costing import Cost
+
+__all__ = ["cells", "columns", "table"]
+
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+def table(costs: Sequence[Cost]) -> RenderableType:
+    """One line per policy, one block per length; all for one shape."""
+    grid = columns("policy", "slots", "window", "memory", "prefill\nFLOPs", "a token\nFLOPs", "grows\nas")
+    for tokens in sorted({cost.tokens for cost in costs}):
+        grid.add_section()
+        grid.add_row(Text(f"{tokens:,} tokens", style="bold"))
+        for cost in costs:
+            if cost.tokens == tokens:
+                grid.add_row(cost.policy, *cells(cost), f"N^{cost.exponent:.2f}")
+    notes = [
+        f"for {costs[0].shape}; slots and window of each head",
+        "FLOPs: attention and routing, of the prefill and of one token decoded after it",
+        "grows as: the prefill from 4k to 1M tokens",
+    ]
+    return Group(grid, *(Text(note, style="dim") for note in notes))
+
+
+def cells(cost: Cost) -> tuple[str, ...]:
+    """Slots, window, memory, operations of a prefill and of one token."""
+    numbers = (f"{cost.slots:,}", f"{cost.window:,}", _amount(cost.bytes, "B"))
+    return (*numbers, _amount(cost.prefill.total), _amount(cost.decode.total))
+
+
+def columns(first: str, *others: str) -> Table:
+    """An empty table: names on the left, numbers on the right."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    grid.add_column(first, no_wrap=True)
+    for header in others:
+        grid.add_column(header, justify="right", no_wrap=True)
+    return grid
+
+
+def _amount(number: float, unit: str = "") -> str:
+    """Three digits and a metric prefix: 1.02 P, 4.10 GB."""
+    power = 0
+    while number >= 999.5 and power < len(PREFIXES) - 1:
+        number, power = number / 1000, power + 1
+    digits = f"{number:.3g}" if power == 0 else f"{number:#.3g}".rstrip(".")
+    return f"{digits} {PREFIXES[power]}{unit}".rstrip()

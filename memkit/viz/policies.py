@@ -1,0 +1,104 @@
+"""Policies in words: the list of them, and one of them in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memkit.costing import Cost, cost
+from memkit.pieces.growth import GrowthSpec
+from memkit.pieces.registry import Spec
+from memkit.policy import PolicySpec
+from memkit.viz.costs import cells, columns
+from memkit.viz.picture import draw, picture
+
+__all__ = ["details", "listing"]
+
+SHOWN_LENGTHS = tuple(1024 << (2 * i) for i in range(6))
+
+
+def listing(policies: Iterable[tuple[PolicySpec, str]]) -> RenderableType:
+    """One line per policy: its name, how it grows, what it is."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    grid.add_column("policy", no_wrap=True)
+    grid.add_column("growth", max_width=22)
+    grid.add_column("what it is")
+    for spec, header in policies:
+        grid.add_row(spec.name, growth(spec), header.split("\n", 1)[0])
+    return grid
+
+
+def details(spec: PolicySpec, header: str) -> RenderableType:
+    """What a policy is, its declaration, how it grows from 1k to 1M tokens, and who sees what."""
+    policy = spec.build()
+    parts: list[RenderableType] = [Text(spec.name or "policy", style="bold")]
+    if header:
+        parts.append(Text(header))
+    parts += [Text(), declaration(spec), Text()]
+    learned = policy.learned
+    parts.append(Text(f"A layer must have learned {_and(learned)}." if learned else "Nothing is learned."))
+    parts.append(_growth_table(cost(spec, SHOWN_LENGTHS)))
+    drawn = picture(policy)
+    if drawn is not None:
+        parts += [Text(), draw(drawn)]
+    return Group(*parts)
+
+
+def declaration(spec: PolicySpec) -> Text:
+    """The policy as one would write it; fields at their defaults are left out."""
+    text = Text()
+    for family, value in spec:
+        if isinstance(value, Spec):
+            said: Any = _said(value)
+        else:
+            said = value if value != PolicySpec.model_fields[family].default else None
+        if not said:
+            continue
+        line = yaml.safe_dump(said, default_flow_style=True, sort_keys=False, width=10_000)
+        text.append(f"{family}: ", style="cyan")
+        text.append(line.removesuffix("...\n").strip() + "\n")
+    text.rstrip()
+    return text
+
+
+def growth(spec: PolicySpec) -> str:
+    """How slots grow, and by which numbers: `sqrt factor=16`. What all schedules have in common is left out."""
+    said = _said(spec.growth)
+    own = [f"{name}={value}" for name, value in said.items() if name not in GrowthSpec.model_fields]
+    return " ".join([said["kind"], *own])
+
+
+def _said(spec: Spec) -> dict[str, Any]:
+    """The fields that are not at their default: the kind, the kind's own, and those that its family shares."""
+    fields, own = type(spec).model_fields, vars(type(spec))["__annotations__"]
+    dumped = spec.model_dump(mode="json")
+    said = {name: _whole(value) for name, value in dumped.items() if getattr(spec, name) != fields[name].default}
+    ordered = {name: said[name] for name in sorted(said, key=lambda name: name not in own)}
+    return {"kind": dumped["kind"], **ordered} if "kind" in dumped else ordered
+
+
+def _whole(value: Any) -> Any:
+    """16.0 as a person writes it: 16."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _growth_table(costs: list[Cost]) -> RenderableType:
+    grid = columns("tokens", "slots", "window", "memory", "prefill\nFLOPs", "a token\nFLOPs")
+    for entry in costs:
+        grid.add_row(_tokens(entry.tokens), *cells(entry))
+    note = f"for {costs[0].shape}; prefill grows as N^{costs[0].exponent:.2f}"
+    return Group(grid, Text(note, style="dim"))
+
+
+def _tokens(number: int) -> str:
+    return f"{number >> 20}M" if number >= 1 << 20 else f"{number >> 10}k"
+
+
+def _and(parts: tuple[str, ...]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -1,0 +1,361 @@
+"""The command line: what it prints, its exit codes, and that bad input is one line on standard error."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema.validators import validator_for
+from typer.testing import CliRunner
+
+import memkit
+from memkit import comparison
+from memkit.catalog import policies_folder
+from memkit.cli import app
+from memkit.costing import cost
+from memkit.schema import policy_schema
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """Standard output of a command that exits with `code`; of one that fails, the one line on standard error."""
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, arguments)
+    assert result.exit_code == code, result.output
+    if code == 0:
+        assert result.stderr == ""
+        return result.stdout
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr.rstrip("\n")
+
+
+def refused(*arguments: str) -> str:
+    """What the command line says to arguments that it does not understand."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    return result.stderr
+
+
+# list and show
+
+
+def test_list_names_every_policy_with_its_growth():
+    lines = run("list").splitlines()
+    for name in memkit.policy_names():
+        assert any(line.split()[:1] == [name] for line in lines), name
+    assert any("kvm-sqrt-16" in line and "sqrt factor=16" in line and "Key-Value Means" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_show_tells_what_a_policy_is_and_does(name: str):
+    text = run("show", name)
+    assert text.startswith(name)
+    for said in ("window: {kind: ", "Who sees what", "1k", "1M", "prefill grows as N^"):
+        assert said in text
+
+
+def test_show_with_changes():
+    text = run("show", "kvm-sqrt-16", "--set", "growth.factor=8", "--set", "window={kind: block, chunks: 3}")
+    assert "growth: {kind: sqrt, factor: 8, floor: 256, first_chunk: whole}" in text
+    assert "window: {kind: block, chunks: 3}" in text
+    spec = memkit.load_policy("kvm-sqrt-16", {"growth.factor": 8, "window.chunks": 3})
+    assert f"1M      {cost(spec, 1 << 20).slots:,}" in text
+
+
+def test_show_a_file(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("# My own.\nwindow: {kind: sliding, size: 7}\n# not its header\n")
+    text = run("show", str(file))
+    assert text.startswith("mine\nMy own.\n")
+    assert "not its header" not in text
+
+
+def test_show_writes_a_declaration_that_loads():
+    lines = run("show", "ovq-1024").splitlines()
+    declared = [line for line in lines if line.split(":")[0] in memkit.PolicySpec.model_fields]
+    assert memkit.PolicySpec(**yaml.safe_load("\n".join(declared))) == memkit.load_policy("ovq-1024")
+
+
+# cost
+
+
+def test_cost_prints_what_costing_says():
+    names = ["full", "kvm-fixed-256", "kvm-sqrt-16", "kvm-log-256"]
+    text = run("cost", *names, "--tokens", "1000000")
+    assert "1,000,000 tokens" in text
+    for entry in (cost(name, 1_000_000) for name in names):
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [entry.policy]]
+        assert f"{entry.slots:,}" in line
+        assert f"N^{entry.exponent:.2f}" in line
+
+
+def test_cost_as_json():
+    options = ["--heads", "9", "--kv-heads", "3", "--head-width", "32", "--value-width", "16"]
+    options += ["--dtype", "bfloat16", "--layers", "30", "--rows", "2"]
+    text = run("cost", "free-kvm-log", "full", *options, "--tokens", "4096", "--tokens", "100", "--json")
+    shape: dict[str, Any] = {"heads": 9, "kv_heads": 3, "head_width": 32, "value_width": 16}
+    shape |= {"dtype": "bfloat16", "layers": 30, "rows": 2}
+    assert json.loads(text) == [
+        cost(name, tokens, **shape).to_dict() for name in ("free-kvm-log", "full") for tokens in (4096, 100)
+    ]
+
+
+def test_cost_with_changes():
+    (entry,) = json.loads(run("cost", "kvm-fixed-256", "--set", "growth.slots=300", "--tokens", "5000", "--json"))
+    assert entry["slots"] == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "tokens must be a whole number, at least 1, got 0"),
+        (["--heads", "3", "--kv-heads", "2"], "heads must be a multiple of the 2 kv_heads, got 3"),
+        (["--dtype", "int8"], "dtype must be one of float32, float64, bfloat16, float16, got int8"),
+    ],
+)
+def test_cost_refuses_numbers_that_do_not_fit(arguments: list[str], message: str):
+    assert run("cost", "full", *arguments, code=2) == message
+
+
+# compare
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `memkit compare` hands to `comparison.compare`, which does nothing but report."""
+    calls: list[Any] = []
+
+    class Nothing:
+        def table(self) -> str:
+            return "the table"
+
+        def to_json(self) -> str:
+            return '{"settings": {}, "policies": []}'
+
+    def compare(policies: list[str], progress: Any, **options: Any) -> Nothing:
+        assert progress is None  # no bar where standard error is no terminal
+        calls.append((policies, options))
+        return Nothing()
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    return calls
+
+
+def test_compare_defaults(compared: list[Any]):
+    assert run("compare") == "the table\n"
+    options = {"model": None, "text": None, "tokens": 4096, "skip": 1024, "overrides": {}}
+    assert compared == [(list(comparison.DEFAULT_POLICIES), options)]
+
+
+def test_compare_options(compared: list[Any], tmp_path: Path):
+    out = tmp_path / "out.json"
+    changes = ["--set", "window.chunks=8", "--set", "sinks=2"]
+    run("compare", "full", "mine.yaml", "--model", "m", "--text", "t.txt", "--tokens", "64", "--skip", "8",
+        *changes, "--json", str(out))  # fmt: skip
+    options = {"model": "m", "text": Path("t.txt"), "tokens": 64, "skip": 8}
+    assert compared == [(["full", "mine.yaml"], options | {"overrides": {"window.chunks": 8, "sinks": 2}})]
+    assert json.loads(out.read_text()) == {"settings": {}, "policies": []}
+
+
+def test_compare_finds_out_that_it_cannot_write_before_it_works(compared: list[Any], tmp_path: Path):
+    out = tmp_path / "nowhere" / "out.json"
+    assert run("compare", "--json", str(out), code=2).startswith(f"{out}: its folder does not exist; make it first")
+    assert compared == []
+
+
+# schema
+
+
+def test_the_schema_in_docs_is_what_the_command_prints():
+    command = [sys.executable, "-c", "from memkit.cli import app; app()", "schema"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout
+    assert printed == (ROOT / "docs" / "policy.schema.json").read_text(encoding="utf-8"), (
+        "run: memkit schema --out docs/policy.schema.json"
+    )
+
+
+def test_schema_to_a_file(tmp_path: Path):
+    assert run("schema", "--out", str(tmp_path / "s.json")) == ""
+    assert json.loads((tmp_path / "s.json").read_text()) == json.loads(run("schema"))
+    assert "cannot be written" in run("schema", "--out", str(tmp_path), code=2)
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = json.loads(policy_schema())
+    kind = validator_for(schema)
+    kind.check_schema(schema)
+    return kind(schema)
+
+
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_the_schema_takes_every_shipped_policy(name: str, validator: Any):
+    validator.validate(yaml.safe_load((policies_folder() / f"{name}.yaml").read_text()))
+    validator.validate(yaml.safe_load(memkit.load_policy(name).to_yaml()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "windw: {kind: all}",
+        "window: {kind: al}",
+        "window: {chunks: 2}",
+        "window: {kind: block}",
+        "window: {kind: block, chunks: 0}",
+        "window: {kind: block, chunk: 2}",
+        "growth: {kind: sqrt, factor: many}",
+        "growth: {kind: sqrt, factor: 0}",
+        "growth: {kind: sqrt, slots: 3}",
+        "growth: sqrt",
+        "readout: {key: layernorm}",
+        "readout: {keys: mean}",
+        "merging: {kind: weighted-mean, weight: learned, weigh: {key: true}}",
+        "sinks: -1",
+        "sinks: four",
+        "- full",
+    ],
+)
+def test_the_schema_refuses_typos_as_loading_does(text: str, validator: Any, tmp_path: Path):
+    assert not validator.is_valid(yaml.safe_load(text))
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(memkit.PolicyError):
+        memkit.load_policy(file)
+
+
+def test_the_schema_describes_every_field(validator: Any):
+    def walk(schema: dict[str, Any]) -> None:
+        for name, field in schema.get("properties", {}).items():
+            assert name == "kind" or field.get("description"), name
+            for option in field.get("oneOf", []):
+                assert option["description"]
+                walk(option)
+        for definition in schema.get("$defs", {}).values():
+            walk(definition)
+
+    walk(validator.schema)
+
+
+# --import
+
+
+OWN = """
+from typing import Literal
+import memkit
+from memkit.pieces import Merging, MergingSpec
+
+@memkit.register
+class SumSpec(MergingSpec):
+    '''A rule of my own.'''
+    kind: Literal["my-sum"] = "my-sum"
+    def build(self):
+        return Merging()
+"""
+
+
+def test_pieces_of_ones_own_from_the_working_folder(tmp_path: Path):
+    (tmp_path / "mymodule.py").write_text(OWN)
+    (tmp_path / "mine.yaml").write_text("window: {kind: block, chunks: 2}\nmerging: {kind: my-sum}\n")
+
+    def memkit_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "import sys; sys.path.remove(''); from memkit.cli import app; app()"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert "merging: {kind: my-sum}" in memkit_command("show", "mine.yaml", "--import", "mymodule").stdout
+    assert "A rule of my own." in memkit_command("schema", "--import", "mymodule").stdout
+    without = memkit_command("show", "mine.yaml")
+    assert without.returncode == 2
+    assert without.stderr.startswith("mine.yaml: merging.kind: unknown merging kind 'my-sum'")
+
+
+def test_a_module_that_cannot_be_imported_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "faulty_module_of_mine.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    message = run("cost", "full", "--import", "no_such_module_of_mine", code=2)
+    assert message.startswith("--import no_such_module_of_mine: cannot be imported: ModuleNotFoundError")
+    message = run("cost", "full", "--import", "faulty_module_of_mine", code=2)
+    assert "cannot be imported: ZeroDivisionError: division by zero; run python -c" in message
+
+
+# Bad input
+
+
+def test_a_typo_in_a_policy_file_is_one_line_and_exit_code_2(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text((policies_folder() / "kvm-sqrt-16.yaml").read_text().replace("floor: 256", "flor: 256"))
+    for command in (["show"], ["cost"], ["cost", "full"], ["compare", "full"]):
+        message = run(*command, str(file), code=2)
+        assert message.startswith(f"{file}: growth.flor: unknown field; did you mean 'floor'? known: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "kvm-sqr-16"], "unknown policy 'kvm-sqr-16'; did you mean 'kvm-sqrt-16'? known: "),
+        (["show", "nowhere.yaml"], "nowhere.yaml: no such file; give the path of a policy's YAML or one of: "),
+        (["show", "full", "--set", "sinks"], "--set sinks: must be FIELD=VALUE, as in --set growth.factor=8"),
+        (["show", "full", "--set", "=3"], "--set =3: must be FIELD=VALUE, as in --set growth.factor=8"),
+        (["show", "full", "--set", "window={"], "--set window={: expected "),
+        (["show", "full", "--set", "sinks=many"], "full: sinks: must be a valid integer, got 'many'"),
+        (["cost", "full", "--set", "growth.factor=2"], "full: growth.factor: unknown field; this kind has none"),
+        (["cost", "full", "--set", "growth={factor: 2}"], "full: growth.kind: says which growth is meant; one of "),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str):
+    assert run(*arguments, code=2).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["show"], "Missing argument"),
+        (["cost", "full", "--toknes", "1"], "--toknes"),
+        (["cost", "full", "--tokens", "many"], "Invalid value for '--tokens'"),
+    ],
+)
+def test_arguments_that_are_not_understood_exit_with_2(arguments: list[str], message: str):
+    assert message in refused(*arguments)
+
+
+def test_version_and_help():
+    assert run("--version") == f"memkit {memkit.__version__}\n"
+    text = run("--help")
+    for command in ("list", "show", "cost", "compare", "schema"):
+        assert f"\n  {command} " in text
+        assert "Options:" in run(command, "--help")
+
+
+def test_exit_codes_reach_the_shell():
+    command = [sys.executable, "-c", "from memkit.cli import app; app()"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+    assert shell("--version").returncode == 0
+    bad = shell("show", "kvm-sqrt-17")
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
+    assert shell("frobnicate").returncode == 2
+
+
+def test_the_command_line_loads_nothing_heavy_before_it_must():
+    program = (
+        "import sys; from memkit.cli import app; app(['--version'], standalone_mode=False);"
+        "print([name for name in ('transformers', 'rich', 'matplotlib', 'hypothesis') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.splitlines()[-1] == "[]"
