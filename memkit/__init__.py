@@ -2,6 +2,8 @@
 
 from memkit.attention import MemoryAttention
 from memkit.catalog import load_policy, policy_names
+from memkit.comparison import Comparison, compare
+from memkit.costing import Cost, cost
 from memkit.engine import attend, plan
 from memkit.errors import InputError, MemkitError, MemoryStateError, ModelError, PolicyError
 from memkit.memory import Memory
@@ -14,6 +16,8 @@ from memkit.policy import Policy, PolicySpec
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
+    "Cost",
     "InputError",
     "MemkitError",
     "Memory",
@@ -27,6 +31,8 @@ __all__ = [
     "PolicySpec",
     "Rotation",
     "attend",
+    "compare",
+    "cost",
     "load_policy",
     "plan",
     "policy_names",
