@@ -20,6 +20,7 @@ from memkit.engine.parts import Parts
 from memkit.engine.read import attend_parts_backward
 from memkit.engine.schedule import Step
 from memkit.engine.timeline import columns
+from memkit.memory import Ready
 
 __all__ = ["Recorded", "backward"]
 
@@ -66,7 +67,7 @@ def backward(
     grad_scalars: Tensor,
 ) -> Grads:
     """Gradients of all inputs from those of the output, the final sums and the final scalars."""
-    parts, slots, undo = recorded.parts, recorded.slots, list(recorded.slots.undo or [])
+    parts, slots, undo = recorded.parts, _copied(recorded.slots), list(recorded.slots.undo or [])
     wide = grad_sums.dtype
     call = recorded.call
     if call.key_norm is not None:
@@ -104,6 +105,14 @@ def backward(
         grads.scalars += scalars
         _add(grads.norm, norm)
     return grads
+
+
+def _copied(slots: Slots) -> Slots:
+    """Slots that may be restored without a trace: the graph may be walked again."""
+    end = slots.ready
+    bias = None if end.bias is None else end.bias.clone()
+    ready = Ready(end.route, end.keys.clone(), end.values.clone(), bias)
+    return Slots(slots.call, slots.sums, slots.scalars, ready, in_place=True)
 
 
 def _unfold(call: Call, slots: Slots, fold: Fold, reading: list[Tensor], grads: Grads) -> None:
