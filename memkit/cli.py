@@ -203,6 +203,55 @@ def compare(
 
 
 @app.command()
+def bench(
+    policies: Annotated[
+        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: every shipped one.")
+    ] = None,
+    tokens: Annotated[list[int], typer.Option(metavar="N", help="A length; may be repeated.")] = [4096],  # noqa: B006
+    mode: Annotated[
+        list[str], typer.Option(help="forward, train or decode; may be repeated; left out: all three.")
+    ] = [],  # noqa: B006
+    heads: Annotated[int, typer.Option(metavar="N", help="Query heads.")] = 6,
+    kv_heads: Annotated[int | None, typer.Option(metavar="N", help="Key/value heads; left out: as many.")] = None,
+    head_width: Annotated[int, typer.Option(metavar="N", help="Channels of a head.")] = 64,
+    rows: Annotated[int, typer.Option(metavar="N", help="Rows of the batch.")] = 1,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Timed repeats, of which the median counts.")] = 5,
+    peak: Annotated[bool, typer.Option("--peak", help="Also measure the most memory of a training step.")] = False,
+    changes: SetOption = [],  # noqa: B006
+    modules: ImportOption = [],  # noqa: B006
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write the results to a JSON file.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(metavar="OUT", help="Also draw them to a PNG, SVG or PDF.")] = None,
+) -> None:
+    """Time policies against PyTorch's own fused attention.
+
+    Prefill, training step and decoding, as factors measured in one run.
+    """
+    overrides = _overrides(changes)
+    from memkit import benchmark, viz
+    from memkit.viz.benchmark import save
+
+    result = benchmark.bench(
+        [load_policy(name, overrides) for name in policies or policy_names()],
+        tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        rows=rows,
+        modes=mode or benchmark.MODES,  # type: ignore[arg-type]
+        repeats=repeats,
+        peak=peak,
+        progress=lambda line: typer.echo(line, err=True) if sys.stderr.isatty() else None,
+    )
+    viz.show(result.table())
+    if json_file is not None:
+        _write(json_file, result.to_json() + "\n")
+    if figure is not None:
+        save(result, figure)
+
+
+@app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it to a file instead of printing it.")] = None,
     modules: ImportOption = [],  # noqa: B006

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from memkit.benchmark import Bench
 
-__all__ = ["plot", "table"]
+__all__ = ["plot", "save", "table"]
 
 
 def table(bench: Bench) -> RenderableType:
@@ -56,3 +57,10 @@ def plot(bench: Bench) -> Axes:
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="times as fast as full attention")
     axes.legend(fontsize="small", frameon=False)
     return axes
+
+
+def save(bench: Bench, path: Path) -> None:
+    """Draw the figure into a file of the kind its ending says."""
+    figure = plot(bench).get_figure()
+    assert figure is not None
+    figure.savefig(str(path), dpi=150, bbox_inches="tight")
