@@ -6,6 +6,7 @@ from memkit.comparison import Comparison, compare
 from memkit.costing import Cost, cost
 from memkit.engine import attend, plan
 from memkit.errors import InputError, MemkitError, MemoryStateError, ModelError, PolicyError
+from memkit.lm import MemoryLM, ModelSpec, load_model, model_names
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.registry import register
@@ -22,8 +23,10 @@ __all__ = [
     "MemkitError",
     "Memory",
     "MemoryAttention",
+    "MemoryLM",
     "MemoryStateError",
     "ModelError",
+    "ModelSpec",
     "Plan",
     "Policy",
     "PolicyError",
@@ -33,7 +36,9 @@ __all__ = [
     "attend",
     "compare",
     "cost",
+    "load_model",
     "load_policy",
+    "model_names",
     "plan",
     "policy_names",
     "register",

@@ -1,5 +1,13 @@
 """Language models declared in YAML, whose layers remember as their policies say."""
 
+from memkit.lm.catalog import (
+    from_pretrained,
+    load_model,
+    load_model_spec,
+    model_header,
+    model_names,
+    save_pretrained,
+)
 from memkit.lm.memory import ModelMemory
 from memkit.lm.mixers import AttentionMixerSpec
 from memkit.lm.model import MemoryLM
@@ -16,4 +24,10 @@ __all__ = [
     "ModelMemory",
     "ModelSpec",
     "RWKV7MixerSpec",
+    "from_pretrained",
+    "load_model",
+    "load_model_spec",
+    "model_header",
+    "model_names",
+    "save_pretrained",
 ]

@@ -15,7 +15,6 @@ from memkit.catalog import load_policy
 from memkit.lm.parts import Span, State, TokenShift, ValueResidual, rank, tensor
 from memkit.lm.rounding import rounded
 from memkit.lm.spec import MixerSpec, ModelSpec
-from memkit.memory import Memory
 from memkit.pieces.registry import register
 from memkit.policy import PolicySpec
 
@@ -47,7 +46,10 @@ class AttentionMixerSpec(MixerSpec):
     """Attention under any memory policy."""
 
     kind: Literal["attention"] = "attention"
-    policy: PolicySpec = Field(description="how the layer remembers: a shipped policy's name, or the policy itself")
+    policy: PolicySpec = Field(
+        description="how the layer remembers: a shipped policy's name, the policy itself, or a shipped one with "
+        "changes, {from: ovq-1024, chunker.size: 256}"
+    )
     qk_norm: QueryKeyNorm = Field(
         default="layer-norm",
         description="what is done to every head's query and key: layer-norm (with bias), unit (divided by ‖·‖ + 1e-5, "
@@ -70,6 +72,8 @@ class AttentionMixerSpec(MixerSpec):
     @field_validator("policy", mode="before")
     @classmethod
     def _by_name(cls, policy: Any) -> Any:
+        if isinstance(policy, dict) and "from" in policy:
+            return load_policy(policy["from"], {field: each for field, each in policy.items() if field != "from"})
         return load_policy(policy) if isinstance(policy, (str, Path)) else policy
 
     def build(self, model: ModelSpec, layer: int) -> AttentionMixer:
@@ -135,9 +139,3 @@ class AttentionMixer(Mixer):
                 shift = self.shift[name]
                 assert isinstance(shift, TokenShift)
                 shift.initialise(layer, depth, power)
-
-
-def memory_of(state: State) -> Memory | None:
-    """The memory of a layer of memory attention; None for another layer."""
-    memory = state.get("memory")
-    return memory if isinstance(memory, Memory) else None

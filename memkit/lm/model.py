@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from memkit.errors import InputError, MemoryStateError
+from memkit.lm.generation import Prompts, Settings, stream
 from memkit.lm.memory import ModelMemory
 from memkit.lm.mixers import Mixer
 from memkit.lm.parts import Linear, Mlp, Span, State
@@ -150,6 +154,22 @@ class MemoryLM(nn.Module):
         if not found:
             return self(ids)[0]
         return torch.cat(found)[torch.cat(places).argsort()].view(*ids.shape, -1)
+
+    def generate(self, prompts: Prompts, **settings: Unpack[Settings]) -> Tensor:
+        """New tokens for every prompt, [b, n], n ≤ max_new_tokens; after a row's stop id, which is included, `pad_id`.
+
+        prompts: ids [b, t], or a list of lists. mask [b, t]: 0 for padding of the prompts, on either side.
+        max_new_tokens: at most so many. temperature 0 (the default): the likeliest token; else drawn, from the `top_k`
+        likeliest, and of these the fewest that hold `top_p` of the probability. seed: of the drawing. stop_ids: a row
+        ends with any of these; generation when all rows have. A row's tokens do not depend on the other rows but for
+        the drawing.
+        """
+        steps = list(self.stream(prompts, **settings))
+        return torch.stack(steps, dim=1) if steps else torch.zeros(len(prompts), 0, dtype=torch.long)
+
+    def stream(self, prompts: Prompts, **settings: Unpack[Settings]) -> Iterator[Tensor]:
+        """What `generate` returns, column by column, as it comes: [b] each."""
+        return stream(self, prompts, **settings)
 
     def _span(self, ids: Tensor, memory: ModelMemory | None, lengths: Tensor | None) -> Span:
         """The call's tokens, checked."""

@@ -1,0 +1,132 @@
+"""Names ↔ files: the shipped models, and models from anybody's YAML or folder.
+
+A model is a YAML file, and perhaps weights beside it: `NAME.safetensors` beside `NAME.yaml`, or in a folder
+`model.yaml` and `model.safetensors`, as `save_pretrained` writes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from memkit.catalog import policies_folder
+from memkit.errors import ModelError, unknown_name
+from memkit.lm.model import MemoryLM
+from memkit.lm.spec import ModelSpec
+from memkit.pieces.registry import SpecError
+
+__all__ = ["from_pretrained", "load_model", "load_model_spec", "model_header", "model_names", "save_pretrained"]
+
+
+@functools.cache
+def models_folder() -> Path:
+    """Where the shipped models lie: beside the policies."""
+    return policies_folder().parent / "models"
+
+
+def model_names() -> list[str]:
+    """The names of the shipped models, sorted."""
+    return sorted(path.stem for path in models_folder().glob("*.yaml"))
+
+
+def model_header(name: str) -> str:
+    """The comment at the head of a shipped model's file."""
+    lines = _path(name).read_text(encoding="utf-8").splitlines()
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
+
+
+def load_model_spec(model: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
+    """A model's declaration by shipped name, YAML file or folder, with fields overridden by dotted path.
+
+    `load_model_spec("kvm-120m", {"depth": 2})`. Raises `ModelError` naming the file, the field and what is allowed.
+    """
+    path = _path(model)
+    data = _read(path)
+    for field, value in (overrides or {}).items():
+        *parents, last = field.split(".")
+        holder = data
+        for parent in parents:
+            holder = holder.setdefault(parent, {})
+            if not isinstance(holder, dict):
+                raise ModelError(f"{model}: {field}: {parent} is a plain value and has no field {last}")
+        holder[last] = value
+    try:
+        spec = ModelSpec(**{str(field): value for field, value in data.items()})
+    except SpecError as error:
+        problems = (f"{model}: {field}: {text}" if field else f"{model}: {text}" for field, text in error.problems)
+        raise ModelError("; ".join(problems)) from None
+    return spec.named(path.parent.name if path.name == "model.yaml" else path.stem)
+
+
+def load_model(model: str | Path, overrides: Mapping[str, Any] | None = None, seed: int = 0) -> MemoryLM:
+    """A model by shipped name, YAML file or folder: with its weights where they lie beside it, else initialised.
+
+    seed: of the initialisation; torch's own generator is left as it was. `overrides` only where there are no weights
+    that they would not fit. Raises `ModelError`.
+    """
+    spec = load_model_spec(model, overrides)
+    weights = _path(model).with_suffix(".safetensors")
+    if not weights.is_file():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return MemoryLM(spec).eval()
+    with torch.device("meta"):
+        made = MemoryLM(spec)
+    try:
+        made.load_state_dict(load_file(str(weights)), assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{weights}: not this model's weights: {' '.join(str(error).split())[:300]}") from None
+    return made.requires_grad_().eval()
+
+
+def save_pretrained(model: MemoryLM, folder: str | Path) -> None:
+    """Write the model to a folder: `model.yaml`, every field and policy written out, and `model.safetensors`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.yaml").write_text(model.spec.to_yaml(), encoding="utf-8")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def from_pretrained(folder: str | Path) -> MemoryLM:
+    """Read what `save_pretrained` wrote. Raises `ModelError` where the folder has no weights."""
+    path = _path(Path(folder))
+    if not path.with_suffix(".safetensors").is_file():
+        raise ModelError(f"{folder}: no weights here (no {path.with_suffix('.safetensors').name})")
+    return load_model(Path(folder))
+
+
+def _path(model: str | Path) -> Path:
+    text = str(model)
+    if not isinstance(model, Path) and not text.endswith((".yaml", ".yml")) and not {"/", "\\"} & set(text):
+        path = models_folder() / f"{model}.yaml"
+        if path.is_file():
+            return path
+        if not (Path(text) / "model.yaml").is_file():
+            known = model_names()
+            raise ModelError(unknown_name("model", text, known) + "; or give the path of a YAML file or a folder")
+    path = Path(model)
+    if path.is_dir():
+        path = path / "model.yaml"
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; give a model's YAML or folder, or one of: {', '.join(model_names())}")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: a model file is a mapping of fields, got {type(data).__name__}")
+    return data
