@@ -187,8 +187,8 @@ def compare(
     What each costs, and how well the model then predicts, measured in one run.
     """
     overrides = _overrides(changes)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise InputError(f"{json_file}: its folder does not exist; make it first, or name another file")
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise InputError(f"--json {json_file}: must be a file in a folder that exists; make the folder first")
     from memkit import comparison, viz
     from memkit.viz.comparison import progress_bar
 
@@ -266,6 +266,67 @@ def schema(
         typer.echo(policy_schema(), nl=False)
     else:
         _write(out, policy_schema())
+
+
+@app.command("import-kvm")
+def import_kvm(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Their YAML, or the checkpoint's config.json.")],
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A safetensors file, or a folder of shards.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write the model to.")],
+    bf16_rounding: Annotated[
+        bool, typer.Option(help="Round cos, sin and slot values to bfloat16, as the released checkpoints were trained.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint of the Key-Value Means authors into a model of ours.
+
+    What cannot be represented is named and refused.
+    """
+    from memkit.interop import kvm_paper
+    from memkit.lm import save_pretrained
+
+    model = kvm_paper.import_files(config, weights, bf16_rounding)
+    try:
+        save_pretrained(model, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); name a folder of yours") from None
+    typer.echo(f"{out}: {model.parameter_count:,} parameters in {model.spec.depth} layers")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name, a YAML file, or a folder.")],
+    prompt_ids: Annotated[
+        list[str], typer.Option(metavar="IDS", help="Token ids, as in 1,2,3; repeated: a batch of prompts.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate at most.")] = 32,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest that hold this probability.")] = None,
+    stop_ids: Annotated[str, typer.Option(metavar="IDS", help="A prompt ends with any of these.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+) -> None:
+    """Generate token ids: one line per prompt, its new ids.
+
+    A model without weights beside its YAML is one that has learned nothing.
+    """
+    from memkit.lm import load_model
+
+    prompts = [_ids("--prompt-ids", given) for given in prompt_ids]
+    stops = _ids("--stop-ids", stop_ids) if stop_ids else []
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    new = load_model(model).generate(
+        prompts, max_new_tokens=max_new_tokens, stop_ids=stops, seed=seed, pad_id=0, **settings
+    )
+    for row in new.tolist():
+        end = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
+        typer.echo(",".join(str(token) for token in row[:end]))
+
+
+def _ids(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text}: must be token ids with commas between them, as in 1,2,3") from None
 
 
 def _overrides(changes: list[str]) -> dict[str, Any]:
