@@ -134,6 +134,17 @@ def test_errors_say_where_what_and_what_is_allowed(families: dict[str, Any], mes
     assert isinstance(caught.value, ValueError)
 
 
+def test_a_mistyped_field_is_one_problem_and_two_mistakes_are_two():
+    known = "floor, cap, round_down, counts, first_chunk, factor"
+    typo = f"growth.fctor: unknown field; did you mean 'factor'? known: {known}"
+    with pytest.raises(memkit.PolicyError, match=f"^{re.escape(typo)}$"):
+        spec(growth={"kind": "sqrt", "fctor": 16})
+    with pytest.raises(
+        memkit.PolicyError, match=r"^sinks: must .*; growth.factor: is .* missing; growth.flor: unknown "
+    ):
+        spec(growth={"kind": "sqrt", "flor": 16}, sinks=-1)
+
+
 def test_left_out_families_mean_full_attention():
     assert PolicySpec() == memkit.load_policy("full")
     policy = PolicySpec().build()

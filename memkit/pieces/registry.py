@@ -45,6 +45,8 @@ class FamilySpec(Spec, ABC):
 
 AnySpec = TypeVar("AnySpec", bound=type[FamilySpec])
 
+MISSING = "is required and missing"
+
 _REGISTRY: dict[str, dict[str, type[FamilySpec]]] = {}
 
 
@@ -125,8 +127,13 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str,
             found.append((path, str(cause)))
         else:
             found.append((path, _wording(detail, model)))
-    # A typo first: it may be why another field is missing.
-    return sorted(found, key=lambda problem: not problem[1].startswith("unknown field"))
+    # A field left out because its name was mistyped is one problem, the typo.
+    typos = [text for _, text in found if text.startswith("unknown field")]
+    return [
+        (path, text)
+        for path, text in found
+        if not (text == MISSING and any(f"did you mean '{path}'?" in typo for typo in typos))
+    ]
 
 
 def _wording(detail: ErrorDetails, model: type[BaseModel]) -> str:
@@ -144,7 +151,7 @@ def _wording(detail: ErrorDetails, model: type[BaseModel]) -> str:
                 return "unknown field; this kind has none"
             return f"unknown field{nearest_name(name, fields) or ';'} known: {', '.join(fields)}"
         case "missing":
-            return "is required and missing"
+            return MISSING
         case _:
             text = detail["msg"]
             text = text[0].lower() + text[1:]
