@@ -12,13 +12,24 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-slow pytest lint types format clean
+.PHONY: help compare bench bench-full test test-slow pytest lint types format clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-compare: $(READY) ## Compare the shipped policies: cost, speed, loss and recall
+compare: $(READY) ## A pretrained model reads real text under ten policies: cost, speed and loss
 	$(BIN)/memkit compare
+
+# The rows that docs/benchmarks.md speaks of, then every shipped policy at two lengths.
+bench: $(READY) ## Time policies against fused full attention, under 20 minutes
+	mkdir -p build/bench
+	$(BIN)/memkit bench kvm-fixed-256 kvm-sqrt-16 --tokens 32768 --mode forward --json build/bench/prefill.json
+	$(BIN)/memkit bench kvm-fixed-256 kvm-sqrt-16 --tokens 16384 --mode train --mode decode --peak --json build/bench/train.json
+	$(BIN)/memkit bench --tokens 4096 --tokens 16384 --repeats 3 --json build/bench/all.json --figure build/bench/all.png
+
+bench-full: $(READY) ## The same from 1k to 64k tokens, as long as it takes
+	mkdir -p build/bench
+	$(BIN)/memkit bench --tokens 1024 --tokens 4096 --tokens 16384 --tokens 65536 --peak --json build/bench/full.json --figure build/bench/full.png
 
 test: lint types pytest ## Everything that must pass before a commit: lint, types, default tests
 
