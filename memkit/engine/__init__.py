@@ -55,6 +55,9 @@ def attend(
     `PolicyError`: rule, value, remedy.
     """
     built = as_policy(policy)
+    for name, tensor in (("queries", queries), ("values", values)):
+        if tensor is None:  # `check_call` takes them as left out, for a plan
+            raise InputError(f"{name} must be a tensor [batch, heads, tokens, width], got None")
     call = check_call(
         built,
         queries,

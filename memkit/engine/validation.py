@@ -9,7 +9,7 @@ from torch import Tensor
 from memkit.engine.call import Call
 from memkit.engine.read import default_scale
 from memkit.errors import InputError
-from memkit.memory import Memory
+from memkit.memory import Memory, held
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.plan import Plan
@@ -36,18 +36,14 @@ def check_call(
 ) -> Call:
     """The call, or an error that says rule, value and remedy. Queries and values are None where only a plan is made."""
     _check_tensors(queries, keys, values)
-    rows, heads = keys.shape[:2]
     _check_weights(policy, keys, weights)
     _check_rotation(policy, keys, rotation)
     _check_parameters(policy, queries, keys, parameters)
     checked = _check_lengths(keys, lengths)
     if memory is not None:
         _check_memory(policy, keys, values, memory)
-    if plan is not None and plan.slot.shape[:2] != (rows, heads):
-        raise InputError(
-            f"plan must be made for the same rows and heads, got {tuple(plan.slot.shape[:2])} for keys of "
-            f"{(rows, heads)}; make it with memkit.plan on these keys"
-        )
+    if plan is not None:
+        _check_plan(policy, keys, plan, memory, checked)
     if scale is not None and not np.isfinite(scale):
         raise InputError(f"scale must be a finite number, got {scale}")
     sources: list[Tensor | None] = [queries, keys, values, weights]
@@ -76,8 +72,8 @@ def check_call(
 
 
 def _check_tensors(queries: Tensor | None, keys: Tensor, values: Tensor | None) -> None:
-    for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
-        if tensor is None:
+    for name, tensor in (("keys", keys), ("queries", queries), ("values", values)):
+        if tensor is None and name != "keys":
             continue
         if not isinstance(tensor, Tensor) or tensor.ndim != 4:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -204,3 +200,24 @@ def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: M
         raise InputError(f"memory holds {memory.keys.dtype}, got keys of {keys.dtype}; go on with the same dtype")
     if memory.keys.device != keys.device:
         raise InputError(f"memory is on {memory.keys.device}, got keys on {keys.device}; move it with memory.to()")
+
+
+def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None, lengths: np.ndarray) -> None:
+    rows, heads = keys.shape[:2]
+    if plan.slot.shape[:2] != (rows, heads):
+        raise InputError(
+            f"plan must be made for the same rows and heads, got {tuple(plan.slot.shape[:2])} for keys of "
+            f"{(rows, heads)}; make it with memkit.plan on these keys"
+        )
+    before = np.zeros(rows, dtype=np.int64) if memory is None else memory.seen_rows
+    after = before + lengths
+    begin, end = before - held(policy, before), after - held(policy, after)
+    missing = (begin < end) & ((plan.begin > begin) | (plan.begin + plan.length < end))
+    if missing.any():
+        row = int(missing.argmax())
+        first, last = int(plan.begin[row]), int(plan.begin[row] + plan.length[row])
+        raise InputError(
+            f"plan must cover the tokens that leave during the call, {begin[row]} … {end[row] - 1} in row {row}, "
+            f"got {f'{first} … {last - 1}' if first < last else 'none'}; "
+            "make it with memkit.plan on these keys and this memory"
+        )

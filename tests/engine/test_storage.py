@@ -1,0 +1,90 @@
+"""What a call allocates: nothing of [tokens, tokens], and slots within their bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import memkit
+from tests.engine.cases import make_case, small
+
+TOKENS = 2048
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements that any operation's result has."""
+
+    most = 0
+    shape: tuple[int, ...] = ()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            # A view of a small tensor may be expanded to any shape: what counts is its storage.
+            if isinstance(tensor, torch.Tensor):
+                size = tensor.untyped_storage().nbytes() // tensor.element_size()
+                if size > self.most:
+                    self.most, self.shape = size, tuple(tensor.shape)
+        return result
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no gradients", "gradients"])
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_no_tensor_of_tokens_by_tokens(name: str, grad: bool):
+    case = make_case(memkit.load_policy(name), TOKENS, rows=1, heads=2, kv_heads=1).to(torch.float32)
+    case = case.leaves() if grad else case
+    with Largest() as seen, torch.set_grad_enabled(grad):
+        output, _ = case.attend()
+        if grad:
+            output.sum().backward()
+    # A chunk's similarities to the slots: 256 · 2,048 at most, an eighth of 2,048².
+    assert seen.most <= TOKENS**2 // 8, f"a tensor of {seen.shape}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_a_decoded_token_costs_what_memory_holds(name: str):
+    case = make_case(small(name), 600, rows=1, heads=2, kv_heads=1)
+    _, memory = case.part(0, 590).attend()
+    held = memory.slots.max().item() + memory.keys.shape[2]
+    most = 0
+    for position in range(590, 600):
+        token = case.part(position, position + 1)
+        token = dataclasses.replace(token, tensors={name_: tensor.clone() for name_, tensor in token.tensors.items()})
+        with Largest() as seen:
+            _, memory = token.attend(memory=memory)
+        most = max(most, seen.most)
+    # Slots and window side by side, as wide as the widest tensor, with room to grow by half.
+    assert most <= 3 * (held + 64) * 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_slots_stay_within_their_bound(name: str):
+    spec = small(name)
+    policy, chunk = spec.build(), spec.chunker.build().size
+    case = make_case(spec, 600, rows=1, heads=2, kv_heads=1)
+    _, memory = case.part(0, 300).attend()
+    for position in range(300, 600):
+        _, memory = case.part(position, position + 1).attend(memory=memory)
+        slots = int(memory.slots[0])
+        assert slots == policy.slots_after(position + 1)
+        assert memory.sums.shape[2] <= 2 * slots + chunk
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["kvm-fixed-256", "streaming-4-512", "window-512", "block-window-3x256"])
+def test_a_bounded_policy_holds_the_same_bytes_for_ever(name: str):
+    case = make_case(small(name), 900, rows=1, heads=2, kv_heads=1)
+    _, memory = case.part(0, 300).attend()
+    sizes: set[int] = set()
+    for position in range(300, 900):
+        _, memory = case.part(position, position + 1).attend(memory=memory)
+        if position >= 500:
+            sizes.add(memory.bytes)
+    assert len(sizes) == 1
