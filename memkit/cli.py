@@ -86,32 +86,40 @@ def _memkit(version: VersionOption = False) -> None:
 
 
 @app.command("list")
-def list_policies() -> None:
-    """List the shipped policies.
+def list_shipped() -> None:
+    """List the shipped policies and models.
 
-    How each grows, and what it is.
+    How each policy grows, how many parameters each model has, and what it is.
     """
     from memkit import viz
-    from memkit.viz.policies import listing
+    from memkit.lm import load_model_spec, model_header, model_names
+    from memkit.viz import models, policies
 
-    viz.show(listing((load_policy(name), policy_header(name)) for name in policy_names()))
+    viz.show(
+        policies.listing((load_policy(name), policy_header(name)) for name in policy_names()),
+        models.listing((load_model_spec(name), model_header(name)) for name in model_names()),
+    )
 
 
 @app.command()
 def show(
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A shipped policy's name, or a YAML file.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped policy or model, or a YAML file.")],
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
 ) -> None:
-    """Show one policy.
+    """Show one policy or model.
 
-    What it is, its declaration, its growth from 1k to 1M tokens, and who sees what.
+    A policy: what it is, its declaration, its growth from 1k to 1M tokens, and who sees what.
+    A model: what it is, its parameters, its layers, and its memory from 4k to 1M tokens.
     """
-    spec = load_policy(policy, _overrides(changes))
     from memkit import viz
-    from memkit.viz.policies import details
+    from memkit.lm import is_model, load_model_spec, model_header
+    from memkit.viz import models, policies
 
-    viz.show(details(spec, policy_header(policy)))
+    if is_model(name):
+        viz.show(models.details(load_model_spec(name, _overrides(changes)), model_header(name)))
+    else:
+        viz.show(policies.details(load_policy(name, _overrides(changes)), policy_header(name)))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from memkit.lm.catalog import (
     from_pretrained,
+    is_model,
     load_model,
     load_model_spec,
     model_header,
@@ -25,6 +26,7 @@ __all__ = [
     "ModelSpec",
     "RWKV7MixerSpec",
     "from_pretrained",
+    "is_model",
     "load_model",
     "load_model_spec",
     "model_header",

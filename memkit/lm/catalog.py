@@ -23,7 +23,15 @@ from memkit.lm.model import MemoryLM
 from memkit.lm.spec import ModelSpec
 from memkit.pieces.registry import SpecError
 
-__all__ = ["from_pretrained", "load_model", "load_model_spec", "model_header", "model_names", "save_pretrained"]
+__all__ = [
+    "from_pretrained",
+    "is_model",
+    "load_model",
+    "load_model_spec",
+    "model_header",
+    "model_names",
+    "save_pretrained",
+]
 
 
 @functools.cache
@@ -42,6 +50,14 @@ def model_header(name: str) -> str:
     lines = _path(name).read_text(encoding="utf-8").splitlines()
     head = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
+
+
+def is_model(name: str | Path) -> bool:
+    """Whether a name, file or folder is a model's: shipped, or a YAML file that has `layers:`."""
+    try:
+        return "layers" in _read(_path(name))
+    except ModelError:
+        return False
 
 
 def load_model_spec(model: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:

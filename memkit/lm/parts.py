@@ -59,7 +59,7 @@ class Span:
         if not x.shape[1]:
             return last
         if self.lengths is None:
-            return x[:, -1:]
+            return x[:, -1:].clone()  # a view would keep all of x in memory
         newest = x.gather(1, (self.lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2]))
         return torch.where((self.lengths > 0)[:, None, None], newest, last.to(x.dtype))
 

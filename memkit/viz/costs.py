@@ -11,7 +11,7 @@ from rich.text import Text
 
 from memkit.costing import Cost
 
-__all__ = ["cells", "columns", "table"]
+__all__ = ["amount", "cells", "columns", "table"]
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
@@ -35,8 +35,8 @@ def table(costs: Sequence[Cost]) -> RenderableType:
 
 def cells(cost: Cost) -> tuple[str, ...]:
     """Slots, window, memory, operations of a prefill and of one token."""
-    numbers = (f"{cost.slots:,}", f"{cost.window:,}", _amount(cost.bytes, "B"))
-    return (*numbers, _amount(cost.prefill.total), _amount(cost.decode.total))
+    numbers = (f"{cost.slots:,}", f"{cost.window:,}", amount(cost.bytes, "B"))
+    return (*numbers, amount(cost.prefill.total), amount(cost.decode.total))
 
 
 def columns(first: str, *others: str) -> Table:
@@ -48,7 +48,7 @@ def columns(first: str, *others: str) -> Table:
     return grid
 
 
-def _amount(number: float, unit: str = "") -> str:
+def amount(number: float, unit: str = "") -> str:
     """Three digits and a metric prefix: 1.02 P, 4.10 GB."""
     power = 0
     while number >= 999.5 and power < len(PREFIXES) - 1:

@@ -18,7 +18,7 @@ from memkit.policy import PolicySpec
 from memkit.viz.costs import cells, columns
 from memkit.viz.picture import draw, picture
 
-__all__ = ["details", "listing"]
+__all__ = ["details", "listing", "tokens_in_words"]
 
 SHOWN_LENGTHS = tuple(1024 << (2 * i) for i in range(6))
 
@@ -91,12 +91,13 @@ def _whole(value: Any) -> Any:
 def _growth_table(costs: list[Cost]) -> RenderableType:
     grid = columns("tokens", "slots", "window", "memory", "prefill\nFLOPs", "a token\nFLOPs")
     for entry in costs:
-        grid.add_row(_tokens(entry.tokens), *cells(entry))
+        grid.add_row(tokens_in_words(entry.tokens), *cells(entry))
     note = f"for {costs[0].shape}; prefill grows as N^{costs[0].exponent:.2f}"
     return Group(grid, Text(note, style="dim"))
 
 
-def _tokens(number: int) -> str:
+def tokens_in_words(number: int) -> str:
+    """A number of tokens in short: 4k, 1M."""
     return f"{number >> 20}M" if number >= 1 << 20 else f"{number >> 10}k"
 
 

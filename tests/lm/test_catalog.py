@@ -7,6 +7,7 @@ import memkit
 from memkit import ModelError, load_model, model_names
 from memkit.interop import kvm_paper
 from memkit.lm import MemoryLM, from_pretrained, load_model_spec, model_header, save_pretrained
+from memkit.lm.footprint import memory_bytes
 
 PARAMETERS = {
     "full-120m": 162_883_584,
@@ -158,3 +159,12 @@ def test_errors(tmp_path):
 def test_public_names():
     assert memkit.load_model is load_model
     assert memkit.MemoryLM is MemoryLM
+
+
+@pytest.mark.parametrize("name", ["tiny-kvm-rwkv7", "tiny-ovq", "tiny-full", "tiny-window"])
+@pytest.mark.parametrize("tokens", [1, 40, 333])
+def test_the_memory_of_a_model_is_known_beforehand(name, tokens):
+    spec = load_model_spec(name, {"depth": 3})
+    with torch.no_grad():
+        _, memory = spec.build()(torch.zeros(2, tokens, dtype=torch.long))
+    assert sum(memory_bytes(spec, [tokens], rows=2)[0]) == memory.bytes

@@ -1,0 +1,83 @@
+"""Models in words: the list of them, and one of them in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memkit.lm import AttentionMixerSpec, MemoryLM, MixerSpec, ModelSpec
+from memkit.lm.footprint import memory_bytes
+from memkit.viz.costs import amount, columns
+from memkit.viz.policies import tokens_in_words
+
+__all__ = ["details", "listing"]
+
+SHOWN_LENGTHS = tuple(4096 << (2 * index) for index in range(5))
+
+
+def listing(models: Iterable[tuple[ModelSpec, str]]) -> RenderableType:
+    """One line per model: its name, its parameters, what it is."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    grid.add_column("model", no_wrap=True)
+    grid.add_column("parameters", justify="right")
+    grid.add_column("what it is")
+    for spec, header in models:
+        grid.add_row(spec.name, amount(_parameters(spec)), header.split("\n", 1)[0])
+    return grid
+
+
+def details(spec: ModelSpec, header: str) -> RenderableType:
+    """What a model is, its sizes and parameters, its layers, and what its memory takes from 4k to 1M tokens."""
+    parts: list[RenderableType] = [Text(spec.name or "model", style="bold")]
+    if header:
+        parts.append(Text(header))
+    groups = spec.kv_heads or spec.heads
+    heads = f"{spec.heads} heads" if groups == spec.heads else f"{spec.heads} heads in {groups} groups"
+    parts += [
+        Text(),
+        Text(f"{_parameters(spec):,} parameters: vocabulary {spec.vocabulary:,}, width {spec.width:,}, {heads}"),
+        Text(f"{spec.depth} layers:"),
+        *(Text(f"  {line}") for line in _layer_map(spec.mixers)),
+        _memory_table(spec),
+    ]
+    return Group(*parts)
+
+
+def mixer_name(mixer: MixerSpec) -> str:
+    """A mixer in a word or two: its policy's name where it has one."""
+    if isinstance(mixer, AttentionMixerSpec):
+        window = mixer.policy.window
+        return mixer.policy.name or f"attention over a {window.kind} window"
+    return mixer.kind
+
+
+def _parameters(spec: ModelSpec) -> int:
+    with torch.device("meta"):
+        return MemoryLM(spec).parameter_count
+
+
+def _layer_map(mixers: list[MixerSpec]) -> list[str]:
+    """Which layers each mixer has, in the order of their first layers."""
+    lines: list[str] = []
+    for mixer in dict.fromkeys(mixers):
+        layers = [str(number) for number, each in enumerate(mixers) if each == mixer]
+        lines.append(f"{mixer_name(mixer)}: {', '.join(layers)}")
+    return lines
+
+
+def _memory_table(spec: ModelSpec) -> RenderableType:
+    kinds = list(dict.fromkeys(spec.mixers))
+    grid = columns("tokens", "memory", *(mixer_name(kind) for kind in kinds if len(kinds) > 1))
+    for tokens, layers in zip(SHOWN_LENGTHS, memory_bytes(spec, SHOWN_LENGTHS), strict=True):
+        shares = [
+            sum(size for size, mixer in zip(layers, spec.mixers, strict=True) if mixer == kind)
+            for kind in kinds
+            if len(kinds) > 1
+        ]
+        grid.add_row(tokens_in_words(tokens), *(amount(size, "B") for size in (sum(layers), *shares)))
+    return Group(grid, Text("memory of one row in float32, after one prefill", style="dim"))
