@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from memkit.catalog import as_policy
-from memkit.engine.timeline import WINDOW_SLACK
+from memkit.engine.timeline import window_room
 from memkit.engine.validation import DTYPES
 from memkit.errors import InputError
 from memkit.policy import Policy, PolicySpec
@@ -272,8 +272,7 @@ def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
     heads = shape.layers * shape.rows * shape.kv_heads
     slots = heads * policy.slots_after(tokens) * per_slot
 
-    capacity = policy.window.capacity
-    room = tokens if capacity is None else capacity + WINDOW_SLACK
+    room = window_room(policy, tokens)
     weighs = policy.merging.learned and not policy.exact_slots
     window = heads * room * (width + weighs) * dtype.itemsize
     if policy.needs_rotation:  # positions of the window's tokens, and the next one

@@ -9,8 +9,9 @@ from torch import Tensor
 from memkit.engine.call import Call
 from memkit.engine.schedule import Schedule
 from memkit.memory import Memory, held
+from memkit.policy import Policy
 
-__all__ = ["WINDOW_SLACK", "Timeline", "columns"]
+__all__ = ["Timeline", "columns", "window_room"]
 
 WINDOW_SLACK = 64
 """Tokens a decoding window takes beyond its most before it is moved to the front of its buffer."""
@@ -61,13 +62,13 @@ class Timeline:
         if self.in_place:
             assert memory is not None
             return {"end": memory.end + self.tokens, "next_positions": self.next_positions}
-        capacity = call.policy.window.capacity
+        grows = memory is not None and call.policy.window.capacity is None
         if call.differentiable:
             room = keep
-        elif capacity is None:  # grows by a quarter, and not before it decodes
-            room = keep if memory is None else keep + keep // 4 + WINDOW_SLACK
+        elif grows:  # by a quarter, and not before it decodes
+            room = keep + keep // 4 + WINDOW_SLACK
         else:
-            room = capacity + WINDOW_SLACK
+            room = window_room(call.policy, keep)
         window: dict[str, Tensor | int | None] = {"end": keep, "next_positions": self.next_positions, "positions": None}
         for name, tensor in (("keys", self.keys), ("values", self.values), ("weights", self.weights)):
             window[name] = None if tensor is None else self._newest(tensor, keep, room)
@@ -126,6 +127,12 @@ class Timeline:
         buffer = timeline.new_zeros(*timeline.shape[:2], room, *timeline.shape[3:])
         buffer[:, :, :keep] = newest
         return buffer
+
+
+def window_room(policy: Policy, held: int) -> int:
+    """Tokens for which a prefill that leaves `held` in the window makes room: all that it ever holds, and some slack."""
+    capacity = policy.window.capacity
+    return held if capacity is None else capacity + WINDOW_SLACK
 
 
 def columns(timeline: Tensor, where: slice | Tensor) -> Tensor:

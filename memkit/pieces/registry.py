@@ -47,7 +47,9 @@ AnySpec = TypeVar("AnySpec", bound=type[FamilySpec])
 
 MISSING = "is required and missing"
 
-_REGISTRY: dict[str, dict[str, type[FamilySpec]]] = {}
+FAMILIES = ("chunker", "window", "growth", "admission", "routing", "merging", "rotary")
+
+_REGISTRY: dict[str, dict[str, type[FamilySpec]]] = {family: {} for family in FAMILIES}
 
 
 def register(spec: AnySpec) -> AnySpec:
@@ -63,7 +65,9 @@ def register(spec: AnySpec) -> AnySpec:
     kind = spec.model_fields["kind"].default
     if not isinstance(kind, str):
         raise PolicyError(f'{spec.__name__} needs a default kind; write `kind: Literal["my-kind"] = "my-kind"`')
-    known = _REGISTRY.setdefault(spec.family, {})
+    if spec.family not in _REGISTRY:
+        raise PolicyError(f"{spec.__name__}: {unknown_name('family', spec.family, FAMILIES)}")
+    known = _REGISTRY[spec.family]
     held = known.get(kind)
     if held is not None and (held.__module__, held.__qualname__) != (spec.__module__, spec.__qualname__):
         raise PolicyError(
