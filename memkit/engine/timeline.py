@@ -130,7 +130,7 @@ class Timeline:
 
 
 def window_room(policy: Policy, held: int) -> int:
-    """Tokens for which a prefill that leaves `held` in the window makes room: all that it ever holds, and some slack."""
+    """Tokens for which a prefill that leaves `held` in the window makes room: its most, and some slack."""
     capacity = policy.window.capacity
     return held if capacity is None else capacity + WINDOW_SLACK
 

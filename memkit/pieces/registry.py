@@ -47,9 +47,7 @@ AnySpec = TypeVar("AnySpec", bound=type[FamilySpec])
 
 MISSING = "is required and missing"
 
-FAMILIES = ("chunker", "window", "growth", "admission", "routing", "merging", "rotary")
-
-_REGISTRY: dict[str, dict[str, type[FamilySpec]]] = {family: {} for family in FAMILIES}
+_REGISTRY: dict[str, dict[str, type[FamilySpec]]] = {}
 
 
 def register(spec: AnySpec) -> AnySpec:
@@ -65,9 +63,9 @@ def register(spec: AnySpec) -> AnySpec:
     kind = spec.model_fields["kind"].default
     if not isinstance(kind, str):
         raise PolicyError(f'{spec.__name__} needs a default kind; write `kind: Literal["my-kind"] = "my-kind"`')
-    if spec.family not in _REGISTRY:
-        raise PolicyError(f"{spec.__name__}: {unknown_name('family', spec.family, FAMILIES)}")
-    known = _REGISTRY[spec.family]
+    if "family" in vars(spec):
+        raise PolicyError(f"{spec.__name__} must inherit its family from the family's spec, got its own '{spec.family}'")
+    known = _REGISTRY.setdefault(spec.family, {})
     held = known.get(kind)
     if held is not None and (held.__module__, held.__qualname__) != (spec.__module__, spec.__qualname__):
         raise PolicyError(
