@@ -64,7 +64,7 @@ def register(spec: AnySpec) -> AnySpec:
     if not isinstance(kind, str):
         raise PolicyError(f'{spec.__name__} needs a default kind; write `kind: Literal["my-kind"] = "my-kind"`')
     if "family" in vars(spec):
-        raise PolicyError(f"{spec.__name__} must inherit its family from the family's spec, got its own '{spec.family}'")
+        raise PolicyError(f"{spec.__name__} must inherit its family from the family's spec, got '{spec.family}'")
     known = _REGISTRY.setdefault(spec.family, {})
     held = known.get(kind)
     if held is not None and (held.__module__, held.__qualname__) != (spec.__module__, spec.__qualname__):
