@@ -29,13 +29,15 @@ class Ready:
     """Slots as they are read: a working copy that decoding keeps between calls and that nothing depends on.
 
     route [b, g, M, d]: keys as routing compares them, float32 or float64; keys [b, g, M, d] and values [b, g, M, v]: as
-    queries meet them, in the window's dtype; bias [b, g, M]: added to the scores, or None.
+    queries meet them, in the window's dtype; bias [b, g, M]: added to the scores, or None; made_with: the parameters'
+    versions.
     """
 
     route: Tensor
     keys: Tensor
     values: Tensor
     bias: Tensor | None
+    made_with: tuple[int, ...] = ()
 
 
 @dataclass

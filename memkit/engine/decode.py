@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from memkit.engine.call import Call
-from memkit.engine.fold import read_slots
+from memkit.engine.fold import parameter_versions, read_slots
 from memkit.engine.read import Part, attend_parts
 from memkit.memory import Memory, SideBySide
 from memkit.policy import Policy
@@ -29,7 +29,7 @@ def decode(call: Call) -> tuple[Tensor, Memory] | None:
     if memory is None or not _applies(call, memory):
         return None
     assert call.queries is not None and call.values is not None
-    made_with, banded = _versions(call), call.policy.window.band is not None
+    made_with, banded = parameter_versions(call), call.policy.window.band is not None
     if not banded and (memory.side_by_side is None or memory.side_by_side.made_with != made_with):
         memory = _place_side_by_side(call, memory, made_with)
     here = slice(memory.end, memory.end + 1)
@@ -134,11 +134,3 @@ def _heat(call: Call) -> Tensor | float:
     if parameters is None or parameters.temperature_memory is None or parameters.temperature_window is None:
         return 1.0
     return (parameters.temperature_memory / parameters.temperature_window).to(call.keys.dtype)[:, None, None]
-
-
-def _versions(call: Call) -> tuple[int, ...]:
-    """What the slots as they are read depend on besides their sums: the learned tensors, as they are now."""
-    if call.parameters is None:
-        return ()
-    tensors = call.parameters.tensors()
-    return tuple(number for tensor in tensors for number in (id(tensor), tensor._version))

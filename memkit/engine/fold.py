@@ -17,7 +17,7 @@ from memkit.memory import Ready
 from memkit.pieces.routing import Placement
 from memkit.policy import Policy
 
-__all__ = ["Chunk", "Fold", "Slots", "contributions", "memory_keys", "read_slots", "read_tokens"]
+__all__ = ["Chunk", "Fold", "Slots", "contributions", "memory_keys", "parameter_versions", "read_slots", "read_tokens"]
 
 
 @dataclass
@@ -257,6 +257,14 @@ def read_tokens(call: Call, chunk: Chunk) -> Tensor:
     rows, scalars = contributions(call, chunk, everyone)
     numbers = scalars_by_name(call.policy, scalars)
     return call.policy.readout.key(rows[..., : chunk.keys.shape[-1]], numbers, call.key_norm)
+
+
+def parameter_versions(call: Call) -> tuple[int, ...]:
+    """What the slots as they are read depend on besides their sums: the learned tensors, as they are now."""
+    if call.parameters is None:
+        return ()
+    tensors = call.parameters.tensors()
+    return tuple(number for tensor in tensors for number in (id(tensor), tensor._version))
 
 
 def scalars_by_name(policy: Policy, scalars: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memkit.engine.call import Call
 from memkit.engine.decode import decode
-from memkit.engine.fold import Slots
+from memkit.engine.fold import Slots, parameter_versions
 from memkit.engine.parts import Parts, queries_apart
 from memkit.engine.placing import follow, leaving_chunk, place, record
 from memkit.engine.read import attend_parts, differentiable_parts
@@ -84,6 +84,8 @@ class _Run:
         if call.values is None:  # a plan only reads the memory, and only its keys
             sums, scalars = sums[..., : call.keys.shape[-1]].clone(), scalars.clone()
         ready = memory.ready if self.timeline.in_place else None
+        if ready is not None and ready.made_with != parameter_versions(call):
+            ready = None
         slots = Slots(call, sums, scalars, ready, in_place=not call.differentiable)
         if room > sums.shape[2]:
             # Decoding makes room for half as many again, if the schedule will ever grant so many.
@@ -146,9 +148,9 @@ class _Run:
         carried |= {"sums": self.slots.sums, "scalars": self.slots.scalars, "seen_rows": self.schedule.after}
         if self.timeline.in_place:
             assert self.call.memory is not None
-            return dataclasses.replace(
-                self.call.memory, **carried, ready=self.slots.working_copy, side_by_side=None, taken=False
-            )
+            if (ready := self.slots.working_copy) is not None:
+                ready.made_with = parameter_versions(self.call)
+            return dataclasses.replace(self.call.memory, **carried, ready=ready, side_by_side=None, taken=False)
         return Memory(policy=self.call.policy, **carried)
 
 

@@ -62,13 +62,14 @@ def test_decoding_reads_slots_and_window_in_one_buffer() -> None:
     assert side.keys.untyped_storage().data_ptr() == memory.keys.untyped_storage().data_ptr()
 
 
-def test_changed_parameters_are_read_anew() -> None:
+@pytest.mark.parametrize("lengths", [[40, 40], [40, 37]], ids=["rows alike", "rows apart"])
+def test_changed_parameters_are_read_anew(lengths: list[int]) -> None:
     torch.manual_seed(0)
     spec = memkit.load_policy("kvm-fixed-256", {"chunker.size": 8, "growth.slots": 8})
     parameters = memkit.PolicyParameters(spec.build(), 2, WIDTH)
-    keys = torch.randn(1, 2, 40, WIDTH)
+    keys = torch.randn(2, 2, 40, WIDTH)
     with torch.no_grad():
-        _, memory = memkit.attend(spec, keys, keys, keys, parameters=parameters)
+        _, memory = memkit.attend(spec, keys, keys, keys, parameters=parameters, lengths=torch.tensor(lengths))
         one = keys[:, :, :1]
         _, memory = memkit.attend(spec, one, one, one, parameters=parameters, memory=memory)
         for tensor in parameters.parameters():
