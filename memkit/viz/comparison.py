@@ -165,7 +165,7 @@ def _notes(comparison: Comparison) -> list[str]:
     lines += [
         f"model: {s['model']}, {s['parameters'] / 1e6:.0f}M parameters, {s['dtype']}",
         f"text: {s['text']}, {s['tokens']:,} tokens, loss over the last {s['scored']:,}",
-        f"machine: {s['machine']}, {s['cores']} cores, {s['threads']} threads, {s['device']}",
+        f"machine: {s['machine']}, {s['device']}, cores {s['cores']}, threads {s['threads']}",
         f"versions: {versions}",
         f"loaded in {s['load_seconds']:.0f} s; decode: median of {s['decoded']} tokens; seed {s['seed']}",
     ]
