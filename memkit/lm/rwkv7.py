@@ -179,6 +179,9 @@ def scan_in_chunks(
     carried: Tensor = r.new_zeros(rows, heads, width, v.shape[-1]) if state is None else state
     if not tokens:
         return r.new_zeros(rows, heads, 0, v.shape[-1]), carried
+    if tokens == 1:
+        r, log_w, k, v, a, b = (each[:, :, 0] for each in (r, log_w, k, v, a, b))
+        return _step(r, log_w, k, v, a, b, carried)
     chunk = min(chunk, tokens)
     padding = -tokens % chunk
     r, log_w, k, v, a, b = (
@@ -201,6 +204,13 @@ def scan_in_chunks(
     through_b = (r @ b.mT).tril()
     out = (r + through_b @ by_state) @ torch.stack(starts, dim=2) + through_b @ constant + (r @ k.mT).tril() @ v
     return rearrange(out, "b h n c d -> b h (n c) d")[:, :, :tokens], carried
+
+
+def _step(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token, [b, h, d] each, by the recurrence as it is written: decoding has nothing to solve."""
+    removed = a.unsqueeze(-2) @ state
+    state = log_w.exp().unsqueeze(-1) * state + b.unsqueeze(-1) * removed + k.unsqueeze(-1) * v.unsqueeze(-2)
+    return r.unsqueeze(-2) @ state, state
 
 
 def _wide(x: Tensor) -> Tensor:
