@@ -1,5 +1,8 @@
 """memkit: how an attention layer remembers, as a configuration choice."""
 
+import importlib
+from types import ModuleType
+
 from memkit.attention import MemoryAttention
 from memkit.catalog import load_policy, policy_names
 from memkit.comparison import Comparison, compare
@@ -43,3 +46,10 @@ __all__ = [
     "policy_names",
     "register",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`memkit.hf`, `memkit.interop` and `memkit.testing` without an import of their own; each loads when first used."""
+    if name in ("hf", "interop", "testing"):
+        return importlib.import_module(f"memkit.{name}")
+    raise AttributeError(f"module 'memkit' has no attribute '{name}'")

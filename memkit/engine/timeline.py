@@ -62,10 +62,10 @@ class Timeline:
         if self.in_place:
             assert memory is not None
             return {"end": memory.end + self.tokens, "next_positions": self.next_positions}
-        grows = memory is not None and call.policy.window.capacity is None
+        short = memory is not None and self.tokens <= WINDOW_SLACK
         if call.differentiable:
             room = keep
-        elif grows:  # by a quarter, and not before it decodes
+        elif short and call.policy.window.capacity is None:  # by a quarter, and not before it decodes
             room = keep + keep // 4 + WINDOW_SLACK
         else:
             room = window_room(call.policy, keep)

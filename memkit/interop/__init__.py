@@ -1,1 +1,5 @@
-"""Models that others have trained, read into memkit's."""
+"""Checkpoints of other projects, read as memkit models."""
+
+from memkit.interop import kvm_paper
+
+__all__ = ["kvm_paper"]
