@@ -68,9 +68,9 @@ def test_a_decoded_token_costs_what_memory_holds(name: str):
 def test_slots_stay_within_their_bound(name: str):
     spec = small(name)
     policy, chunk = spec.build(), spec.chunker.build().size
-    case = make_case(spec, 600, rows=1, heads=2, kv_heads=1)
+    case = make_case(spec, 400, rows=1, heads=2, kv_heads=1)
     _, memory = case.part(0, 300).attend()
-    for position in range(300, 600):
+    for position in range(300, 400):
         _, memory = case.part(position, position + 1).attend(memory=memory)
         slots = int(memory.slots[0])
         assert slots == policy.slots_after(position + 1)
@@ -80,11 +80,11 @@ def test_slots_stay_within_their_bound(name: str):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["kvm-fixed-256", "streaming-4-512", "window-512", "block-window-3x256"])
 def test_a_bounded_policy_holds_the_same_bytes_for_ever(name: str):
-    case = make_case(small(name), 900, rows=1, heads=2, kv_heads=1)
+    case = make_case(small(name), 700, rows=1, heads=2, kv_heads=1)
     _, memory = case.part(0, 300).attend()
     sizes: set[int] = set()
-    for position in range(300, 900):
+    for position in range(300, 700):
         _, memory = case.part(position, position + 1).attend(memory=memory)
-        if position >= 500:
+        if position >= 450:
             sizes.add(memory.bytes)
     assert len(sizes) == 1
