@@ -3,11 +3,10 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import memkit
 from memkit.pieces import registry
-from memkit.testing import Case, cases, laws, policies, scaled_down
+from memkit.testing import calls, cases, laws, scaled_down
 from tests.testing.ema import EmaSpec
 
 DRAWN = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
@@ -21,12 +20,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@st.composite
-def calls(draw: st.DrawFn, **fixed: object) -> tuple[memkit.PolicySpec, Case]:
-    spec = draw(policies(registered=False, **fixed))
-    return spec, draw(cases(spec.build()))
 
 
 each_law = pytest.mark.parametrize("law", laws.POLICY_LAWS, ids=lambda law: law.__name__)

@@ -1,23 +1,67 @@
 """Property tests for memory policies and their pieces, memkit's own and anyone's.
 
+    from memkit.testing import check_merge_rule
+
+    def test_my_rule():
+        check_merge_rule(MyMerge)
+
 Needs hypothesis: `pip install memkit-attention[testing]`. `import memkit` does not import this package.
 """
 
 from memkit.testing import laws
 from memkit.testing.cases import Case, cases, lengths, splits
+from memkit.testing.checks import (
+    Report,
+    Verdict,
+    calls,
+    check,
+    check_admission,
+    check_growth,
+    check_merge_rule,
+    check_policy,
+    check_readout,
+    check_routing,
+    examine,
+    examine_policies,
+)
+from memkit.testing.claims import CLAIMS
+from memkit.testing.given import as_spec
 from memkit.testing.law import Law, LawBroken
+from memkit.testing.merging_laws import Merge, merges
+from memkit.testing.placing_laws import Exit, exits
+from memkit.testing.readout_laws import Sums, sums_of_slots
 from memkit.testing.scaling import scaled_down
 from memkit.testing.specs import policies, specs
 
 __all__ = [
+    "CLAIMS",
     "Case",
+    "Exit",
     "Law",
     "LawBroken",
+    "Merge",
+    "Report",
+    "Sums",
+    "Verdict",
+    "as_spec",
+    "calls",
     "cases",
+    "check",
+    "check_admission",
+    "check_growth",
+    "check_merge_rule",
+    "check_policy",
+    "check_readout",
+    "check_routing",
+    "examine",
+    "examine_policies",
+    "exits",
     "laws",
     "lengths",
+    "merges",
     "policies",
     "scaled_down",
     "specs",
     "splits",
+    "sums_of_slots",
 ]

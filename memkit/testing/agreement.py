@@ -85,7 +85,7 @@ def _noise(
     worst = dict.fromkeys(expected, 0.0)
     for _ in range(DRAWS):
         for name, tensor in moved(change).items():
-            effect = (tensor.double() - expected[name].double()).abs()
+            effect = (tensor.detach().double() - expected[name].detach().double()).abs()
             worst[name] = max(
                 worst[name], float(effect.nan_to_num(torch.inf, torch.inf).max()) if effect.numel() else 0
             )

@@ -26,7 +26,8 @@ __all__ = ["DATA", "Case", "Inputs", "cases", "lengths", "part_of_plan", "splits
 
 DATA = ("integers", "normal", "clusters", "duplicates", "zeros", "antipodal", "tiny", "huge", "spread")
 """Kinds of data, from harmless to hurtful: small whole numbers (many exact ties); normal; three clusters; a few vectors
-repeated exactly; half of the vectors zero; antipodal pairs; magnitudes of 1e-12; of 1e12; from 1e-12 to 1e12."""
+repeated exactly; half of the vectors zero; antipodal pairs; magnitudes of 1e-12; of 1e12; from 1e-12 to 1e12 (1e-6 to
+1e6 where a rule weighs keys by their own size)."""
 
 Data = Literal["integers", "normal", "clusters", "duplicates", "zeros", "antipodal", "tiny", "huge", "spread"]
 
@@ -77,7 +78,10 @@ class Case:
         dtype, rows, heads = getattr(torch, self.dtype), len(self.lengths), self.kv_heads * self.group
 
         def data(kind: str, heads: int, width: int) -> Tensor:
-            return make(kind, (rows, heads, self.tokens, width), generator).to(dtype)
+            return make(kind, (rows, heads, self.tokens, width), generator, reach).to(dtype)
+
+        # A rule that weighs keys by themselves sums squares: float32 holds no norm of those at 1e12.
+        reach = 6 if policy.weighted and policy.merging.additive and not policy.merging.learned else 12
 
         queries = data("integers" if self.keys == "integers" else "normal", heads, self.width)
         keys = data(self.keys, self.kv_heads, self.width)
@@ -241,8 +245,8 @@ def part_of_plan(plan: Plan, *, rows: slice = slice(None), heads: slice = slice(
     )
 
 
-def make(kind: str, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
-    """Data of a kind, [b, h, t, d] float64."""
+def make(kind: str, shape: tuple[int, int, int, int], generator: torch.Generator, reach: int = 12) -> Tensor:
+    """Data of a kind, [b, h, t, d] float64; the hurtful magnitudes go from 10^−reach to 10^reach."""
     rows, heads, tokens, width = shape
 
     def normal(*sizes: int) -> Tensor:
@@ -266,11 +270,11 @@ def make(kind: str, shape: tuple[int, int, int, int], generator: torch.Generator
             half = normal(rows, heads, (tokens + 1) // 2, width)
             return torch.stack((half, -half), dim=3).flatten(2, 3)[:, :, :tokens]
         case "tiny":
-            return 1e-12 * normal(*shape)
+            return 10.0**-reach * normal(*shape)
         case "huge":
-            return 1e12 * normal(*shape)
+            return 10.0**reach * normal(*shape)
         case "spread":
-            exponents = 24 * torch.rand(rows, heads, tokens, 1, generator=generator, dtype=torch.float64) - 12
+            exponents = reach * (2 * torch.rand(rows, heads, tokens, 1, generator=generator, dtype=torch.float64) - 1)
             return 10**exponents * normal(*shape)
         case _:
             raise ValueError(f"kind of data must be one of {', '.join(DATA)}, got {kind!r}")

@@ -19,12 +19,13 @@ class Broken(AssertionError):
 class LawBroken(AssertionError):
     """A law does not hold.
 
-    law: its name; code: the example as code that runs; numbers: what was found and what was expected.
+    law: which one; code: the example as code that runs; numbers: what was found and what was expected.
     """
 
-    def __init__(self, law: str, says: str, code: str, numbers: str) -> None:
+    def __init__(self, law: Law, says: str, code: str, numbers: str) -> None:
         self.law, self.says, self.code, self.numbers = law, says, code, numbers
-        super().__init__(f"{law}\n{says}\n\n{textwrap.indent(numbers, '  ')}\n\nshow it again:\n\n{code}\n")
+        found = textwrap.indent(numbers, "  ")
+        super().__init__(f"broken law: {law.family}, {law.name}\n{says}\n\n{found}\n\nshow it again:\n\n{code}\n")
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,16 @@ class Law:
         try:
             self.judge(subject, example)
         except Broken as broken:
-            shown = code_of(subject) if code is None else code
-            parts = {type(example).__name__} if is_dataclass(example) else set()
-            imports = [*shown.imports, f"from memkit.testing import {', '.join(sorted({'laws', *parts}))}"]
-            call = f"laws.{self.__name__}({shown.expression}, {_example(example)})"
-            program = "\n".join([*imports, "", call])
-            raise LawBroken(f"broken: {self.family}, {self.name}", self.says, program, str(broken)) from None
+            raise self._broken(subject, example, code, str(broken)) from None
+        except Exception as error:  # a rule that raises on data it must take keeps no law
+            raise self._broken(subject, example, code, f"raised {type(error).__name__}: {error}") from error
+
+    def _broken(self, subject: Any, example: Any, code: Code | None, numbers: str) -> LawBroken:
+        shown = code_of(subject) if code is None else code
+        parts = {type(example).__name__} if is_dataclass(example) else set()
+        imports = [*shown.imports, f"from memkit.testing import {', '.join(sorted({'laws', *parts}))}"]
+        call = f"laws.{self.__name__}({shown.expression}, {_example(example)})"
+        return LawBroken(self, self.says, "\n".join([*imports, "", call]), numbers)
 
     def __repr__(self) -> str:
         return f"Law({self.family}: {self.name})"

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from memkit.errors import PolicyError
 from memkit.pieces.growth import NoGrowthSpec
+from memkit.pieces.merging import Weigh
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import FamilySpec, Spec, kinds
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec
@@ -73,6 +74,9 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
         return fixed[family] if family in fixed else draw(specs(family, registered=registered))
 
     chunker, merging, rotary = piece("chunker"), piece("merging"), piece("rotary")
+    reads: ReadoutSpec | None = fixed.get("readout")
+    if reads is not None and reads.build().divides_by_mass and hasattr(merging, "weigh"):
+        merging = merging.model_copy(update={"weigh": Weigh()})
     sinks = fixed["sinks"] if "sinks" in fixed else draw(st.sampled_from((0, 0, 1, 2, 4, 10)))
     if "growth" in fixed:
         remembers = not isinstance(fixed["growth"], NoGrowthSpec)
@@ -88,6 +92,8 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     if isinstance(window, (AllWindowSpec, SlidingWindowSpec)):
         window = draw(specs("window", "block"))
     routing = piece("routing")
+    if reads is not None and reads.value == "birth-radius" and routing.build().founds:
+        routing = draw(specs("routing", "nearest"))
     founds = routing.build().founds
     if founds:
         admission = draw(specs("admission", "none"))

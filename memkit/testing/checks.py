@@ -1,0 +1,333 @@
+"""Checks: every law of a piece or a policy, over many drawn examples, and a report."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from memkit.catalog import as_policy
+from memkit.errors import PolicyError
+from memkit.pieces.admission import Admission
+from memkit.pieces.growth import Growth, GrowthSpec
+from memkit.pieces.merging import Merging
+from memkit.pieces.readout import Readout
+from memkit.pieces.registry import Spec, kinds
+from memkit.pieces.routing import Routing
+from memkit.policy import Policy, PolicySpec
+from memkit.testing import growth_laws, merging_laws, placing_laws, policy_laws, readout_laws
+from memkit.testing.cases import Case, cases
+from memkit.testing.claims import claimed
+from memkit.testing.given import as_spec
+from memkit.testing.law import Code, Law, LawBroken, code_of
+from memkit.testing.scaling import scaled_down
+from memkit.testing.specs import policies
+
+__all__ = [
+    "Report",
+    "Verdict",
+    "calls",
+    "check",
+    "check_admission",
+    "check_growth",
+    "check_merge_rule",
+    "check_policy",
+    "check_readout",
+    "check_routing",
+    "examine",
+    "examine_policies",
+]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one law. error: the counter-example, where it is broken."""
+
+    law: Law
+    status: Literal["held", "broken", "not claimed"]
+    error: LawBroken | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdicts on one subject. note: what the reader must know about how it was examined."""
+
+    subject: str
+    verdicts: tuple[Verdict, ...]
+    note: str = ""
+
+    @property
+    def broken(self) -> list[LawBroken]:
+        """The counter-examples, in the order of the laws."""
+        return [verdict.error for verdict in self.verdicts if verdict.error is not None]
+
+    def raise_if_broken(self) -> Report:
+        """The report itself where every law held; else raises the first counter-example."""
+        if self.broken:
+            raise self.broken[0]
+        return self
+
+    def __str__(self) -> str:
+        width = max(len(_title(verdict.law)) for verdict in self.verdicts)
+        lines = [f"{_title(verdict.law):<{width}}  {verdict.status}" for verdict in self.verdicts]
+        return "\n".join([self.subject, *([self.note] if self.note else []), *lines])
+
+
+def _title(law: Law) -> str:
+    return f"{law.family}: {law.name}"
+
+
+SLOW_IS_FINE = [
+    HealthCheck.too_slow,
+    HealthCheck.filter_too_much,
+    HealthCheck.data_too_large,
+    HealthCheck.large_base_example,
+    HealthCheck.nested_given,
+]
+
+
+class Asked(NamedTuple):
+    """A law, the strategy of its examples, and what of an example it is called with.
+
+    judge: (example) → None; claims: whom the claim is asked of.
+    """
+
+    law: Law
+    examples: st.SearchStrategy[Any]
+    judge: Callable[[Any], None]
+    claims: Any
+
+
+def check(subject: Any, examples: int = 50) -> Report:
+    """Check anything: a policy (name, path, spec), or a piece of any family (class, object or spec).
+
+    examples: how many each law is tried on. Raises `LawBroken` as soon as the examination is over, for the first law
+    that does not hold; `examine` returns the report instead.
+    """
+    return examine(subject, examples).raise_if_broken()
+
+
+def check_policy(policy: str | Path | PolicySpec | Policy, examples: int = 50) -> Report:
+    """The ten laws. A policy of long chunks is examined in small, see `scaled_down`. Raises `LawBroken`."""
+    return check(as_policy(policy), examples)
+
+
+def check_merge_rule(rule: Any, examples: int = 50) -> Report:
+    """The laws of merge rules that it claims, and the ten laws in random policies that merge so. Raises `LawBroken`.
+
+    rule: a `Merging`, its class, a `MergingSpec` or its class.
+    """
+    return _check_family(rule, Merging, examples)
+
+
+def check_growth(growth: Any, examples: int = 50) -> Report:
+    """The laws of growth schedules, and (for a spec) the ten laws in random policies. Raises `LawBroken`."""
+    return _check_family(growth, Growth, examples)
+
+
+def check_admission(admission: Any, examples: int = 50) -> Report:
+    """The laws of admissions that it claims, and the ten laws in random policies. Raises `LawBroken`."""
+    return _check_family(admission, Admission, examples)
+
+
+def check_routing(routing: Any, examples: int = 50) -> Report:
+    """The laws of routings that it claims, and the ten laws in random policies. Raises `LawBroken`."""
+    return _check_family(routing, Routing, examples)
+
+
+def check_readout(readout: Any, examples: int = 50) -> Report:
+    """The laws of readouts, and the ten laws in random policies that read so. Raises `LawBroken`."""
+    return _check_family(readout, Readout, examples)
+
+
+def _check_family(subject: Any, family: type, examples: int) -> Report:
+    piece, _, _ = _built(subject)
+    if not isinstance(piece, family):
+        raise PolicyError(f"expected a {family.__name__}, its class or its spec, got {type(piece).__name__}")
+    return check(subject, examples)
+
+
+def examine(
+    subject: Any,
+    examples: int = 50,
+    laws: tuple[Law, ...] | None = None,
+    watch: Callable[[Law], None] | None = None,
+    shrink: bool = True,
+) -> Report:
+    """Try every law of the subject (or only `laws`) on so many examples; what broke is in the report.
+
+    watch: told of each law before it is tried; shrink: whether to look for the smallest counter-example.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors of a few numbers: threads only get in each other's way
+    try:
+        name, note, asked = _asked(subject)
+        verdicts: list[Verdict] = []
+        for one in asked:
+            if laws is None or one.law in laws:
+                if watch is not None:
+                    watch(one.law)
+                verdicts.append(_verdict(one, examples, shrink))
+        return Report(name, tuple(verdicts), note)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _verdict(asked: Asked, examples: int, shrink: bool) -> Verdict:
+    if not claimed(asked.claims, asked.law.claim):
+        return Verdict(asked.law, "not claimed")
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        print_blob=False,
+        phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])],
+        report_multiple_bugs=False,
+        suppress_health_check=SLOW_IS_FINE,
+    )
+    @given(asked.examples)
+    def tried(example: Any) -> None:
+        asked.judge(example)
+
+    try:
+        tried()
+    except LawBroken as broken:
+        return Verdict(asked.law, "broken", broken)
+    return Verdict(asked.law, "held")
+
+
+def _asked(subject: Any) -> tuple[str, str, list[Asked]]:
+    """The subject's name, a note, and the laws to ask."""
+    if isinstance(subject, (str, Path, PolicySpec, Policy)):
+        return _asked_of_policy(as_policy(subject))
+    piece, spec, code = _built(subject)
+    name = code.expression
+    match piece:
+        case Merging():
+            asked = _of_rule(piece, code)
+            return name, "", [*asked, *_in_policies("merging", spec or as_spec(piece), piece, spec is not None)]
+        case Growth():
+            asked = [_one(law, growth_laws.tokens(), piece, code) for law in growth_laws.GROWTH_LAWS]
+            if isinstance(spec, GrowthSpec):
+                asked += _in_policies("growth", spec, piece, True)
+            return name, "", asked
+        case Admission():
+            asked = [_one(law, placing_laws.exits(), piece, code) for law in placing_laws.ADMISSION_LAWS]
+            return name, "", [*asked, *_in_policies("admission", spec or as_spec(piece), piece, spec is not None)]
+        case Routing():
+            sure = (placing_laws.slots_follow_their_keys, placing_laws.routing_rows_are_strangers)
+            new = getattr(piece, "new_slots", True)
+            asked = [
+                _one(
+                    law,
+                    placing_laws.with_margin(new) if law in sure else placing_laws.exits(joins_new=new),
+                    piece,
+                    code,
+                )
+                for law in placing_laws.ROUTING_LAWS
+            ]
+            return name, "", [*asked, *_in_policies("routing", spec or as_spec(piece), piece, spec is not None)]
+        case Readout():
+            asked = [_one(law, readout_laws.sums_of_slots(), piece, code) for law in readout_laws.READOUT_LAWS]
+            return name, "", [*asked, *_in_policies("readout", piece.spec, piece, True)]
+        case _:
+            raise PolicyError(
+                f"what can be checked is a policy, a merge rule, a growth, an admission, a routing or a readout, "
+                f"got {type(piece).__name__}"
+            )
+
+
+def _asked_of_policy(policy: Policy) -> tuple[str, str, list[Asked]]:
+    spec = policy.spec
+    small = scaled_down(spec)
+    note = ""
+    if small is not spec:
+        note = f"in small: chunks of {small.build().chunk} tokens for {policy.chunk}, budgets in proportion"
+    built = small.build() if small is not spec else policy
+    asked = [_one(law, cases(built), built, None) for law in policy_laws.POLICY_LAWS]
+    return policy.name or "policy", note, asked
+
+
+def _of_rule(rule: Merging, code: Code) -> list[Asked]:
+    tame = ("integers", "normal", "clusters", "duplicates", "zeros", "antipodal")
+    wild = (*tame, "tiny", "huge", "spread")
+    data = {
+        merging_laws.associativity: tame,
+        merging_laws.isotropy: tame,
+        merging_laws.merge_gradients: ("normal", *tame),
+    }
+    return [
+        _one(
+            law,
+            merging_laws.merges(
+                rule,
+                data=data.get(law, wild),
+                dtypes=("float64",) if law is merging_laws.merge_gradients else ("float64", "float32"),
+                drops=law is not merging_laws.chunks_do_not_matter,
+            ),
+            rule,
+            code,
+        )
+        for law in merging_laws.MERGING_LAWS
+    ]
+
+
+def _one(law: Law, examples: st.SearchStrategy[Any], subject: Any, code: Code | None) -> Asked:
+    claims = subject.merging if isinstance(subject, Policy) else subject
+    return Asked(law, examples, lambda example: law(subject, example, code), claims)
+
+
+def _in_policies(family: str, spec: Any, piece: Any, named: bool) -> Iterator[Asked]:
+    """The ten laws in random policies that have this piece; round trips only where YAML can name it."""
+    examples = calls(remembers=True, **{family: spec})
+    merging = piece if isinstance(piece, Merging) else Merging()
+    for law in policy_laws.POLICY_LAWS:
+        if law is policy_laws.round_trip and not (named and _registered(family, spec)):
+            continue
+
+        def judge(call: Any, law: Law = law) -> None:
+            law(*call)
+
+        yield Asked(law, examples, judge, merging)
+
+
+@st.composite
+def calls(draw: st.DrawFn, **fixed: Any) -> tuple[PolicySpec, Case]:
+    """A policy and a case for it; `fixed` as in `policies`."""
+    spec = draw(policies(**{"registered": False, **fixed}))
+    return spec, draw(cases(spec.build()))
+
+
+def examine_policies(law: Law, examples: int = 50, shrink: bool = True, **fixed: Any) -> Verdict:
+    """Try one of the ten laws on random policies; `fixed` as in `policies`."""
+    return _verdict(Asked(law, calls(**fixed), lambda call: law(*call), Merging()), examples, shrink)
+
+
+def _registered(family: str, spec: Any) -> bool:
+    return family == "readout" or kinds(family).get(spec.kind) is type(spec)
+
+
+def _built(subject: Any) -> tuple[Any, Any, Code]:
+    """A piece, the spec it comes from (None where there is none), and how it is written."""
+    code = code_of(subject)
+    if inspect.isclass(subject):
+        try:
+            subject = subject()
+        except (TypeError, PolicyError) as error:
+            raise PolicyError(
+                f"{subject.__name__} cannot be made without arguments ({error}); give one made with them"
+            ) from None
+    if isinstance(subject, Spec):
+        piece = subject.build() if hasattr(subject, "build") else None  # type: ignore[attr-defined]
+        if piece is None:
+            raise PolicyError(f"{code.expression} stands for no piece at all, so there is nothing to check")
+        return piece, subject, Code(code.imports, f"{code.expression}.build()")
+    return subject, None, code
