@@ -1,0 +1,522 @@
+"""Planted faults: pieces that break a law, and mistakes planted in memkit itself, each with the law that must catch it.
+
+`memkit check tests.faults:ForgetsMass` shows what the reader of a real mistake would see.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from memkit import Memory, PolicySpec
+from memkit.engine import fold, parts, recall, schedule, timeline
+from memkit.engine import torch as engine
+from memkit.pieces import Merging, Readout, ReadoutSpec
+from memkit.pieces.admission import Admission, Novelty
+from memkit.pieces.growth import FixedGrowthSpec, Growth, SqrtGrowthSpec
+from memkit.pieces.merging import WeightedMeanSpec
+from memkit.pieces.rotary import RerotateSpec, Zero, ZeroSpec
+from memkit.pieces.routing import Nearest, Placement, Segment
+from memkit.pieces.window import BlockWindow
+from memkit.policy import Policy
+from memkit.testing import Law, laws
+
+# Merge rules
+
+
+class ForgetsMass(Merging):
+    """Says that it conserves, and leaves the mass as it was."""
+
+    additive = False
+    conserves = True
+
+    def combine(self, slot, token):
+        both = slot + token
+        return torch.cat((both[:, :-1], slot[:, -1:]), dim=1)
+
+
+class CountsTwice(Merging):
+    """Adds a token's key and value twice."""
+
+    additive = False
+    conserves = True
+
+    def combine(self, slot, token):
+        return torch.cat((slot[:, :-2] + 2 * token[:, :-2], (slot + token)[:, -2:]), dim=1)
+
+
+class LastWins(Merging):
+    """A slot is its newest token; says that order does not matter."""
+
+    additive = False
+    order_free = True
+
+    def combine(self, slot, token):
+        return token + 0 * slot
+
+
+class Halves(Merging):
+    """The mean of slot and token; says that it is associative."""
+
+    additive = False
+    associative = True
+
+    def combine(self, slot, token):
+        return (slot + token) / 2
+
+
+class Overshoots(Merging):
+    """Steps past the token; says that it stays among its tokens."""
+
+    additive = False
+    convex = True
+
+    def combine(self, slot, token):
+        return slot + 2 * (token - slot)
+
+
+class Loudest(Merging):
+    """Keeps the larger number in every channel; says that no channel is special."""
+
+    additive = False
+    isotropic = True
+
+    def combine(self, slot, token):
+        return torch.maximum(slot, token)
+
+
+class NoGradient(Merging):
+    """A moving average whose tokens get no gradient."""
+
+    additive = False
+
+    def combine(self, slot, token):
+        return 0.5 * slot + 0.5 * token.detach()
+
+
+class NegativeWeight(Merging):
+    """Weighs a token by its first channel."""
+
+    def weight(self, keys, weights):
+        return keys[..., 0]
+
+
+class BatchNormed(Merging):
+    """Weighs a token against the mean of the whole batch."""
+
+    def weight(self, keys, weights):
+        norms = keys.norm(dim=-1)
+        return norms / (norms.mean() + 1)
+
+
+class WeighsNothing(Merging):
+    """Lets a token of weight 0 in all the same."""
+
+    learned = True
+
+    def weight(self, keys, weights):
+        return None if weights is None else weights + 0.5
+
+
+class Tired(Merging):
+    """Weighs every chunk less than the one before it: a state of its own."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def weight(self, keys, weights):
+        self.calls += 1
+        return torch.full_like(keys[..., 0], 1 / self.calls)
+
+
+class WritesToSlots(Merging):
+    """Adds in place, to what it was given."""
+
+    additive = False
+
+    def combine(self, slot, token):
+        return slot.add_(token)
+
+
+# Growth
+
+
+class Shrinks(Growth):
+    """Grows to 40 slots, and then gives some back."""
+
+    def __init__(self):
+        super().__init__(FixedGrowthSpec(slots=1))
+
+    def size(self, tokens):
+        return min(tokens, max(0, 80 - tokens))
+
+
+class OverItsCap(Growth):
+    """Takes one slot more than its cap."""
+
+    def __init__(self):
+        super().__init__(FixedGrowthSpec(slots=99, cap=10))
+
+    def size(self, tokens):
+        return tokens
+
+    def budget(self, tokens):
+        return super().budget(tokens) + 1
+
+
+class FloatSlots(Growth):
+    """Gives its budget as a float."""
+
+    def __init__(self):
+        super().__init__(SqrtGrowthSpec(factor=1.0))
+
+    def size(self, tokens):
+        return tokens**0.5
+
+    def budget(self, tokens) -> Any:
+        return float(super().budget(tokens))
+
+
+class Wobbles(Growth):
+    """Falls from one number of tokens to the next where 53 bits are no longer enough."""
+
+    def __init__(self):
+        super().__init__(FixedGrowthSpec(slots=1))
+
+    def size(self, tokens):
+        return tokens // 2**20 - (tokens & 1 if tokens > 2**52 else 0)
+
+
+# Admission and routing
+
+
+class NearestAdmitted(Novelty):
+    """Admits what the memory stands for best."""
+
+    def priority(self, offsets, free, grant, redundancy: Any):
+        return -redundancy
+
+
+class LatestOfEquals(Novelty):
+    """Of equally new tokens, admits the last."""
+
+    def priority(self, offsets, free, grant, redundancy: Any):
+        return redundancy - 1e-9 * offsets
+
+
+class ByPlace(Admission):
+    """Admits the first tokens, and says that it looks at what they are."""
+
+    compares = True
+    novel = False
+
+    def priority(self, offsets, free, grant, redundancy: Any):
+        return redundancy * 0 + offsets
+
+
+class JoinsSinks(Nearest):
+    """Lets tokens join the first slot, which is a sink."""
+
+    def __init__(self):
+        super().__init__("dot", True)
+
+    def place(self, chunk, priority, redundancy):
+        return super().place(replace(chunk, sinks=0), priority, redundancy)
+
+
+class Farthest(Nearest):
+    """Joins the slot least like the token."""
+
+    def __init__(self):
+        super().__init__("dot", True)
+
+    def place(self, chunk, priority, redundancy):
+        return super().place(replace(chunk, keys=-chunk.keys), priority, redundancy)
+
+
+class OneTooFew(Nearest):
+    """Admits one token fewer than granted."""
+
+    def __init__(self):
+        super().__init__("dot", True)
+
+    def place(self, chunk, priority, redundancy):
+        grant = max(chunk.grant - 1, 0) if isinstance(chunk.grant, int) else (chunk.grant - 1).clamp(min=0)
+        return super().place(replace(chunk, grant=grant), priority, redundancy)
+
+
+class Backwards(Segment):
+    """Gives new slots to its tokens in reverse order."""
+
+    def place(self, chunk, priority, redundancy):
+        placed = super().place(chunk, priority, redundancy)
+        turned = torch.where(placed.founded, 2 * chunk.live + chunk.grant - 1 - placed.slot, placed.slot)
+        return Placement(turned, placed.founded, placed.drops)
+
+
+class FlipsCoins(Nearest):
+    """Joins any slot."""
+
+    def __init__(self):
+        super().__init__("dot", True)
+
+    def similarity(self, keys, slots):
+        return torch.tensor([random.random() for _ in range(slots.shape[2])], dtype=keys.dtype) + 0 * (keys @ slots.mT)
+
+
+# Readout
+
+
+class BiasOnSinks(Readout):
+    """log(count + 1): a bias on sinks and single tokens, too."""
+
+    def __init__(self):
+        super().__init__(ReadoutSpec(count_bias=True))
+
+    def bias(self, scalars):
+        return (scalars["count"] + 1).log()
+
+
+class ReadsSums(Readout):
+    """Reads sums as they are."""
+
+    def __init__(self):
+        super().__init__(ReadoutSpec())
+
+    def value(self, sums, scalars):
+        return sums
+
+
+class DividesByZero(Readout):
+    """Divides by the mass, whatever it is."""
+
+    def __init__(self):
+        super().__init__(ReadoutSpec())
+
+    def value(self, sums, scalars):
+        return sums / scalars["mass"].unsqueeze(-1)
+
+
+# Mistakes in memkit itself: each patches a function while the law is judged over random policies
+
+
+def _weights_twice(right):
+    def contributions(call, chunk, *rest):
+        rows, scalars = right(call, chunk, *rest)
+        return (rows if chunk.weights is None else rows * chunk.weights.to(rows.dtype).unsqueeze(-1)), scalars
+
+    return contributions
+
+
+def _no_gradient_of_weights(right):
+    def contributions(call, chunk, *rest):
+        weights = None if chunk.weights is None else chunk.weights.detach() + 0 * chunk.weights
+        return right(call, replace(chunk, weights=weights), *rest)
+
+    return contributions
+
+
+def _sink_overwritten(right):
+    def place(call, *rest):
+        placement = right(call, *rest)
+        joins = ~placement.founded & (placement.slot >= 0)
+        return Placement(placement.slot.masked_fill(joins & (call.policy.sinks > 0), 0), placement.founded)
+
+    return place
+
+
+def _last_token_lost(right):
+    def place(*arguments):
+        placement = right(*arguments)
+        last = torch.arange(placement.slot.shape[2]) == placement.slot.shape[2] - 1
+        return Placement(placement.slot.masked_fill(last & ~placement.founded, -1), placement.founded)
+
+    return place
+
+
+def _heads_mixed_up(right):
+    def flat(self, slot):
+        rows, heads, room = self.sums.shape[:3]
+        return (slot + torch.arange(rows * heads).view(rows, heads, 1).flip(1) * room).flatten()
+
+    return flat
+
+
+def _one_slot_more(right):
+    return lambda self, begin: right(self, begin) + (self.growth is not None)
+
+
+def _padding_counted(right):
+    return lambda self: torch.ones_like(right(self))
+
+
+def _one_chunk_late(right):
+    return lambda self, leaves, left: None if self.tokens == 1 else right(self, leaves, left)
+
+
+def _window_too_long(right):
+    return lambda self, position: np.maximum(0, right(self, position) - self.unit)
+
+
+def _sees_what_follows(right):
+    def of(self, *rest, **named):
+        return [replace(part, causal=False) for part in right(self, *rest, **named)]
+
+    return of
+
+
+def _positions_halved(right):
+    def read(call, sums, scalars):
+        scalars = scalars.clone()
+        if "position" in call.policy.columns:
+            scalars[..., call.policy.columns.index("position")] *= 0.5
+        return right(call, sums, scalars)
+
+    return read
+
+
+def _radius_of_all(right):
+    return lambda call, chunk, founded: right(call, chunk, torch.ones_like(founded))
+
+
+def _window_temperature_for_all(right):
+    def apart(call, timeline):
+        windowed, remembering = right(call, timeline)
+        return windowed, remembering if call.policy.needs_rotation else windowed
+
+    return apart
+
+
+def _saved_in_half(right):
+    return lambda self, path: right(replace(self, sums=self.sums.half().to(self.sums.dtype)), path)
+
+
+def _takes_any_policy(right):
+    return lambda path, policy=None: right(path)
+
+
+def _forgets_the_readout(right):
+    return lambda self: right(self.model_copy(update={"readout": ReadoutSpec()}))
+
+
+def _rotates_one_channel_less(right):
+    return lambda self, head_width: max(right(self, head_width) - 1, 0)
+
+
+def _undoes_nothing(right):
+    return lambda self, fold: None
+
+
+def _noisy(right):
+    def attend_parts(*arguments):
+        output, lse = right(*arguments)
+        return output * (1 + 1e-3 * torch.rand(1)), lse
+
+    return attend_parts
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, and the law that must catch it: a piece to examine, or places to patch while policies are drawn.
+
+    fixed: pieces of those policies that are not drawn, so that the fault matters in most of them.
+    """
+
+    law: Law
+    subject: Any = None
+    wrong: Callable[[Any], Any] | None = None
+    places: tuple[tuple[Any, str], ...] = ()
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.subject.__name__ if self.wrong is None else self.wrong.__name__.strip("_")
+
+    @contextmanager
+    def planted(self) -> Generator[None]:
+        """The mistake is in memkit while this lasts."""
+        with ExitStack() as stack:
+            for target, attribute in self.places:
+                assert self.wrong is not None
+                right = getattr(target, attribute)
+                stack.enter_context(mock.patch.object(target, attribute, self.wrong(right)))
+            yield
+
+
+def _in_policies(law: Law, wrong: Callable[[Any], Any], *places: tuple[Any, str], **fixed: Any) -> Fault:
+    return Fault(law, wrong=wrong, places=places, fixed=tuple(fixed.items()))
+
+
+WEIGHTED = WeightedMeanSpec(weight="learned")
+GROWS = FixedGrowthSpec(slots=4)
+CONTRIBUTIONS = ((fold, "contributions"), (recall, "contributions"))
+
+FAULTS = (
+    Fault(laws.conservation, ForgetsMass),
+    Fault(laws.conservation, CountsTwice),
+    Fault(laws.order_of_tokens, LastWins),
+    Fault(laws.associativity, Halves),
+    Fault(laws.convexity, Overshoots),
+    Fault(laws.isotropy, Loudest),
+    Fault(laws.merge_gradients, NoGradient),
+    Fault(laws.weights_are_weights, NegativeWeight),
+    Fault(laws.heads_and_slots_are_strangers, BatchNormed),
+    Fault(laws.weight_zero, WeighsNothing),
+    Fault(laws.chunks_do_not_matter, Tired),
+    Fault(laws.merging_is_pure, WritesToSlots),
+    Fault(laws.growth_is_monotone, Shrinks),
+    Fault(laws.growth_within_bounds, OverItsCap),
+    Fault(laws.whole_slots, FloatSlots),
+    Fault(laws.growth_is_steady, Wobbles),
+    Fault(laws.novelty, NearestAdmitted),
+    Fault(laws.admission_ties, LatestOfEquals),
+    Fault(laws.founders_follow_their_tokens, ByPlace),
+    Fault(laws.sinks_are_no_targets, JoinsSinks),
+    Fault(laws.nearest_slot, Farthest),
+    Fault(laws.exactly_granted, OneTooFew),
+    Fault(laws.new_slots_in_order, Backwards),
+    Fault(laws.routing_is_pure, FlipsCoins),
+    Fault(laws.bias_of_single_tokens, BiasOnSinks),
+    Fault(laws.values_keep_their_size, ReadsSums),
+    Fault(laws.finite_reading, DividesByZero),
+    _in_policies(laws.conservation_in_memory, _weights_twice, *CONTRIBUTIONS, merging=WEIGHTED),
+    _in_policies(laws.same_plan_same_answer, _no_gradient_of_weights, *CONTRIBUTIONS, merging=WEIGHTED),
+    _in_policies(laws.sinks, _sink_overwritten, (engine, "place"), growth=GROWS, sinks=1),
+    _in_policies(laws.conservation_in_memory, _last_token_lost, (engine, "place"), growth=GROWS),
+    _in_policies(laws.rows_are_strangers, _heads_mixed_up, (fold.Slots, "flat"), growth=GROWS),
+    _in_policies(laws.budget, _one_slot_more, (Policy, "budget"), growth=GROWS),
+    _in_policies(laws.rows_are_strangers, _padding_counted, (timeline.Timeline, "own_columns")),
+    _in_policies(laws.split_equals_whole, _one_chunk_late, (schedule.Schedule, "_exit"), growth=GROWS),
+    _in_policies(laws.same_plan_same_answer, _window_too_long, (BlockWindow, "begin")),
+    _in_policies(laws.causality, _sees_what_follows, (parts.Parts, "of")),
+    _in_policies(laws.limits, _positions_halved, (fold, "read_slots"), rotary=RerotateSpec()),
+    _in_policies(
+        laws.same_plan_same_answer,
+        _radius_of_all,
+        *CONTRIBUTIONS,
+        growth=GROWS,
+        readout=ReadoutSpec(key="l2", value="birth-radius"),
+    ),
+    _in_policies(
+        laws.same_plan_same_answer,
+        _window_temperature_for_all,
+        (engine, "queries_apart"),
+        growth=GROWS,
+        readout=ReadoutSpec(temperatures=True),
+    ),
+    _in_policies(laws.round_trip, _saved_in_half, (Memory, "save"), growth=GROWS),
+    _in_policies(laws.round_trip, _takes_any_policy, (Memory, "load")),
+    _in_policies(laws.round_trip, _forgets_the_readout, (PolicySpec, "to_yaml")),
+    _in_policies(
+        laws.same_plan_same_answer, _rotates_one_channel_less, (Zero, "rotated_width"), rotary=ZeroSpec(width=1)
+    ),
+    _in_policies(laws.same_plan_same_answer, _undoes_nothing, (fold.Slots, "restore"), growth=GROWS),
+    _in_policies(laws.determinism, _noisy, (engine, "attend_parts")),
+)

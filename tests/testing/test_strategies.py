@@ -1,0 +1,136 @@
+"""The strategies: everything valid can be drawn, nothing else is, and it shrinks to something readable."""
+
+from itertools import pairwise
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+import memkit
+from memkit.pieces import Merging, MergingSpec, registry
+from memkit.pieces.growth import SqrtGrowthSpec
+from memkit.pieces.registry import Spec, kinds
+from memkit.testing import Case, calls, cases, policies, scaled_down, specs, splits
+from memkit.testing.cases import DATA, make
+
+QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+SMALLEST = settings(max_examples=300, derandomize=True, database=None, deadline=None, phases=list(Phase))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        (family, kind)
+        for family in ("window", "growth", "admission", "routing", "merging", "rotary")
+        for kind in kinds(family)
+    ],
+)
+def test_every_kind_is_drawn(family, kind):
+    found = find(policies(registered=False), lambda spec: getattr(spec, family).kind == kind, settings=SMALLEST)
+    assert isinstance(found, memkit.PolicySpec)
+
+
+def test_awkward_policies_are_drawn():
+    for wanted in (
+        lambda spec: spec.sinks > spec.chunker.size and spec.growth.kind != "none",
+        lambda spec: getattr(spec.growth, "first_chunk", "") == "whole" and spec.sinks == 1,
+        lambda spec: getattr(spec.growth, "cap", None) is not None,
+        lambda spec: getattr(spec.routing, "new_slots", True) is False and spec.merging.kind == "mean",
+        lambda spec: spec.readout.value == "birth-radius" and spec.readout.count_bias,
+    ):
+        find(policies(registered=False), wanted, settings=SMALLEST)
+
+
+def test_a_policy_shrinks_to_the_least_that_shows_it():
+    found = find(policies(registered=False), lambda spec: spec.growth.kind == "sqrt", settings=SMALLEST)
+
+    assert found.chunker.build().size == 1
+    assert found.sinks == 0
+    assert found.merging.kind in ("mean", "drop")
+    assert found.growth == SqrtGrowthSpec(factor=1.0)
+
+
+def test_a_case_shrinks_to_one_short_row_of_small_numbers():
+    policy = memkit.load_policy("kvm-sqrt-16", {"chunker.size": 2}).build()
+    found = find(cases(policy), lambda case: case.tokens > 5, settings=SMALLEST)
+
+    assert found == Case(lengths=(6,), width=found.width, value_width=found.value_width)
+
+
+def test_registered_kinds_are_drawn_from_their_annotations(monkeypatch):
+    class Detail(Spec):
+        deep: bool = False
+
+    class MineSpec(MergingSpec):
+        kind: Literal["mine"] = "mine"
+        rate: float = Field(gt=0, lt=1)
+        steps: int = Field(ge=2, le=4)
+        mode: Literal["a", "b"] = "a"
+        detail: Detail = Detail()
+        most: int | None = None
+
+        def build(self) -> Merging:
+            return Merging()
+
+    monkeypatch.setitem(registry._REGISTRY["merging"], "mine", MineSpec)
+    seen = set()
+
+    @QUICK
+    @given(specs("merging", "mine"))
+    def drawn(spec):
+        assert 0 < spec.rate < 1
+        assert 2 <= spec.steps <= 4
+        seen.add((spec.mode, spec.detail.deep))
+
+    drawn()
+    assert len(seen) == 4
+    find(policies(), lambda spec: spec.merging.kind == "mine", settings=SMALLEST)
+
+
+@QUICK
+@given(calls())
+def test_drawn_policies_run_on_their_cases(call):
+    spec, case = call
+    inputs = case.inputs(spec.build())
+    output, memory = inputs.attend(spec.build())
+
+    assert output.shape[2] == case.tokens
+    assert memory.seen.tolist() == list(case.lengths)
+
+
+@QUICK
+@given(st.sampled_from(DATA), st.integers(1, 9), st.integers(0, 99))
+def test_data_are_finite_and_the_same_every_time(kind, tokens, seed):
+    first, second = (make(kind, (2, 1, tokens, 3), torch.Generator().manual_seed(seed)) for _ in range(2))
+
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    assert first.shape == (2, 1, tokens, 3)
+
+
+@QUICK
+@given(splits(), st.integers(1, 20))
+def test_splits_cover_a_sequence(pieces, tokens):
+    cuts = list(Case(lengths=(tokens,), pieces=pieces).cuts())
+
+    assert cuts[0][0] == 0
+    assert cuts[-1][1] == tokens
+    assert all(left[1] == right[0] for left, right in pairwise(cuts))
+
+
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_policies_in_small_have_as_many_slots_per_chunk(name):
+    spec = memkit.load_policy(name)
+    small = scaled_down(spec)
+    large, little = spec.build(), small.build()
+
+    assert small.chunker.build().size in (4, 8)
+    if large.growth is None:
+        return
+    for chunks in (3, 10, 40):  # sinks are as many as before, and whole slots round
+        ratio = large.slots_after_chunk(chunks) / large.chunk
+        slack = (spec.sinks + 2) / little.chunk
+        assert little.slots_after_chunk(chunks) / little.chunk == pytest.approx(ratio, rel=0.25, abs=slack)
