@@ -61,6 +61,6 @@ def plot(bench: Bench) -> Axes:
 
 def save(bench: Bench, path: Path) -> None:
     """Draw the figure into a file of the kind its ending says."""
-    figure = plot(bench).get_figure()
+    figure = plot(bench).get_figure(root=True)
     assert figure is not None
-    figure.savefig(str(path), dpi=150, bbox_inches="tight")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
