@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from memkit.policy import Policy, PolicySpec
+from memkit.testing.given import GivenAdmissionSpec, GivenMergingSpec, GivenRoutingSpec
 
 __all__ = ["Broken", "Code", "Law", "LawBroken", "code_of", "law"]
 
@@ -95,6 +96,11 @@ def _policy_code(spec: PolicySpec) -> Code:
     for name, field in PolicySpec.model_fields.items():
         piece = getattr(spec, name)
         if piece == field.default and type(piece) is type(field.default):
+            continue
+        if isinstance(piece, (GivenMergingSpec, GivenAdmissionSpec, GivenRoutingSpec)):
+            given = code_of(piece.build())
+            imports |= {*given.imports, "from memkit.testing import as_spec"}
+            families.append(f"    {name}=as_spec({given.expression}),\n")
             continue
         if name != "sinks":
             if not type(piece).__module__.startswith("memkit.pieces."):

@@ -115,6 +115,14 @@ def test_a_broken_policy_is_shown_as_code_that_runs(monkeypatch):
     exec(compile(error.code, "example", "exec"), {})
 
 
+def test_a_rule_without_a_name_is_shown_in_its_policy():
+    error = examine(ForgetsMass, 20, laws=(laws.conservation_in_memory,)).broken[0]
+
+    assert "merging=as_spec(ForgetsMass())" in error.code
+    with pytest.raises(LawBroken, match="mass"):
+        exec(compile(error.code, "example", "exec"), {})
+
+
 def test_each_law_names_itself_says_what_it_is_and_why():
     for name in laws.__all__:
         law = getattr(laws, name)

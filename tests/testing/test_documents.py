@@ -1,0 +1,95 @@
+"""What docs/write-a-merge-rule.md and docs/testing.md say, run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from memkit import load_policy
+from memkit.pieces import registry
+from memkit.testing import CLAIMS, LawBroken, check_merge_rule, laws
+from tests.faults import FAULTS
+
+ROOT = Path(__file__).parents[2]
+RULE, TESTING = (ROOT / "docs" / name for name in ("write-a-merge-rule.md", "testing.md"))
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the files that the document has its reader write."""
+    (tmp_path / "ema.py").write_text(blocks(RULE, "python")[0])
+    (tmp_path / "ema.yaml").write_text(blocks(RULE, "yaml")[0])
+    (tmp_path / "test_ema.py").write_text(blocks(RULE, "python")[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry._REGISTRY, "merging", dict(registry._REGISTRY["merging"]))
+    yield tmp_path
+    sys.modules.pop("ema", None)
+
+
+def memkit(*arguments: str) -> str:
+    """What the command line prints, from the working folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    command = [sys.executable, "-c", "from memkit.cli import app; app()", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def test_the_rule_gets_a_name_that_files_can_use(folder):
+    import ema  # type: ignore[import-not-found]
+
+    spec = load_policy("ema.yaml")
+    assert spec.merging == ema.EmaSpec(rate=0.2)
+    assert "ema" in memkit("show", "ema.yaml", "--import", "ema")
+    assert "ema" in memkit("cost", "ema.yaml", "--import", "ema", "--tokens", "1000")
+
+
+def test_the_rule_is_checked_on_the_command_line(folder):
+    [command] = [line for line in blocks(RULE, "sh")[1].splitlines() if line]
+    text = memkit(*command.split()[1:], "--examples", "4")
+
+    assert "broken" not in text
+    assert text.count("not claimed") == 4 + 1  # the document's four, and conservation in memory
+    assert "round trip" in text
+
+
+def test_the_test_file_of_the_rule_runs(folder):
+    assert len(blocks(RULE, "python")[1].strip().splitlines()) <= 5
+    scope: dict[str, object] = {}
+    exec(compile(blocks(RULE, "python")[1], "test_ema.py", "exec"), scope)
+    check_merge_rule(__import__("ema").EmaSpec(rate=0.2), 5)
+
+
+def test_a_wrong_claim_is_found_as_the_document_says(folder):
+    scope: dict[str, object] = {"Tensor": Tensor}
+    exec(compile(blocks(RULE, "python")[2], "eager.py", "exec"), scope)
+    eager = scope["Eager"](0.1)  # type: ignore[operator]
+
+    with pytest.raises(LawBroken) as caught:
+        check_merge_rule(eager, 10)
+    assert str(caught.value).startswith(blocks(RULE, "text")[0].strip())
+
+
+def test_the_table_of_claims_is_complete():
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", RULE.read_text(), flags=re.MULTILINE))
+    of_rules = {law.claim for law in laws.MERGING_LAWS if law.claim}
+
+    assert table == {claim: CLAIMS[claim][0] for claim in CLAIMS if claim in of_rules}
+
+
+def test_the_page_on_testing_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scope: dict[str, object] = {}
+    exec(compile(blocks(TESTING, "python")[0], "testing.md", "exec"), scope)
+    scope["test_my_policy"]()  # type: ignore[operator]
+
+
+def test_the_page_on_testing_counts_right():
+    assert f"has {len(FAULTS)} of them" in TESTING.read_text()
