@@ -28,13 +28,13 @@ def test_readme_python_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     scope: dict[str, object] = {"__name__": "readme"}
     for block in blocks("README.md", "python"):
-        exec(compile(block, "README.md", "exec"), scope)
+        exec(compile(block, "README.md", "exec", dont_inherit=True), scope)
     assert "Memory(policy 'ovq-1024'" in capsys.readouterr().out
 
 
 def test_readme_merge_rule_works_in_yaml(tmp_path: Path) -> None:
     block = blocks("README.md", "python")[-1]
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
     assert issubclass(kinds("merging")["recent"], MergingSpec)
     spec = memkit.load_policy("free-kvm-fixed", {"merging.kind": "recent", "merging.rate": 0.2})
     path = tmp_path / "recent.yaml"
