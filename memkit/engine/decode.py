@@ -18,6 +18,7 @@ from memkit.engine.call import Call
 from memkit.engine.fold import parameter_versions, read_slots
 from memkit.engine.read import Part, attend_parts
 from memkit.memory import Memory, SideBySide
+from memkit.pieces.rotary import Rotary
 from memkit.policy import Policy
 
 __all__ = ["decode"]
@@ -77,6 +78,8 @@ def _applies(call: Call, memory: Memory) -> bool:
     if not plain or memory.end == memory.keys.shape[2] or memory.sums.requires_grad:
         return False
     if position == 0 or _leaves(policy, position):
+        return False
+    if not policy.exact_slots and type(policy.rotary).memory_queries is not Rotary.memory_queries:
         return False
     if policy.needs_rotation and (
         not policy.rotary.rotates_slots or call.rotation is None or call.rotation.positions is not None

@@ -38,7 +38,7 @@ from memkit.pieces.window import AllWindowSpec, BlockWindowSpec, SlidingWindowSp
 from memkit.plan import Plan
 
 if TYPE_CHECKING:
-    from memkit.engine.torch import Call
+    from memkit.engine.call import Call
     from memkit.policy import Policy
 
 __all__ = ["attend", "plan"]
@@ -277,8 +277,8 @@ class Rules:
                     size = written_as(factor) * n.sqrt()
                 case PowerGrowthSpec(kind="power", factor=factor, exponent=exponent):
                     size = written_as(factor) * n ** written_as(exponent)
-                case LogGrowthSpec(kind="log", per_doubling=slots, start=start):
-                    size = written_as(slots) * (1 + n / written_as(start)).ln() / Decimal(2).ln()
+                case LogGrowthSpec(kind="log", per_doubling=per_doubling, start=start):
+                    size = written_as(per_doubling) * (1 + n / written_as(start)).ln() / Decimal(2).ln()
                 case SaturatingGrowthSpec(kind="saturating", limit=limit):
                     size = limit * n / (limit + n)
                 case LinearGrowthSpec(kind="linear", fraction=fraction):

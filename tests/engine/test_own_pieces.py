@@ -203,9 +203,17 @@ def test_a_rule_that_is_not_additive(base: str):
 
 
 @torch.no_grad()
-def test_a_rule_that_is_not_additive_token_by_token():
-    memkit.register(EmaSpec)
-    case = make_case(own({"merging": {"kind": "test-ema"}}), 60)
+@pytest.mark.parametrize(
+    ("spec", "changes"),
+    [
+        pytest.param(EmaSpec, {"merging": {"kind": "test-ema"}}, id="merging that is not additive"),
+        pytest.param(HalfSpec, {"rotary": {"kind": "test-half"}}, id="rotary with queries of its own"),
+        pytest.param(AheadSpec, {"rotary": {"kind": "test-ahead"}}, id="rotary that rotates slots"),
+    ],
+)
+def test_one_token_at_a_time(spec: type, changes: dict[str, Any]):
+    memkit.register(spec)
+    case = make_case(own(changes, "free-kvm-sqrt"), 60)
     expected, _ = case.attend()
     memory, outputs = None, []
     for position in range(60):
