@@ -24,6 +24,7 @@ class Settings(TypedDict, total=False):
 
     max_new_tokens: Required[int]
     mask: Tensor | None
+    lengths: Tensor | Sequence[int] | None
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -45,6 +46,7 @@ def _steps(
     *,
     max_new_tokens: int,
     mask: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -53,14 +55,14 @@ def _steps(
     seed: int | None = None,
 ) -> Iterator[Tensor]:
     device = model.head.weight.device
-    ids, lengths = _right_padded(prompts, mask, device)
+    ids, valid = _right_padded(prompts, mask, lengths, device)
     generator = None
     if seed is not None:
         generator = torch.Generator(device=device).manual_seed(seed)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    x, memory = model.read(ids, lengths=None if bool((lengths == ids.shape[1]).all()) else lengths)
-    x = x[torch.arange(len(lengths), device=device), lengths - 1]
-    going = torch.ones_like(lengths, dtype=torch.bool)
+    x, memory = model.read(ids, lengths=None if bool((valid == ids.shape[1]).all()) else valid)
+    x = x[torch.arange(len(valid), device=device), valid - 1]
+    going = torch.ones_like(valid, dtype=torch.bool)
     for step in range(max_new_tokens):
         chosen = sample(model.head(x), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         chosen = torch.where(going, chosen, pad_id)
@@ -110,21 +112,35 @@ def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: fl
         raise InputError(f"top_p must be more than 0 and at most 1, got {top_p}")
 
 
-def _right_padded(prompts: Prompts, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def _right_padded(
+    prompts: Prompts, mask: Tensor | None, lengths: Tensor | Sequence[int] | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Prompts as ids [b, t], padded on the right, and their lengths [b]."""
-    if isinstance(prompts, Tensor):
+    if not isinstance(prompts, Tensor):
+        for name, given in (("mask", mask), ("lengths", lengths)):
+            if given is not None:
+                raise InputError(f"a list of prompts needs no {name}; leave it out")
+        rows = [torch.tensor(list(prompt), dtype=torch.long) for prompt in prompts]
+    else:
         if prompts.ndim != 2:
             raise InputError(
                 f"prompts must be ids [batch, tokens] or a list of lists, got shape {tuple(prompts.shape)}"
             )
+        if mask is not None and lengths is not None:
+            raise InputError("prompts are padded as mask or as lengths say, got both; leave one out")
         if mask is not None and mask.shape != prompts.shape:
             raise InputError(f"mask must be as the prompts, {tuple(prompts.shape)}, got {tuple(mask.shape)}")
         rows = [row if mask is None else row[mask[index].bool()] for index, row in enumerate(prompts)]
-    else:
-        if mask is not None:
-            raise InputError("a list of prompts needs no mask; leave it out")
-        rows = [torch.tensor(list(prompt), dtype=torch.long) for prompt in prompts]
+        if lengths is not None:
+            wanted = torch.as_tensor(lengths).tolist()
+            if not isinstance(wanted, list) or len(wanted) != len(rows):
+                raise InputError(f"lengths must be one whole number per prompt, {len(rows)}, got {wanted}")
+            if not all(isinstance(each, int) and 0 <= each <= prompts.shape[1] for each in wanted):
+                raise InputError(
+                    f"lengths must be whole numbers between 0 and the prompts' {prompts.shape[1]} tokens, got {wanted}"
+                )
+            rows = [row[:length] for row, length in zip(rows, wanted, strict=True)]
     if not rows or any(not len(row) for row in rows):
         raise InputError(f"every prompt needs at least one token, got lengths {[len(row) for row in rows]}")
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return pad_sequence([row.to(device) for row in rows], batch_first=True), lengths
+    counts = torch.tensor([len(row) for row in rows], device=device)
+    return pad_sequence([row.to(device) for row in rows], batch_first=True), counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Unpack
 
 import torch
@@ -158,7 +159,8 @@ class MemoryLM(nn.Module):
     def generate(self, prompts: Prompts, **settings: Unpack[Settings]) -> Tensor:
         """New tokens for every prompt, [b, n], n ≤ max_new_tokens; after a row's stop id, which is included, `pad_id`.
 
-        prompts: ids [b, t], or a list of lists. mask [b, t]: 0 for padding of the prompts, on either side.
+        prompts: ids [b, t], or a list of lists. mask [b, t]: 0 for padding of the prompts, on either side; or
+        lengths [b]: of the prompts, the rest padding on the right.
         max_new_tokens: at most so many. temperature 0 (the default): the likeliest token; else drawn, from the `top_k`
         likeliest, and of these the fewest that hold `top_p` of the probability. seed: of the drawing. stop_ids: a row
         ends with any of these; generation when all rows have. A row's tokens do not depend on the other rows but for
@@ -170,6 +172,19 @@ class MemoryLM(nn.Module):
     def stream(self, prompts: Prompts, **settings: Unpack[Settings]) -> Iterator[Tensor]:
         """What `generate` returns, column by column, as it comes: [b] each."""
         return stream(self, prompts, **settings)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `model.yaml`, every field and policy written out, and `model.safetensors`; makes the folder."""
+        from memkit.lm.catalog import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> MemoryLM:
+        """Read what `save_pretrained` wrote. Raises `ModelError` where the folder has no weights, or others'."""
+        from memkit.lm.catalog import from_pretrained
+
+        return from_pretrained(folder)
 
     def _span(self, ids: Tensor, memory: ModelMemory | None, lengths: Tensor | None) -> Span:
         """The call's tokens, checked."""

@@ -1,4 +1,4 @@
-"""Small models computed with the Key-Value Means authors' published code: see tests/golden/README.md."""
+"""Small models computed with the Key-Value Means authors' published code: see tests/golden/model/README.md."""
 
 import functools
 import json

@@ -113,10 +113,10 @@ def test_save_and_load(tmp_path, name):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    save_pretrained(model, tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors", "model.yaml"]
     ids = torch.arange(200)[None]
-    for loaded in (from_pretrained(tmp_path / "out"), load_model(str(tmp_path / "out"))):
+    for loaded in (MemoryLM.from_pretrained(tmp_path / "out"), load_model(str(tmp_path / "out"))):
         assert loaded.spec == model.spec
         assert loaded.spec.name == "out"
         assert not loaded.training

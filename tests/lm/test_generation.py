@@ -52,6 +52,10 @@ def test_greedy_batches_of_unequal_prompts(name):
         mask = [zero + one if left else one + zero for one, zero in zip(ones, zeros, strict=True)]
         found = made.generate(torch.tensor(ids), mask=torch.tensor(mask), max_new_tokens=20)
         assert found.tolist() == expected
+        if not left:
+            lengths = [len(prompt) for prompt in PROMPTS]
+            for given in (lengths, torch.tensor(lengths)):
+                assert made.generate(torch.tensor(ids), lengths=given, max_new_tokens=20).tolist() == expected
 
 
 def test_stop_ids_end_a_row_and_leave_the_others_alone():
@@ -118,11 +122,29 @@ def test_temperature_top_k_and_top_p():
         ({"top_p": 0.0}, "top_p must be more than 0 and at most 1"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
         ({"mask": torch.ones(1, 2)}, "a list of prompts needs no mask"),
+        ({"lengths": [1]}, "a list of prompts needs no lengths"),
     ],
 )
 def test_errors(settings, message):
     with pytest.raises(InputError, match=message):
         model("tiny-full").generate([[1]], **{"max_new_tokens": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask": torch.ones(2, 3), "lengths": [1, 2]}, "got both; leave one out"),
+        ({"mask": torch.ones(2, 2)}, r"mask must be as the prompts, \(2, 3\), got \(2, 2\)"),
+        ({"lengths": [1]}, r"one whole number per prompt, 2, got \[1\]"),
+        ({"lengths": torch.tensor(3)}, "one whole number per prompt, 2, got 3"),
+        ({"lengths": [1, 4]}, r"between 0 and the prompts' 3 tokens, got \[1, 4\]"),
+        ({"lengths": [1.0, 2.0]}, r"between 0 and the prompts' 3 tokens, got \[1\.0, 2\.0\]"),
+        ({"lengths": [0, 2]}, r"every prompt needs at least one token, got lengths \[0, 2\]"),
+    ],
+)
+def test_errors_of_padding(settings, message):
+    with pytest.raises(InputError, match=message):
+        model("tiny-full").generate(torch.ones(2, 3, dtype=torch.long), max_new_tokens=2, **settings)
 
 
 def test_empty_prompts_are_refused():
