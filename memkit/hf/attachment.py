@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.catalog import as_policy
 from memkit.engine import attend
 from memkit.errors import InputError, MemoryStateError, ModelError
+from memkit.hf.cache import CarryingLayer
 from memkit.pieces.rotary import Rotation
 
 if TYPE_CHECKING:
@@ -97,38 +98,17 @@ def _name(policy: Policy) -> str:
     return policy.name or "without a name"
 
 
-class MemoryLayer(CacheLayerMixin):
-    """A layer of a transformers cache that holds a `Memory`; new keys and values pass on to the attention function.
+class MemoryLayer(CarryingLayer):
+    """A decoder layer's `Memory`; new keys and values pass on to the attention function."""
 
-    columns: tokens given so far, padding included; transformers calls this the sequence length.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
+    memory: Memory | None
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
-        self.memory: Memory | None = None
-        self.columns = 0
 
     def __repr__(self) -> str:
         return f"MemoryLayer({self.memory if self.memory is not None else self.policy})"
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the engine makes the memory."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.columns += key_states.shape[-2]
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_max_length(self) -> int:
-        return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # Only attention functions that want a mask ask, and ours does not: the model is not attached.
@@ -136,28 +116,6 @@ class MemoryLayer(CacheLayerMixin):
             f"past_key_values made under policy {_name(self.policy)} hold no keys that stock attention could read; "
             "pass them on inside memkit.hf.attach only, or start without past_key_values"
         )
-
-    def reset(self) -> None:
-        self.memory, self.columns = None, 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.memory is not None:
-            self.memory = self.memory.reorder(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.memory is not None:
-            rows = torch.arange(len(self.memory.seen), device=self.memory.seen.device)
-            self.reorder_cache(rows.repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise MemoryStateError(
-                f"a memory cannot forget its newest tokens, asked to remove {abs(tokens_to_remove)}; "
-                "generate without assisted decoding, or copy.deepcopy past_key_values beforehand"
-            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,213 @@
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from memkit import InputError, MemoryStateError, ModelError, load_model
+from memkit.hf import MemkitConfig, MemkitForCausalLM
+from memkit.lm import MemoryLM
+
+NAMES = ["tiny-kvm-rwkv7", "tiny-ovq", "tiny-full"]
+PROMPTS = [[7, 1, 200, 13, 5, 5, 90], [3], [44, 45, 46]]
+
+
+def made(name) -> MemoryLM:
+    # Windows of 8 at most: generated tokens leave them, so the memory is in use.
+    overrides: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "rotary.width": 8}
+    if "kvm" in name:
+        changes = {"chunker.size": 4, "growth.factor": 2, "growth.floor": 4}
+        overrides["layers.default.policy"] = {"from": "kvm-sqrt-16", **changes}
+    if "ovq" in name:
+        overrides["layers.default.policy"] = {"from": "ovq-1024", "chunker.size": 4}
+    model = load_model(name, overrides)
+    torch.manual_seed(5)
+    with torch.no_grad():  # away from the initialisation, where every block adds nothing
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=NAMES)
+def wrapped(request) -> MemkitForCausalLM:
+    return MemkitForCausalLM.wrap(made(request.param), pad_token_id=0)
+
+
+@pytest.fixture
+def hybrid() -> MemkitForCausalLM:
+    return MemkitForCausalLM.wrap(made("tiny-kvm-rwkv7"), pad_token_id=0)
+
+
+def padded(left=True) -> dict[str, torch.Tensor]:
+    longest = max(len(prompt) for prompt in PROMPTS)
+    ids, mask = torch.full((3, longest), 99), torch.zeros(3, longest, dtype=torch.long)
+    for row, prompt in enumerate(PROMPTS):
+        where = slice(longest - len(prompt), None) if left else slice(len(prompt))
+        ids[row, where], mask[row, where] = torch.tensor(prompt), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_logits_are_the_models_own_however_split(wrapped):
+    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected, _ = wrapped.model(ids)
+    assert torch.equal(wrapped(ids).logits, expected)
+    assert wrapped(ids, use_cache=False).past_key_values is None
+    close(wrapped(ids, logits_to_keep=1).logits, expected[:, -1:])
+    assert torch.equal(wrapped(ids, return_dict=False)[0], expected)
+    cache, parts = None, []
+    for part in ids.split([13, 1, 26], dim=1):
+        output = wrapped(part, past_key_values=cache)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    close(torch.cat(parts, dim=1), expected)
+    assert cache is not None
+    assert cache.get_seq_length() == 40
+    assert cache.layers[0].memory.seen.tolist() == [40, 40]
+
+
+@torch.no_grad()
+def test_padding_anywhere_changes_nothing(wrapped):
+    following = torch.tensor([[9, 9], [9, 8], [7, 8]])
+    mask = torch.tensor([[1, 1], [0, 1], [1, 0]])
+    for left in (True, False):
+        batch = padded(left)
+        first = wrapped(**batch)
+        given = torch.cat((batch["attention_mask"], mask), dim=1)
+        cache = first.past_key_values
+        second = wrapped(following, attention_mask=given, past_key_values=cache)
+        for row, prompt in enumerate(PROMPTS):
+            expected = wrapped(torch.tensor([prompt + following[row][mask[row].bool()].tolist()])).logits[0]
+            close(first.logits[row][batch["attention_mask"][row].bool()], expected[: len(prompt)])
+            close(second.logits[row][mask[row].bool()], expected[len(prompt) :])
+        assert not first.logits[batch["attention_mask"] == 0].any()
+
+
+def test_generate_is_memkits_own(wrapped):
+    expected = wrapped.model.generate(PROMPTS, max_new_tokens=20)
+    found = wrapped.generate(**padded(), max_new_tokens=20, do_sample=False)
+    assert torch.equal(found[:, 7:], expected)
+    alone = wrapped.generate(torch.tensor([PROMPTS[2]]), max_new_tokens=20, do_sample=False)
+    assert torch.equal(alone[0, 3:], expected[2])
+    for options in ({"use_cache": False}, {"prefill_chunk_size": 3}):
+        assert torch.equal(wrapped.generate(**padded(), max_new_tokens=20, do_sample=False, **options), found)
+
+
+def test_stop_ids_and_drawing(hybrid):
+    expected = hybrid.model.generate(PROMPTS, max_new_tokens=9)
+    stop = int(expected[0, 4])
+    found = hybrid.generate(**padded(), max_new_tokens=9, do_sample=False, eos_token_id=stop, pad_token_id=255)
+    own = hybrid.model.generate(PROMPTS, max_new_tokens=9, stop_ids=[stop], pad_id=255)
+    assert torch.equal(found[:, 7:], own)
+    torch.manual_seed(0)
+    drawn = hybrid.generate(torch.tensor([[1, 2]]), max_new_tokens=4, do_sample=True, num_return_sequences=20)
+    assert len(drawn[:, 2].unique()) > 3
+
+
+def test_beams_are_those_of_reading_everything_anew(wrapped):
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    expected = wrapped.generate(**padded(), **options, use_cache=False)
+    assert torch.equal(wrapped.generate(**padded(), **options), expected)
+
+
+@torch.no_grad()
+def test_caches_are_continued_copied_and_filled(hybrid):
+    ids = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
+    expected = hybrid.generate(ids, max_new_tokens=6, do_sample=False)
+    cache = hybrid(ids[:, :20]).past_key_values
+    for past in (copy.deepcopy(cache), cache):
+        assert torch.equal(hybrid.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=past), expected)
+    empty = DynamicCache()
+    parts = [hybrid(part, past_key_values=empty).logits for part in ids.split(11, dim=1)]
+    close(torch.cat(parts, dim=1), hybrid(ids).logits)
+
+
+def test_loss_and_gradients_are_the_models_own(wrapped):
+    batch = padded()
+    for mask, lengths in ((None, None), (batch["attention_mask"], torch.tensor([7, 1, 3]))):
+        ids = batch["input_ids"]
+        right = padded(left=False)["input_ids"] if lengths is not None else ids
+        wrapped.zero_grad()
+        expected = wrapped.model.loss(right, lengths=lengths)
+        expected.backward()
+        gradient = wrapped.model.embedding.weight.grad.clone()
+        wrapped.zero_grad()
+        loss = wrapped(ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        close(loss, expected)
+        close(wrapped.model.embedding.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_through_transformers(wrapped, tmp_path, dtype):
+    wrapped = wrapped.to(dtype)
+    wrapped.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, MemkitConfig)
+    assert config.model_spec == wrapped.model.spec
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
+        (256, 32, 2, 2)
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert isinstance(loaded, MemkitForCausalLM)
+    assert not loaded.training
+    theirs = wrapped.state_dict()
+    assert loaded.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in loaded.state_dict().items())
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, wrapped(ids).logits)
+
+
+def test_files_that_lack_weights_are_refused(hybrid, tmp_path):
+    hybrid.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.blocks.1.mixer.attention.query.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="the files lack weights of a Linear"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_fresh_model_starts_as_memkits_does():
+    spec = made("tiny-full").spec
+    torch.manual_seed(1)
+    expected = MemoryLM(spec)
+    torch.manual_seed(1)
+    found = AutoModelForCausalLM.from_config(MemkitConfig(spec)).model
+    assert all(torch.equal(one, other) for one, other in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_config_is_plain_data_and_checked():
+    spec = made("tiny-ovq").spec
+    config = MemkitConfig(spec, eos_token_id=3)
+    assert MemkitConfig(**json.loads(config.to_json_string())).model_spec == spec
+    assert MemkitConfig(config.spec).model_spec == spec
+    with pytest.raises(ValueError, match="depht"):
+        MemkitConfig({**spec.model_dump(mode="json"), "depht": 3})
+    with pytest.raises(ModelError, match="declares no model"):
+        _ = MemkitConfig().model_spec
+
+
+def test_what_is_refused(hybrid):
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(InputError, match="has no position_ids; leave it out"):
+        hybrid(ids, position_ids=torch.tensor([[4, 5, 6]]))
+    with pytest.raises(InputError, match="has no output_attentions"):
+        hybrid(ids, output_attentions=True)
+    with pytest.raises(InputError, match=r"attention_mask must cover.*\(1, 3\).*got \(1, 1, 3, 3\)"):
+        hybrid(ids, attention_mask=torch.ones(1, 1, 3, 3))
+    with pytest.raises(MemoryStateError, match=r"must mark the tokens already read, \[3\] per row, got \[2\]"):
+        hybrid(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), past_key_values=hybrid(ids).past_key_values)
+    with pytest.raises(InputError, match="got a StaticCache"):
+        hybrid.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(MemoryStateError, match="cannot forget its newest tokens"):
+        hybrid.generate(ids, max_new_tokens=8, prompt_lookup_num_tokens=2, do_sample=False)
+    with pytest.raises(ModelError, match="the vocabulary is declared, 256"):
+        hybrid.resize_token_embeddings(300)
