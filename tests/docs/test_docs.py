@@ -13,6 +13,7 @@ import yaml
 from nbclient import NotebookClient
 
 import memkit
+from memkit.lm import load_model_spec
 from memkit.pieces import MergingSpec, kinds
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +44,13 @@ def test_readme_merge_rule_works_in_yaml(tmp_path: Path) -> None:
 
 
 def test_readme_policy_file_is_the_shipped_one() -> None:
-    [block] = blocks("README.md", "yaml")
+    block, _ = blocks("README.md", "yaml")
     assert memkit.PolicySpec(**yaml.safe_load(block)) == memkit.load_policy("kvm-sqrt-16")
+
+
+def test_readme_model_file_is_the_shipped_one() -> None:
+    _, block = blocks("README.md", "yaml")
+    assert memkit.ModelSpec(**yaml.safe_load(block)) == load_model_spec("tiny-kvm-rwkv7")
 
 
 def test_readme_error_is_what_a_typo_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
