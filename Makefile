@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full test test-slow pytest lint types format clean
+.PHONY: help compare bench bench-full test test-slow pytest lint types format mutants clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ types: $(READY) ## Type check with basedpyright
 format: $(READY) ## Rewrite files as ruff wants them
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+mutants: $(READY) ## Mutation testing: does some test notice each small change? (20 to 40 minutes)
+	$(BIN)/python tools/mutants.py --out mutants.json
 
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,7 @@
 """The ten laws, over randomly drawn policies and over every shipped one."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,9 @@ from memkit.pieces import registry
 from memkit.testing import calls, cases, laws, scaled_down
 from tests.testing.ema import EmaSpec
 
-DRAWN = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+# Fewer where the same tests judge hundreds of mutants (make mutants).
+EXAMPLES = int(os.environ.get("MEMKIT_LAW_EXAMPLES", "200"))
+DRAWN = settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 SHIPPED = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 
 

@@ -1,0 +1,298 @@
+"""Mutation testing of the code that decides: growth, admission, routing, merging, placing and schedule.
+
+Changes one operator, comparison, constant or call at a time, runs the tests against each change, and prints the share
+that some test notices. A mutant never touches the working tree: a child process compiles the changed source in place
+of the file. The parent has imported the heavy packages once, and forks.
+
+    python tools/mutants.py [--count 400] [--seed 0] [--workers 2] [--out mutants.json] [--only file:line]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LAWS = "tests/test_laws.py::test_drawn_policies"
+FAMILY = "tests/testing/test_checks.py::test_shipped_pieces_keep_the_laws_of_their_family"
+FIRST = ["tests/pieces", "tests/engine/test_plan.py", "tests/testing/test_regressions.py"]
+TARGETS = {
+    "memkit/pieces/growth.py": [[*FIRST, "tests/test_policy.py"], [FAMILY, "-k", "Growth"], [LAWS]],
+    "memkit/pieces/admission.py": [FIRST, [FAMILY, "-k", "Novelty or Recency or Stride"], [LAWS]],
+    "memkit/pieces/routing.py": [FIRST, [FAMILY, "-k", "Nearest or Segment"], [LAWS]],
+    "memkit/pieces/merging.py": [FIRST, [FAMILY, "-k", "Mean or Drop"], [LAWS]],
+    "memkit/engine/placing.py": [FIRST, [LAWS], ["tests/engine/test_rows.py", "tests/engine/test_decode.py"]],
+    "memkit/engine/schedule.py": [FIRST, [LAWS], ["tests/engine/test_rows.py", "tests/engine/test_decode.py"]],
+}
+"""What is mutated, and the tests that judge it, the quickest first."""
+
+LIMIT = 240
+"""Seconds after which a mutant that hangs counts as noticed."""
+
+SWAPS: dict[type, list[type]] = {
+    ast.Lt: [ast.LtE, ast.GtE],
+    ast.LtE: [ast.Lt, ast.Gt],
+    ast.Gt: [ast.GtE, ast.LtE],
+    ast.GtE: [ast.Gt, ast.Lt],
+    ast.Eq: [ast.NotEq],
+    ast.NotEq: [ast.Eq],
+    ast.Is: [ast.IsNot],
+    ast.IsNot: [ast.Is],
+    ast.Add: [ast.Sub],
+    ast.Sub: [ast.Add],
+    ast.Mult: [ast.Add],
+    ast.Div: [ast.Mult],
+    ast.FloorDiv: [ast.Mult],
+    ast.Mod: [ast.FloorDiv],
+    ast.Pow: [ast.Mult],
+    ast.MatMult: [ast.Add],
+    ast.And: [ast.Or],
+    ast.Or: [ast.And],
+    ast.BitAnd: [ast.BitOr],
+    ast.BitOr: [ast.BitAnd],
+}
+NAMES = {
+    "min": "max", "max": "min", "amax": "amin", "amin": "amax", "floor": "ceil", "any": "all", "all": "any",
+    "maximum": "minimum", "minimum": "maximum", "zeros_like": "ones_like", "ones_like": "zeros_like",
+    "flatnonzero": "nonzero", "append": "insert",
+}  # fmt: skip
+DROPPED = {"clamp", "expand", "masked_fill", "copy"}
+"""Method calls that a mutant leaves out: x.clamp(…) becomes x."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: the file, the line, what was there and what is there now; `index` among the file's mutants."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    index: int
+
+
+def sites(tree: ast.AST) -> list[tuple[ast.AST, str]]:
+    """Nodes that may be changed, with the line that says so; no docstrings, annotations, messages or declarations."""
+    found: list[tuple[ast.AST, str]] = []
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.Raise, ast.Import, ast.ImportFrom, ast.Assert, ast.JoinedStr)):
+                continue  # a message's wording is no decision
+            if isinstance(child, ast.AnnAssign):
+                if child.value is not None and not isinstance(child.value, ast.Call):
+                    visit(child.value)
+                    found.append((child.value, ""))
+                continue
+            if isinstance(child, ast.arg) or (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+                continue
+            if isinstance(child, ast.FunctionDef):
+                for part in child.body:
+                    wrapper = ast.Module(body=[part], type_ignores=[])
+                    visit(wrapper)
+                found.extend((default, "") for default in child.args.defaults)
+                continue
+            if isinstance(child, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == "__all__" for t in child.targets
+            ):
+                continue
+            if isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in ("Field", "cast"):
+                continue
+            found.append((child, ""))
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def changes(node: ast.AST) -> list[ast.AST]:
+    """What a node may become."""
+    out: list[ast.AST] = []
+
+    def changed(edit) -> None:
+        twin = copy.deepcopy(node)
+        edit(twin)
+        out.append(twin)
+
+    if isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            for other in SWAPS.get(type(op), []):
+                changed(lambda twin, i=i, other=other: twin.ops.__setitem__(i, other()))
+    elif isinstance(node, ast.BinOp) and isinstance(node.left, ast.Name) and node.left.id == "int":
+        pass  # a union of types
+    elif isinstance(node, (ast.BinOp, ast.AugAssign, ast.BoolOp)):
+        for other in SWAPS.get(type(node.op), []):
+            changed(lambda twin, other=other: setattr(twin, "op", other()))
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub, ast.Invert)):
+        out.append(copy.deepcopy(node.operand))
+    elif isinstance(node, ast.Constant) and type(node.value) is int:
+        changed(lambda twin: setattr(twin, "value", node.value + 1))
+        if node.value:
+            changed(lambda twin: setattr(twin, "value", node.value - 1))
+    elif isinstance(node, ast.Constant) and type(node.value) is bool:
+        changed(lambda twin: setattr(twin, "value", not node.value))
+    elif isinstance(node, ast.IfExp):
+        out += [copy.deepcopy(node.body), copy.deepcopy(node.orelse)]
+    elif isinstance(node, ast.If):
+        changed(lambda twin: setattr(twin, "test", ast.Constant(value=False)))
+        changed(lambda twin: setattr(twin, "test", ast.UnaryOp(op=ast.Not(), operand=twin.test)))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in NAMES:
+            changed(lambda twin: setattr(twin.func, "attr", NAMES[node.func.attr]))
+        if node.func.attr in DROPPED:
+            out.append(copy.deepcopy(node.func.value))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NAMES:
+        changed(lambda twin: setattr(twin.func, "id", NAMES[node.func.id]))
+    return out
+
+
+def mutants(file: str) -> tuple[list[Mutant], list[ast.Module]]:
+    """All of a file's mutants, and their syntax trees."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    count = len(sites(ast.parse(source)))
+    found: list[Mutant] = []
+    trees: list[ast.Module] = []
+    for i in range(count):
+        for j in range(len(changes(sites(ast.parse(source))[i][0]))):
+            tree = ast.parse(source)
+            node = sites(tree)[i][0]
+            new = changes(node)[j]
+            before = ast.unparse(node).splitlines()[0]
+            _Replace(node, new).visit(tree)
+            ast.fix_missing_locations(tree)
+            after = ast.unparse(new).splitlines()[0]
+            if before != after:
+                found.append(Mutant(file, getattr(node, "lineno", 0), before, after, len(found)))
+                trees.append(tree)
+    return found, trees
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return ast.copy_location(self.new, node) if node is self.old else super().generic_visit(node)
+
+
+class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a syntax tree."""
+
+    def __init__(self, module: str, tree: ast.Module, file: str) -> None:
+        self.module, self.tree, self.file = module, tree, str(ROOT / file)
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.module:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.file, loader=self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module) -> None:
+        exec(compile(self.tree, self.file, "exec"), module.__dict__)
+
+
+def noticed(mutant: Mutant, tree: ast.Module, quiet: bool = True) -> str:
+    """In a forked child: the first test run that notices the mutant, or nothing."""
+    import pytest
+
+    sys.meta_path.insert(0, _Changed(mutant.file.removesuffix(".py").replace("/", "."), tree, mutant.file))
+    if quiet:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+    for stage in TARGETS[mutant.file]:
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", *stage]
+        if pytest.main(arguments) != 0:
+            return stage[0]
+    return ""
+
+
+def run(chosen: list[tuple[Mutant, ast.Module]], workers: int) -> list[dict[str, object]]:
+    """Every mutant in a child of its own, so many at a time."""
+    waiting, running, results = list(reversed(chosen)), {}, []
+    start = time.time()
+    while waiting or running:
+        while waiting and len(running) < workers:
+            mutant, tree = waiting.pop()
+            reader, writer = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.close(reader)
+                os.setpgrp()
+                with contextlib.suppress(BaseException):
+                    os.write(writer, noticed(mutant, tree).encode() or b"-")
+                os._exit(0)
+            os.close(writer)
+            running[child] = (mutant, reader, time.time())
+        for child, (mutant, reader, begun) in list(running.items()):
+            done, _ = os.waitpid(child, os.WNOHANG)
+            if not done and time.time() - begun < LIMIT:
+                continue
+            by = "time limit"
+            if done:
+                by = os.read(reader, 1000).decode() or "crash"
+            else:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            os.close(reader)
+            del running[child]
+            results.append({**asdict(mutant), "noticed_by": "" if by == "-" else by, "seconds": time.time() - begun})
+            mark = "SURVIVED" if by == "-" else "noticed"
+            print(f"{len(results)}/{len(chosen)} {time.time() - start:.0f} s {mark} {mutant.file}:{mutant.line}: "
+                  f"{mutant.before}  →  {mutant.after}", flush=True)  # fmt: skip
+        time.sleep(0.05)
+    return results
+
+
+def main() -> None:
+    """Draw mutants, try them, print the score."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=400, help="mutants to try, drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write every mutant and what noticed it as JSON")
+    parser.add_argument("--only", help="file:line, all mutants of one line")
+    given = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MEMKIT_LAW_EXAMPLES", "80")
+    # Heavy packages once, memkit never: each child imports it with its own change.
+    for module in ("einops", "hypothesis", "numpy", "pydantic", "pytest", "safetensors.torch", "torch", "yaml"):
+        importlib.import_module(module)
+    everything = [pair for file in TARGETS for pair in zip(*mutants(file), strict=True)]
+    chosen = everything
+    if given.only:
+        chosen = [pair for pair in everything if f"{pair[0].file}:{pair[0].line}" == given.only]
+    elif len(everything) > given.count:
+        chosen = random.Random(given.seed).sample(everything, given.count)
+    print(f"{len(everything)} mutants, {len(chosen)} of them tried (seed {given.seed})", flush=True)
+    results = run(chosen, given.workers)
+    survived = [result for result in results if not result["noticed_by"]]
+    files = Counter(str(result["file"]) for result in results)
+    missed = Counter(str(result["file"]) for result in survived)
+    for file in sorted(files):
+        print(f"{file:32} {files[file] - missed[file]:4} of {files[file]:4} noticed")
+    print(f"{len(results) - len(survived)} of {len(results)} noticed, {1 - len(survived) / max(len(results), 1):.1%}")
+    if given.out:
+        given.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
