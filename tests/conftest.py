@@ -1,7 +1,11 @@
 import os
+from collections.abc import Generator
 
+import pytest
 import torch
 from hypothesis import settings
+
+from memkit.pieces import registry
 
 # The same examples in every run, unless asked to look for new ones: MEMKIT_HYPOTHESIS_PROFILE=explore.
 # No deadline: a first call may load or compile for seconds.
@@ -11,3 +15,12 @@ settings.load_profile(os.environ.get("MEMKIT_HYPOTHESIS_PROFILE", "ci"))
 
 # Tensors are tiny here: a second thread only waits for the first.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_registry() -> Generator[None]:
+    """What a test registers is gone after it."""
+    before = {family: dict(known) for family, known in registry._REGISTRY.items()}
+    yield
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(before)

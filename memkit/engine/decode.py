@@ -89,8 +89,12 @@ def _applies(call: Call, memory: Memory) -> bool:
         return False
     if not call.lengths.all():
         return False
-    heat = None if call.parameters is None else call.parameters.temperature_memory
-    return heat is None or call.queries is None or call.queries.shape[1] == call.keys.shape[1]
+    if call.parameters is None or call.parameters.temperature_memory is None:
+        return True
+    # Temperatures are folded into the slots' keys, per key/value head and as a ratio.
+    window = call.parameters.temperature_window
+    assert call.queries is not None and window is not None
+    return call.queries.shape[1] == call.keys.shape[1] and bool(window.detach().all())
 
 
 def _leaves(policy: Policy, position: int) -> bool:

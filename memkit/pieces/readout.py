@@ -73,11 +73,11 @@ class Readout:
                 weight, bias = norm if norm is not None else (None, None)
                 return layer_norm(sums, sums.shape[-1:], _like(weight, sums), _like(bias, sums), LAYER_NORM_EPS)
             case "l2":
-                return normalize(sums, dim=-1, eps=1e-12)
+                return normalize(_mean(sums, scalars["mass"]), dim=-1, eps=1e-12)
             case "mean-norm":
-                return normalize(sums, dim=-1, eps=1e-12) * _share(scalars["key_norm"], scalars["mass"], sums)
+                return _of_mean_norm(sums, scalars["key_norm"], scalars["mass"])
             case "mean":
-                return sums * _share(1, scalars["mass"], sums)
+                return _mean(sums, scalars["mass"])
 
     def value(self, sums: Tensor, scalars: Scalars) -> Tensor:
         """The slots' values: sums [..., m, v] → [..., m, v]."""
@@ -85,21 +85,28 @@ class Readout:
             case "birth-radius":
                 return normalize(sums, dim=-1, eps=1e-12) * scalars["radius"].to(sums.dtype).unsqueeze(-1)
             case "mean-norm":
-                return normalize(sums, dim=-1, eps=1e-12) * _share(scalars["value_norm"], scalars["mass"], sums)
+                return _of_mean_norm(sums, scalars["value_norm"], scalars["mass"])
             case "count-mean":
-                return sums * _share(1, scalars["count"], sums)
+                return _mean(sums, scalars["count"])
             case "mean":
-                return sums * _share(1, scalars["mass"], sums)
+                return _mean(sums, scalars["mass"])
 
     def bias(self, scalars: Scalars) -> Tensor | None:
         """What is added to the slots' scores, [..., m]; None for nothing."""
         return scalars["count"].clamp(min=1).log() if self.spec.count_bias else None
 
 
-def _share(part: Tensor | int, whole: Tensor, like: Tensor) -> Tensor:
-    """part / whole with a trailing axis, 0 where the whole is 0 (a slot without mass is read as zero)."""
-    share = torch.where(whole > 0, part / torch.where(whole > 0, whole, 1), 0)
-    return share.to(like.dtype).unsqueeze(-1)
+def _mean(sums: Tensor, mass: Tensor) -> Tensor:
+    """sums / mass, 0 where the mass is 0. A division, not a product with 1/mass: n copies of a key read as that key."""
+    divisor = torch.where(mass > 0, mass, 1).to(sums.dtype).unsqueeze(-1)
+    return (sums / divisor).masked_fill((mass <= 0).unsqueeze(-1), 0)
+
+
+def _of_mean_norm(sums: Tensor, norms: Tensor, mass: Tensor) -> Tensor:
+    """The mean, stretched to the mean of the tokens' norms; one token, or copies of one, are read as they came."""
+    mean = _mean(sums, mass)
+    norm = (norms / torch.where(mass > 0, mass, 1)).to(sums.dtype)
+    return mean * (norm / mean.norm(dim=-1).clamp(min=1e-12)).unsqueeze(-1)
 
 
 def _like(tensor: Tensor | None, like: Tensor) -> Tensor | None:

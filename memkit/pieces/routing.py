@@ -13,7 +13,6 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from memkit.pieces.registry import FamilySpec, register
 
@@ -117,9 +116,10 @@ class Nearest(Routing):
 
     def similarity(self, keys: Tensor, slots: Tensor) -> Tensor:
         """[b, g, c, m]; l2 is −½·distance²."""
-        if self.kind == "cosine":
-            keys, slots = normalize(keys, dim=-1), normalize(slots, dim=-1)
         scores = keys @ slots.mT
+        if self.kind == "cosine":  # of whole products, so that exact dot products give exact ties
+            lengths = keys.norm(dim=-1).unsqueeze(-1) * slots.norm(dim=-1).unsqueeze(-2)
+            return scores / lengths.clamp(min=1e-30)
         if self.kind == "l2":  # the keys' own term changes no token's slot, but which tokens are novel
             return scores - slots.square().sum(-1).unsqueeze(-2) / 2 - keys.square().sum(-1).unsqueeze(-1) / 2
         return scores

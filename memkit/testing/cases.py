@@ -40,7 +40,8 @@ class Case:
     head's; keys, values: kind of data (see `DATA`); seed: which such data; dtype: of the tensors;
     weights: merge weights, where the policy learns them: left out, positive, or zero for a third of the tokens;
     learned: whether LayerNorm and temperatures are random, not 1, 0 and 1; positions: whether rotary positions are
-    given (with gaps), or continue from the memory; pieces: how to split the tokens, repeated until they are used up;
+    given (with gaps), or continue from the memory; pieces: how to split the tokens, repeated until they are used up
+    (row r begins with the r-th, so that rows get out of step);
     gradients: whether gradients are judged, too.
     """
 
@@ -71,6 +72,15 @@ class Case:
             stop = min(start + self.pieces[turn % len(self.pieces)], self.tokens)
             yield start, stop
             start, turn = stop, turn + 1
+
+    def pieces_of_rows(self) -> Iterator[list[tuple[int, int]]]:
+        """The pieces as (start, stop) of each row, one list per call; a row that is used up stands still."""
+        at, turn = [0] * len(self.lengths), 0
+        while any(start < length for start, length in zip(at, self.lengths, strict=True)):
+            sizes = [self.pieces[(turn + row) % len(self.pieces)] for row in range(len(at))]
+            ends = [min(start + size, length) for start, size, length in zip(at, sizes, self.lengths, strict=True)]
+            yield list(zip(at, ends, strict=True))
+            at, turn = ends, turn + 1
 
     def inputs(self, policy: Policy) -> Inputs:
         """The tensors of the call."""
@@ -205,6 +215,32 @@ class Inputs:
             weights=None if self.weights is None else self.weights[:, :, start:stop],
             rotation=rotation,
             lengths=(self.lengths - start).clamp(0, stop - start),
+        )
+
+    def parts(self, spans: list[tuple[int, int]]) -> Inputs:
+        """Tokens start … stop − 1 of each row, padded on the right to as many as the longest has."""
+        lengths = torch.tensor([stop - start for start, stop in spans])
+        longest = int(lengths.max())
+        columns = torch.tensor([start for start, _ in spans])[:, None] + torch.arange(longest)
+        columns = columns.clamp(max=self.keys.shape[2] - 1)
+
+        def taken(tensor: Tensor) -> Tensor:
+            index = columns[:, None].expand(-1, tensor.shape[1], -1)
+            if tensor.ndim == 4:
+                index = index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1])
+            return tensor.gather(2, index)
+
+        rotation = self.rotation
+        if rotation is not None and rotation.positions is not None:
+            rotation = dataclasses.replace(rotation, positions=rotation.positions.gather(1, columns))
+        return dataclasses.replace(
+            self,
+            queries=taken(self.queries),
+            keys=taken(self.keys),
+            values=taken(self.values),
+            weights=None if self.weights is None else taken(self.weights),
+            rotation=rotation,
+            lengths=lengths,
         )
 
     def row(self, row: int) -> Inputs:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, pad, scaled_dot_product_attention
 
 from memkit.catalog import as_policy
 from memkit.errors import MemoryStateError
@@ -51,7 +51,7 @@ __all__ = [
 def split_equals_whole(policy: Policy, case: Case) -> None:
     """attend(a ++ b) = attend(a), then attend(b, memory), for every split.
 
-    Outputs, the memory at the end and (where the case asks) gradients; one token at a time is a split, too. A model is
+    Outputs, the memory at the end and (where the case asks) gradients; one token at a time is a split, too, and rows may get out of step. A model is
     trained on whole texts and used one token at a time: where the two differ, it is used as something it never learned.
     """
     policy = as_policy(policy)
@@ -64,13 +64,16 @@ def split_equals_whole(policy: Policy, case: Case) -> None:
         return inputs.attend(policy, plan=plan)
 
     def parts(inputs: Inputs) -> tuple[Tensor, Memory]:
-        outputs: list[Tensor] = []
+        outputs: list[list[Tensor]] = [[] for _ in case.lengths]
         memory = None
-        for start, stop in case.cuts():
-            output, memory = inputs.part(start, stop).attend(policy, memory=memory, plan=plan)
-            outputs.append(output)
+        for spans in case.pieces_of_rows():
+            output, memory = inputs.parts(spans).attend(policy, memory=memory, plan=plan)
+            for row, (start, stop) in enumerate(spans):
+                outputs[row].append(output[row, :, : stop - start])
         assert memory is not None
-        return torch.cat(outputs, dim=2), memory
+        rows = [torch.cat(row, dim=1) for row in outputs]
+        longest = inputs.keys.shape[2]
+        return torch.stack([pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows]), memory
 
     def results(inputs: Inputs, way: Way = whole) -> Results:
         if _judges_gradients(policy, case, inputs):
@@ -85,8 +88,8 @@ def _same_plans(policy: Policy, case: Case, inputs: Inputs, plan: Plan) -> None:
     """The plans of the pieces, put together, are the plan of the whole."""
     memory = None
     slot, founded = torch.full_like(plan.slot, -1), torch.zeros_like(plan.founded)
-    for start, stop in case.cuts():
-        part = inputs.part(start, stop)
+    for spans in case.pieces_of_rows():
+        part = inputs.parts(spans)
         now = part.plan(policy, memory=memory)
         for row in range(len(case.lengths)):
             first, many = int(now.begin[row]), int(now.length[row])

@@ -48,6 +48,23 @@ def test_one_token_at_a_time_equals_whole(name: str, kv_heads: int) -> None:
     assert (torch.cat(outputs, 2) - whole).abs().max() <= 128 * torch.finfo(torch.float32).eps
 
 
+def test_a_window_temperature_of_zero_is_only_a_temperature() -> None:
+    torch.manual_seed(0)
+    spec = memkit.load_policy("kvm-fixed-256", {"chunker.size": 8, "growth.slots": 8})
+    parameters = memkit.PolicyParameters(spec.build(), 2, WIDTH)
+    keys = torch.randn(1, 2, 41, WIDTH)
+    with torch.no_grad():
+        assert parameters.temperature_window is not None
+        parameters.temperature_window[0] = 0
+        _, memory = memkit.attend(spec, *[keys[:, :, :40]] * 3, parameters=parameters)
+        _, memory = memkit.attend(spec, *[keys[:, :, 40:]] * 3, parameters=parameters, memory=memory)
+        output, _ = memkit.attend(spec, *[keys[:, :, 40:]] * 3, parameters=parameters, memory=memory.fork())
+        expected, _ = memkit.attend(
+            spec, *[keys[:, :, 40:]] * 3, parameters=parameters, memory=memory, backend="reference"
+        )
+    assert torch.allclose(output, expected, atol=32 * torch.finfo(torch.float32).eps)
+
+
 def test_decoding_reads_slots_and_window_in_one_buffer() -> None:
     keys = torch.randn(1, 2, 70, WIDTH)
     with torch.no_grad():

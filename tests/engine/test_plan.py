@@ -205,9 +205,6 @@ def test_attend_follows_any_plan():
 # Exact ties
 
 
-@pytest.mark.xfail(
-    reason="means multiply by 1/mass, and cosine norms each key apart: copies of a key don't tie exactly", strict=False
-)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("admission", ["novelty", "recency", "stride"])
 @pytest.mark.parametrize("similarity", ["dot", "l2", "cosine"])
