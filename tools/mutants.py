@@ -29,14 +29,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAWS = "tests/test_laws.py::test_drawn_policies"
 FAMILY = "tests/testing/test_checks.py::test_shipped_pieces_keep_the_laws_of_their_family"
-FIRST = ["tests/pieces", "tests/engine/test_plan.py", "tests/testing/test_regressions.py"]
+AGREE = f"{LAWS}[same_plan_same_answer]"
+PLANS = "tests/engine/test_plan.py"
+CHOICES = "tests/pieces/test_admission_and_routing.py"
+ROWS = ["tests/engine/test_rows.py", "tests/engine/test_decode.py"]
 TARGETS = {
-    "memkit/pieces/growth.py": [[*FIRST, "tests/test_policy.py"], [FAMILY, "-k", "Growth"], [LAWS]],
-    "memkit/pieces/admission.py": [FIRST, [FAMILY, "-k", "Novelty or Recency or Stride"], [LAWS]],
-    "memkit/pieces/routing.py": [FIRST, [FAMILY, "-k", "Nearest or Segment"], [LAWS]],
-    "memkit/pieces/merging.py": [FIRST, [FAMILY, "-k", "Mean or Drop"], [LAWS]],
-    "memkit/engine/placing.py": [FIRST, [LAWS], ["tests/engine/test_rows.py", "tests/engine/test_decode.py"]],
-    "memkit/engine/schedule.py": [FIRST, [LAWS], ["tests/engine/test_rows.py", "tests/engine/test_decode.py"]],
+    "memkit/pieces/growth.py": [
+        ["tests/pieces/test_growth.py"],
+        [FAMILY, "-k", "Growth"],
+        ["tests/test_policy.py"],
+        [LAWS],
+    ],
+    "memkit/pieces/admission.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Novelty or Recency or Stride"], [LAWS], [PLANS]],
+    "memkit/pieces/routing.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Segment"], [LAWS], [PLANS]],
+    "memkit/pieces/merging.py": [["tests/pieces/test_merging_and_readout.py"], [AGREE], [FAMILY, "-k", "Mean or Drop"]],
+    "memkit/engine/placing.py": [[AGREE], [PLANS], [LAWS], ROWS],
+    "memkit/engine/schedule.py": [[AGREE], [PLANS], [LAWS], ROWS],
 }
 """What is mutated, and the tests that judge it, the quickest first."""
 
@@ -272,7 +280,7 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("MEMKIT_LAW_EXAMPLES", "80")
+    os.environ.setdefault("MEMKIT_LAW_EXAMPLES", "40")
     # Heavy packages once, memkit never: each child imports it with its own change.
     for module in ("einops", "hypothesis", "numpy", "pydantic", "pytest", "safetensors.torch", "torch", "yaml"):
         importlib.import_module(module)
