@@ -52,8 +52,8 @@ def split_equals_whole(policy: Policy, case: Case) -> None:
     """attend(a ++ b) = attend(a), then attend(b, memory), for every split.
 
     Outputs, the memory at the end and (where the case asks) gradients; one token at a time is a split, too, and rows
-    may get out of step. A model is trained on whole texts and used one token at a time: where the two differ, it is used
-    as something it never learned.
+    may get out of step. A model is trained on whole texts and used one token at a time: where the two differ, it is
+    used as something it never learned.
     """
     policy = as_policy(policy)
     inputs = case.inputs(policy)
