@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memkit.pieces.admission import Admission
+from memkit.pieces.admission import Admission, Recency
 from memkit.pieces.routing import Leaving, Nearest, Placement, Routing
 from memkit.testing.agreement import show
 from memkit.testing.cases import DATA, Data, make
@@ -41,7 +41,8 @@ class Exit:
     """A chunk that leaves, and the memory it meets.
 
     size: tokens of the chunk; grant: how many found; forced: how many of those are sinks, at the chunk's front; live:
-    slots there are; sinks: how many of those are sinks; joining: whether other tokens join; heads, width; data, seed.
+    slots there are; sinks: how many of those are sinks; joining: whether other tokens join; newest: whether the last
+    tokens found, not the most novel ones; heads, width; data, seed.
     """
 
     size: int = 3
@@ -50,6 +51,7 @@ class Exit:
     live: int = 2
     sinks: int = 0
     joining: bool = True
+    newest: bool = False
     heads: int = 1
     width: int = 2
     data: Data = "integers"
@@ -87,7 +89,8 @@ def exits(draw: st.DrawFn, data: tuple[str, ...] = DATA, min_width: int = 1, joi
     forced = min(max(sinks - live, 0), size)
     grant = draw(st.integers(forced, size))
     # A token that founds nothing needs a slot to join.
-    there = live + grant > sinks if joins_new else live > sinks or (live == sinks == 0 and grant > 0)
+    newest = draw(st.booleans())
+    there = live + grant > sinks if joins_new else live > sinks or (live == sinks == 0 < grant and not newest)
     joining = draw(st.booleans()) and (there or grant == size)
     return Exit(
         size=size,
@@ -96,6 +99,7 @@ def exits(draw: st.DrawFn, data: tuple[str, ...] = DATA, min_width: int = 1, joi
         live=live,
         sinks=sinks,
         joining=joining,
+        newest=newest,
         heads=draw(st.integers(1, 2)),
         width=draw(st.integers(min_width, 4)),
         data=draw(st.sampled_from(data)),  # type: ignore[arg-type]
@@ -258,10 +262,15 @@ class Lowest(Admission):
 
 
 def place(routing: Routing, example: Exit, keys: Tensor, slots: Tensor) -> Placement:
-    """Where the tokens go, admitted by novelty."""
-    return routing.place(
-        example.leaving(keys, slots), None if routing.founds else Lowest().priority, not routing.founds
-    )
+    """Where the tokens go."""
+    return _place(routing, example, example.leaving(keys, slots))
+
+
+def _place(routing: Routing, example: Exit, chunk: Leaving) -> Placement:
+    if routing.founds:
+        return routing.place(chunk, None, False)
+    admission = Recency() if example.newest else Lowest()
+    return routing.place(chunk, admission.priority, admission.compares)
 
 
 @law("exactly as many as granted", "routing")
@@ -323,7 +332,7 @@ def nearest_slot(routing: Nearest, example: Exit) -> None:
         first_only = not getattr(routing, "new_slots", True)
         new = keys[0, head][found]
         if first_only:  # in an empty memory token 0 founds a slot that the others may join
-            new = new[: int(example.live == 0)]
+            new = new[: int(example.live == 0 and not example.newest)]
         there = torch.cat((slots[0, head], new))
         scores = routing.similarity(keys[:, head : head + 1], there[None, None])[0, 0]
         for token in (~found).nonzero().flatten().tolist():
@@ -398,7 +407,7 @@ def routing_rows_are_strangers(routing: Routing, example: Exit) -> None:
         alone=lambda: both_keys,
         joining=example.joining,
     )
-    both = routing.place(chunk, None if routing.founds else Lowest().priority, not routing.founds)
+    both = _place(routing, example, chunk)
     if not torch.equal(both.slot[:1], alone.slot) or not torch.equal(both.founded[:1], alone.founded):
         raise Broken(f"beside another row:\n{show(both.slot[:1])}\nalone:\n{show(alone.slot)}")
 
