@@ -154,9 +154,9 @@ class Slot:
             case "layer-norm":
                 return self.rules.layer_norm(self.key)
             case "l2":
-                return direction(self.key)
+                return direction(ratio(self.key, self.mass))
             case "mean-norm":
-                return direction(self.key) * ratio(self.key_norm, self.mass)
+                return direction(ratio(self.key, self.mass)) * ratio(self.key_norm, self.mass)
             case "mean":
                 return ratio(self.key, self.mass)
 
@@ -181,7 +181,7 @@ class Slot:
             case "birth-radius":
                 return direction(self.value) * self.radius
             case "mean-norm":
-                return direction(self.value) * ratio(self.value_norm, self.mass)
+                return direction(ratio(self.value, self.mass)) * ratio(self.value_norm, self.mass)
             case "count-mean":
                 return ratio(self.value, self.count)
             case "mean":

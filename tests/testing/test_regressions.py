@@ -48,6 +48,20 @@ def test_gradients_of_a_memory_that_may_hold_nothing():
     laws.same_plan_same_answer(spec, Case(lengths=(3,), gradients=True))
 
 
+def test_directions_are_those_of_means():
+    """Below 1e-12 a vector has no direction: the reference measured the sum, the engine the mean."""
+    spec = PolicySpec(
+        chunker={"kind": "fixed", "size": 1},
+        window={"kind": "block", "chunks": 1},
+        growth={"kind": "fixed", "slots": 1},
+        admission={"kind": "none"},
+        routing={"kind": "segment"},
+        readout={"key": "l2", "value": "mean-norm"},
+    )
+    laws.same_plan_same_answer(spec, Case(lengths=(3,), width=1, value_width=1, values="tiny"))
+    laws.same_plan_same_answer(spec, Case(lengths=(5,), keys="tiny", values="tiny"))
+
+
 def test_a_rule_is_asked_about_tokens_that_join_alone():
     """On an empty slot a rule that divides by the mass gave NaN, and NaN · 0 spoiled the gradients."""
 
