@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 import memkit
@@ -16,15 +15,6 @@ FEW = os.environ.get("MEMKIT_LAW_EXAMPLES")
 PHASES = [Phase.generate] if FEW else list(Phase)
 DRAWN = settings(max_examples=int(FEW or 200), phases=PHASES, suppress_health_check=[HealthCheck.too_slow])
 SHIPPED = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors of a few numbers: threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 each_law = pytest.mark.parametrize("law", laws.POLICY_LAWS, ids=lambda law: law.__name__)

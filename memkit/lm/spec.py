@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
@@ -23,9 +24,9 @@ class MixerSpec(FamilySpec):
 
     family: ClassVar[str] = "mixer"
 
+    @abstractmethod
     def build(self, model: ModelSpec, layer: int) -> Mixer:
         """The mixer of that layer."""
-        raise NotImplementedError
 
 
 class OverrideSpec(Spec):
