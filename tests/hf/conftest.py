@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -24,4 +26,6 @@ def smollm() -> hf.LoadedModel:
     try:
         return hf.load()
     except ModelError as error:
-        pytest.skip(str(error))
+        if os.environ.get("CI"):  # there the package is always installed: its absence is a fault
+            raise
+        pytest.skip(str(error))  # elsewhere a developer may do without the 100 MB model
