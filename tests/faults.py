@@ -387,11 +387,7 @@ def _radius_of_all(right):
 
 
 def _window_temperature_for_all(right):
-    def apart(call, timeline):
-        windowed, remembering = right(call, timeline)
-        return windowed, remembering if call.policy.needs_rotation else windowed
-
-    return apart
+    return lambda self, span: right(replace(self, memory_heat=self.window_heat), span)
 
 
 def _saved_in_half(right):
@@ -415,9 +411,9 @@ def _undoes_nothing(right):
 
 
 def _noisy(right):
-    def attend_parts(*arguments):
-        output, lse = right(*arguments)
-        return output * (1 + 1e-3 * torch.rand(1)), lse
+    def attend_parts(*arguments, **named):
+        output, lse = right(*arguments, **named)
+        return output.mul_(1 + 1e-3 * torch.rand(1)), lse
 
     return attend_parts
 
@@ -507,7 +503,7 @@ FAULTS = (
     _in_policies(
         laws.same_plan_same_answer,
         _window_temperature_for_all,
-        (engine, "queries_apart"),
+        (parts.Queries, "for_slots"),
         growth=GROWS,
         readout=ReadoutSpec(temperatures=True),
     ),

@@ -228,9 +228,10 @@ def contributions(call: Call, chunk: Chunk, founded: Tensor) -> tuple[Tensor, Te
                 column = chunk.positions * mass.double()
         columns.append(column.double())
     scalars = torch.stack(columns, dim=-1) if columns else keys.new_zeros(*ones.shape, 0, dtype=torch.float64)
-    if weight is not None:
-        keys, values = keys * for_keys.unsqueeze(-1), values * for_values.unsqueeze(-1)
-    return torch.cat((keys, values), dim=-1), scalars
+    if for_keys is for_values:
+        rows = torch.cat((keys, values), dim=-1)
+        return rows if weight is None else rows * for_keys.unsqueeze(-1), scalars
+    return torch.cat((keys * for_keys.unsqueeze(-1), values * for_values.unsqueeze(-1)), dim=-1), scalars
 
 
 def read_slots(call: Call, sums: Tensor, scalars: Tensor) -> Ready:

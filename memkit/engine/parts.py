@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -14,28 +15,58 @@ from memkit.engine.schedule import Schedule, Step, common
 from memkit.engine.timeline import Timeline
 from memkit.memory import Ready
 
-__all__ = ["Parts", "queries_apart"]
+__all__ = ["Parts", "Queries", "heated"]
 
 
-def queries_apart(call: Call, timeline: Timeline) -> tuple[Tensor, Tensor]:
-    """Queries as they meet the window and as they meet the slots: heated, and un-rotated where slots are."""
-    policy, queries = call.policy, call.queries
-    assert queries is not None
-    if not timeline.schedule.even:  # nothing that stands in the padding may reach a gradient
-        queries = queries.masked_fill(~timeline.own_columns()[:, None, :, None], 0)
-    remembering = queries
-    if not policy.exact_slots:
-        positions = timeline.positions
-        if positions is not None:
-            positions = positions[:, None, positions.shape[1] - queries.shape[2] :]
-        remembering = policy.rotary.memory_queries(queries, call.rotation, positions)
-    if call.parameters is None:
-        return queries, remembering
-    window, memory = call.parameters.temperature_window, call.parameters.temperature_memory
-    heated = queries if window is None else queries * window.to(queries.dtype)[:, None, None]
-    if policy.exact_slots:  # sinks are plain tokens
-        return heated, heated
-    return heated, remembering if memory is None else remembering * memory.to(queries.dtype)[:, None, None]
+@dataclass(frozen=True)
+class Queries:
+    """A call's queries, as they meet the window and as they meet the slots; temperatures are applied step by step.
+
+    windowed, remembering [b, h, t, d]: one and the same tensor unless memory is un-rotated; window_heat, memory_heat
+    [h]: temperatures, None for 1.
+    """
+
+    windowed: Tensor
+    remembering: Tensor
+    window_heat: Tensor | None
+    memory_heat: Tensor | None
+
+    @classmethod
+    def of(cls, call: Call, timeline: Timeline) -> Queries:
+        """The queries of a call."""
+        policy, queries = call.policy, call.queries
+        assert queries is not None
+        if not timeline.schedule.even:  # nothing that stands in the padding may reach a gradient
+            queries = queries.masked_fill(~timeline.own_columns()[:, None, :, None], 0)
+        remembering = queries
+        if not policy.exact_slots:
+            positions = timeline.positions
+            if positions is not None:
+                positions = positions[:, None, positions.shape[1] - queries.shape[2] :]
+            remembering = policy.rotary.memory_queries(queries, call.rotation, positions)
+        if call.parameters is None:
+            return cls(queries, remembering, None, None)
+        window = call.parameters.temperature_window
+        # Sinks without growth are plain tokens.
+        return cls(queries, remembering, window, window if policy.exact_slots else call.parameters.temperature_memory)
+
+    @property
+    def alike(self) -> bool:
+        """Whether window and slots meet the same tensor."""
+        return self.remembering is self.windowed
+
+    def for_window(self, span: slice) -> Tensor:
+        """The queries of a span, [b, h, s, d], as the window's keys meet them."""
+        return heated(self.windowed[:, :, span], self.window_heat)
+
+    def for_slots(self, span: slice) -> Tensor:
+        """The queries of a span, [b, h, s, d], as the slots meet them."""
+        return heated(self.remembering[:, :, span], self.memory_heat)
+
+
+def heated(queries: Tensor, temperature: Tensor | None) -> Tensor:
+    """Queries [b, h, s, d] times the temperature [h] of their head."""
+    return queries if temperature is None else queries * temperature.to(queries.dtype)[:, None, None]
 
 
 class Parts:
@@ -45,7 +76,7 @@ class Parts:
         self.schedule, self.keys, self.values = schedule, keys, values
         self.device, self.dtype = keys.device, keys.dtype
 
-    def of(self, step: Step, windowed: Tensor, remembering: Tensor, ready: Ready | None) -> list[Part]:
+    def of(self, step: Step, queries: Queries, ready: Ready | None) -> list[Part]:
         """What the step's queries meet; `ready` are the slots as they are then, None where none is live."""
         parts: list[Part] = []
         span = slice(step.start, step.stop)
@@ -56,13 +87,13 @@ class Parts:
                 slots = torch.arange(most, device=self.device)
                 beyond = self._hiding(slots >= self._per_row(step.slots))
                 bias = beyond if bias is None else bias + beyond
-            parts.append(Part(remembering[:, :, span], ready.keys[:, :, :most], ready.values[:, :, :most], bias))
-        queries = windowed[:, :, span]
+            parts.append(Part(queries.for_slots(span), ready.keys[:, :, :most], ready.values[:, :, :most], bias))
+        windowed = queries.for_window(span)
         begin, end = self.schedule.old + step.start, self.schedule.old + step.stop
         alone = step.stop - step.start == 1
-        parts += self._older(step, queries, end if alone else begin)
+        parts += self._older(step, windowed, end if alone else begin)
         if not alone:
-            parts.append(self._part(queries, begin, end, None, causal=True))
+            parts.append(self._part(windowed, begin, end, None, causal=True))
         return parts
 
     def _older(self, step: Step, queries: Tensor, end: int) -> list[Part]:

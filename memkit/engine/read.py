@@ -39,25 +39,32 @@ class Part:
     columns: tuple[int, int] | None = None
 
 
-def attend_parts(parts: list[Part], scale: float) -> tuple[Tensor, Tensor]:
-    """One softmax over all parts' keys: outputs [b, h, s, v] and log-sum-exp [b, h, s], without a graph.
+def attend_parts(parts: list[Part], scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One softmax over all parts' keys: outputs [b, h, s, v], in `out` if given, and log-sum-exp [b, h, s]; no graph.
 
     Every query must see a key of at least one part.
     """
     heads, width = parts[0].queries.shape[1], parts[0].values.shape[-1]
-    results = []
+    outputs: list[Tensor] = []
+    sums: list[Tensor] = []
     for part in parts:
         layout = _Layout(part)
         output, lse = _forward(layout, part.causal, scale)
-        results.append((layout.ungroup(output, heads), layout.ungroup(lse, heads)))
-    if len(results) == 1:
-        output, total = results[0]
-        return output[..., :width], total
-    total = torch.logsumexp(torch.stack([lse for _, lse in results]), dim=0)
-    merged = results[0][0] * (results[0][1] - total).exp().unsqueeze(-1)
-    for output, lse in results[1:]:
-        merged = torch.addcmul(merged, output, (lse - total).exp().unsqueeze(-1))
-    return merged.to(results[0][0].dtype)[..., :width], total
+        outputs.append(layout.ungroup(output, heads)[..., :width])
+        sums.append(layout.ungroup(lse, heads))
+    total, merged = sums[0], outputs[0]
+    if len(parts) > 1:
+        for lse in sums[1:]:
+            total = torch.logaddexp(total, lse)
+        shares = [(lse - total).exp_().unsqueeze(-1) for lse in sums]
+        # In the wider dtype of the sums; where that is the outputs' own, nothing is copied afterwards.
+        into = out if out is not None and out.dtype == total.dtype else None
+        merged = torch.mul(outputs[0], shares[0], out=into)
+        for output, share in zip(outputs[1:], shares[1:], strict=True):
+            merged.addcmul_(output, share)
+    if out is None:
+        return merged.to(outputs[0].dtype), total
+    return out if merged is out else out.copy_(merged), total
 
 
 def attend_parts_backward(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memkit.engine.call import Call
 from memkit.engine.fold import Chunk, Fold, Slots, contributions, read_slots
-from memkit.engine.parts import Parts
+from memkit.engine.parts import Parts, Queries, heated
 from memkit.engine.read import attend_parts_backward
 from memkit.engine.schedule import Step
 from memkit.engine.timeline import columns
@@ -43,10 +43,13 @@ class Recorded:
 
 @dataclasses.dataclass
 class Grads:
-    """Gradients of what the pass was given: queries for the window and the slots, timeline, LayerNorm, first sums."""
+    """Gradients of what the pass was given: queries for the window and the slots (one tensor where those are),
+    temperatures, timeline, LayerNorm, first sums."""
 
     windowed: Tensor
     remembering: Tensor
+    window_heat: Tensor | None
+    memory_heat: Tensor | None
     keys: Tensor
     values: Tensor
     weights: Tensor | None
@@ -57,8 +60,7 @@ class Grads:
 
 def backward(
     recorded: Recorded,
-    windowed: Tensor,
-    remembering: Tensor,
+    queries: Queries,
     weights: Tensor | None,
     output: Tensor,
     lse: Tensor,
@@ -72,9 +74,12 @@ def backward(
     call = recorded.call
     if call.key_norm is not None:
         call = dataclasses.replace(call, key_norm=tuple(_leaf(tensor) for tensor in call.key_norm))
+    for_windowed = torch.zeros_like(queries.windowed)
     grads = Grads(
-        windowed=torch.zeros_like(windowed),
-        remembering=torch.zeros_like(remembering),
+        windowed=for_windowed,
+        remembering=for_windowed if queries.alike else torch.zeros_like(queries.remembering),
+        window_heat=None if queries.window_heat is None else torch.zeros_like(queries.window_heat),
+        memory_heat=None if queries.memory_heat is None else torch.zeros_like(queries.memory_heat),
         keys=torch.zeros_like(parts.keys, dtype=wide),
         values=torch.zeros_like(parts.values, dtype=wide),
         weights=None if weights is None else torch.zeros_like(weights, dtype=wide),
@@ -86,15 +91,17 @@ def backward(
     for step in reversed(recorded.steps):
         if step.stop > step.start:
             span = slice(step.start, step.stop)
-            met = parts.of(step, windowed, remembering, slots.ready if step.most_slots else None)
+            met = parts.of(step, queries, slots.ready if step.most_slots else None)
             found = attend_parts_backward(met, call.scale, output[:, :, span], lse[:, :, span], grad_output[:, :, span])
-            for part, (queries, keys, values) in zip(met, found, strict=True):
+            for part, (asked, keys, values) in zip(met, found, strict=True):
                 if part.columns is None:
-                    grads.remembering[:, :, span] += queries
+                    _cool(asked, queries.remembering[:, :, span], queries.memory_heat, grads.memory_heat)
+                    grads.remembering[:, :, span] += heated(asked, queries.memory_heat)
                     reading[0][:, :, : keys.shape[2]] += keys
                     reading[1][:, :, : keys.shape[2]] += values
                 else:
-                    grads.windowed[:, :, span] += queries
+                    _cool(asked, queries.windowed[:, :, span], queries.window_heat, grads.window_heat)
+                    grads.windowed[:, :, span] += heated(asked, queries.window_heat)
                     grads.keys[:, :, slice(*part.columns)] += keys
                     grads.values[:, :, slice(*part.columns)] += values
         if step.exit is not None and undo:
@@ -105,6 +112,12 @@ def backward(
         grads.scalars += scalars
         _add(grads.norm, norm)
     return grads
+
+
+def _cool(grad: Tensor, queries: Tensor, heat: Tensor | None, into: Tensor | None) -> None:
+    """Add a temperature's gradient, [h], from that of the heated queries [b, h, s, d]."""
+    if heat is not None and into is not None:
+        into += torch.einsum("bhsd,bhsd->h", grad, queries).to(into.dtype)
 
 
 def _copied(slots: Slots) -> Slots:

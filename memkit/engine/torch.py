@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from torch import Tensor
 from memkit.engine.call import Call
 from memkit.engine.decode import decode
 from memkit.engine.fold import Slots, parameter_versions
-from memkit.engine.parts import Parts, queries_apart
+from memkit.engine.parts import Parts, Queries
 from memkit.engine.placing import follow, leaving_chunk, place, record
-from memkit.engine.read import attend_parts, differentiable_parts
+from memkit.engine.read import Part, attend_parts, differentiable_parts
 from memkit.engine.recall import Recorded, backward
-from memkit.engine.schedule import Exit, Schedule
+from memkit.engine.schedule import Exit, Schedule, Step
 from memkit.engine.timeline import Timeline
 from memkit.memory import Memory
 from memkit.pieces.routing import Placement
@@ -34,7 +35,7 @@ def attend(call: Call) -> tuple[Tensor, Memory]:
     if call.differentiable:
         run = _Run(call)
         additive = call.policy.merging.additive or call.policy.exact_slots
-        output = _recall(run) if additive else run.read(*queries_apart(call, run.timeline), graph=True)[0]
+        output = _recall(run) if additive else run.read_with_graph(run.queries())
         return run.padded(output), run.memory()
     if (memory := call.memory) is not None:
         if memory.requires_grad:  # another graph may still need these tensors: leave them alone
@@ -45,7 +46,7 @@ def attend(call: Call) -> tuple[Tensor, Memory]:
         if (decoded := decode(call)) is not None:
             return decoded
         run = _Run(call)
-        return run.padded(run.read(*queries_apart(call, run.timeline))[0]), run.memory()
+        return run.padded(run.read(run.queries())[0]), run.memory()
 
 
 @torch.no_grad()
@@ -106,30 +107,39 @@ class _Run:
         self.placements.append((exit_, placement))
         self.slots.fold(placement, chunk)
 
-    def read(self, windowed: Tensor, remembering: Tensor, graph: bool = False) -> tuple[Tensor, Tensor | None]:
+    def read(self, queries: Queries) -> tuple[Tensor, Tensor]:
         """READ every step's queries, absorbing what leaves before it: outputs [b, h, t, v], log-sum-exp [b, h, t]."""
-        call = self.call
         parts = self.parts()
-        outputs: list[Tensor] = []
-        sums: list[Tensor] = []
+        rows, heads, tokens, _ = queries.windowed.shape
+        # Heads next to each other for each token: so the kernels return them, and so the output projection wants them.
+        output = parts.values.new_empty(rows, tokens, heads, parts.values.shape[-1]).transpose(1, 2)
+        sums = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
+        for step, met in self._meet(parts, queries):
+            span = slice(step.start, step.stop)
+            _, sums[:, :, span] = attend_parts(met, self.call.scale, out=output[:, :, span])
+        output[:, :, int(self.call.lengths.max(initial=0)) :] = 0
+        return output, sums
+
+    def read_with_graph(self, queries: Queries) -> Tensor:
+        """The outputs of `read`, recorded operation by operation."""
+        parts = self.parts()
+        outputs = [differentiable_parts(met, self.call.scale) for _, met in self._meet(parts, queries)]
+        missing = self.call.keys.shape[2] - int(self.call.lengths.max(initial=0))
+        if missing or not outputs:
+            shape = (*queries.windowed.shape[:2], missing, parts.values.shape[-1])
+            outputs.append(queries.windowed.new_zeros(shape))
+        return torch.cat(outputs, dim=2)
+
+    def _meet(self, parts: Parts, queries: Queries) -> Iterator[tuple[Step, list[Part]]]:
+        """Every step, once what leaves before it is absorbed, and the key sets that its queries meet."""
         for step in self.schedule.steps:
             if step.exit is not None:
                 self.absorb(step.exit)
-            met = parts.of(step, windowed, remembering, self.slots.ready if step.most_slots else None)
-            if graph:
-                outputs.append(differentiable_parts(met, call.scale))
-            else:
-                output, lse = attend_parts(met, call.scale)
-                outputs.append(output)
-                sums.append(lse)
-        missing = call.keys.shape[2] - int(call.lengths.max(initial=0))
-        if missing:
-            shape = (windowed.shape[0], windowed.shape[1], missing)
-            outputs.append(windowed.new_zeros(*shape, parts.values.shape[-1]))
-        if not outputs:
-            outputs.append(windowed.new_zeros(*windowed.shape[:3], parts.values.shape[-1]))
-        output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        return output, torch.cat(sums, dim=2) if sums else None
+            yield step, parts.of(step, queries, self.slots.ready if step.most_slots else None)
+
+    def queries(self) -> Queries:
+        """The call's queries."""
+        return Queries.of(self.call, self.timeline)
 
     def parts(self) -> Parts:
         """The key sets of every step."""
@@ -156,11 +166,19 @@ class _Run:
 
 def _recall(run: _Run) -> Tensor:
     """Run the call as one node of the graph."""
-    timeline, slots = run.timeline, run.slots
-    windowed, remembering = queries_apart(run.call, timeline)
-    norm = run.call.key_norm or (None, None)
+    timeline, slots, queries = run.timeline, run.slots, run.queries()
     output, sums, scalars = _Recall.apply(
-        run, windowed, remembering, timeline.keys, timeline.values, timeline.weights, *norm, slots.sums, slots.scalars
+        run,
+        queries.windowed,
+        None if queries.alike else queries.remembering,
+        queries.window_heat,
+        queries.memory_heat,
+        timeline.keys,
+        timeline.values,
+        timeline.weights,
+        *(run.call.key_norm or (None, None)),
+        slots.sums,
+        slots.scalars,
     )
     slots.sums, slots.scalars = sums, scalars
     return output
@@ -174,7 +192,9 @@ class _Recall(torch.autograd.Function):
         ctx: Any,
         run: _Run,
         windowed: Tensor,
-        remembering: Tensor,
+        remembering: Tensor | None,
+        window_heat: Tensor | None,
+        memory_heat: Tensor | None,
         keys: Tensor,
         values: Tensor,
         weights: Tensor | None,
@@ -186,7 +206,8 @@ class _Recall(torch.autograd.Function):
         slots = Slots(run.call, sums.clone(), scalars.clone(), None, in_place=True)
         slots.keep_undo()
         given, run.slots = run.slots, slots
-        output, lse = run.read(windowed, remembering)
+        queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
+        output, lse = run.read(queries)
         run.slots = given
         memory = run.call.memory
         first = (None, None) if memory is None else (sums.detach(), scalars.detach())
@@ -194,22 +215,25 @@ class _Recall(torch.autograd.Function):
         kept = Slots(run.call, sums.new_empty(0), scalars.new_empty(0), slots.ready, in_place=True)
         kept.undo = slots.undo
         ctx.recorded = Recorded(run.call, run.schedule.steps, parts, kept, *first)
-        ctx.save_for_backward(windowed, remembering, weights, output, lse)
+        ctx.save_for_backward(windowed, remembering, window_heat, memory_heat, weights, output, lse)
         return output, slots.sums, slots.scalars
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = backward(ctx.recorded, *ctx.saved_tensors, *given)
-        norm = grads.norm or [None, None]
+        windowed, remembering, window_heat, memory_heat, weights, output, lse = ctx.saved_tensors
+        queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
+        grads = backward(ctx.recorded, queries, weights, output, lse, *given)
         return (
             None,
             grads.windowed,
-            grads.remembering,
+            None if remembering is None else grads.remembering,
+            grads.window_heat,
+            grads.memory_heat,
             grads.keys.to(ctx.recorded.call.keys.dtype),
             grads.values.to(ctx.recorded.call.keys.dtype),
             grads.weights,
-            *norm,
+            *(grads.norm or (None, None)),
             grads.sums,
             grads.scalars,
         )

@@ -21,6 +21,9 @@ __all__ = ["Leaving", "Nearest", "NearestSpec", "Placement", "Routing", "Routing
 Count = int | Tensor
 """A whole number for all rows, or one per row as a tensor [b, 1, 1]."""
 
+RUN = 64
+"""Slots among which the best is looked for at once."""
+
 
 @dataclass(frozen=True)
 class Leaving:
@@ -210,11 +213,23 @@ class Segment(Routing):
 
 def _best(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """The lowest slot with the highest score, and that score; slot −1 and −inf where there is none to choose from."""
-    if scores.shape[-1] == 0:
+    size = scores.shape[-1]
+    if size == 0:
         none = scores.new_full(scores.shape[:-1], -torch.inf)
         return none.new_full(none.shape, -1, dtype=torch.long), none
-    score, target = scores.max(-1)
-    return target + first, score
+    if size < 2 * RUN:
+        score, target = scores.max(-1)
+        return target + first, score
+    # Where the highest score stands costs more to find than the score itself: look in the first run that has it. The
+    # last run may reach back into the one before it, whose scores are lower if it was not chosen.
+    whole = size // RUN
+    runs = scores[..., : whole * RUN].unflatten(-1, (whole, RUN)).amax(-1)
+    if whole * RUN < size:
+        runs = torch.cat((runs, scores[..., whole * RUN :].amax(-1, keepdim=True)), dim=-1)
+    score, run = runs.max(-1, keepdim=True)
+    start = (run * RUN).clamp(max=size - RUN)
+    inside = scores.gather(-1, start + torch.arange(RUN, device=scores.device)).argmax(-1, keepdim=True)
+    return (start + inside)[..., 0] + first, score[..., 0]
 
 
 def _any(condition: Count | bool) -> bool:
