@@ -45,15 +45,20 @@ class SideBySide:
     """Slots as they are read, and the window behind them, in one buffer: what decoding reads with one fused call.
 
     keys [b, g, slots + cap, d], values [b, g, slots + cap, v], of which the memory's window buffers are the end; bias
-    [b, g, 1, slots + cap] or None; begin: the first column to read; made_with: the parameters it was made with.
+    [b, g, 1, slots + cap] or None; heat [h, 1, 1]: what queries are scaled by, None for 1; begin: the first column to
+    read; until: the memory's `end` at which this is over, because a chunk leaves or the buffer is full; made_with: the
+    parameters' versions; call: how the calls look that this serves (see `decode`).
     """
 
     slots: int
     begin: int
+    until: int
     keys: Tensor
     values: Tensor
     bias: Tensor | None
+    heat: Tensor | None
     made_with: tuple[int, ...]
+    call: tuple[Any, ...]
 
 
 @dataclass(eq=False)
@@ -208,6 +213,15 @@ class Memory:
         )
 
     # What the engine asks
+
+    def one_token_later(self, next_positions: Tensor | None) -> Memory:
+        """The memory after one more token in every row, once that stands behind the window. This one is taken over."""
+        self.taken = True
+        after = object.__new__(Memory)  # a third of what dataclasses.replace takes
+        after.__dict__.update(self.__dict__)
+        after.seen_rows, after.end, after.next_positions = self.seen_rows + 1, self.end + 1, next_positions
+        after.taken = False
+        return after
 
     def check_usable(self) -> None:
         """Raise where a later call has taken this memory over."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memkit.catalog import as_policy
 from memkit.engine import torch as _torch
+from memkit.engine.decode import decode_again
 from memkit.engine.validation import check_call
 from memkit.errors import InputError
 from memkit.memory import Memory
@@ -55,6 +56,10 @@ def attend(
     `PolicyError`: rule, value, remedy.
     """
     built = as_policy(policy)
+    if isinstance(memory, Memory) and lengths is None and plan is None and backend in ("auto", "torch"):
+        again = decode_again(built, queries, keys, values, weights, parameters, rotation, scale, memory)
+        if again is not None:
+            return again
     for name, tensor in (("queries", queries), ("values", values)):
         if tensor is None:  # `check_call` takes them as left out, for a plan
             raise InputError(f"{name} must be a tensor [batch, heads, tokens, width], got None")

@@ -10,18 +10,23 @@ This is a shortcut: whatever does not fit it takes the way of every other call, 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from memkit.engine.call import Call
 from memkit.engine.fold import parameter_versions, read_slots
-from memkit.engine.read import Part, attend_parts
+from memkit.engine.parts import heated
+from memkit.engine.read import Part, attend_parts, default_scale
+from memkit.errors import InputError
 from memkit.memory import Memory, SideBySide
-from memkit.pieces.rotary import Rotary
+from memkit.parameters import PolicyParameters
+from memkit.pieces.rotary import Rotary, Rotation
 from memkit.policy import Policy
 
-__all__ = ["decode"]
+__all__ = ["decode", "decode_again"]
 
 
 def decode(call: Call) -> tuple[Tensor, Memory] | None:
@@ -30,45 +35,102 @@ def decode(call: Call) -> tuple[Tensor, Memory] | None:
     if memory is None or not _applies(call, memory):
         return None
     assert call.queries is not None and call.values is not None
-    made_with, banded = parameter_versions(call), call.policy.window.band is not None
-    if not banded and (memory.side_by_side is None or memory.side_by_side.made_with != made_with):
+    if call.policy.window.band is not None:
+        return _band(call, memory, call.queries, call.values)
+    made_with, side = parameter_versions(call.parameters), memory.side_by_side
+    if side is None or memory.end >= side.until or side.made_with != made_with:
         memory = _place_side_by_side(call, memory, made_with)
-    here = slice(memory.end, memory.end + 1)
-    memory.keys[:, :, here], memory.values[:, :, here] = call.keys, call.values
-    if memory.weights is not None:
-        memory.weights[:, :, here] = 1 if call.weights is None else call.weights
-    following = memory.next_positions
-    if memory.positions is not None and following is not None:
-        memory.positions[:, memory.end] = following
-        following = following + 1
-    queries, heat = call.queries, None if call.parameters is None else call.parameters.temperature_window
-    if heat is not None:
-        queries = queries * heat.to(queries.dtype)[:, None, None]
-    output, _ = attend_parts(_band(call, memory, queries) if banded else _all_at_once(memory, queries), call.scale)
-    after = dataclasses.replace(
-        memory, seen_rows=memory.seen_rows + 1, end=memory.end + 1, next_positions=following, taken=False
-    )
-    return output, after
+    return _one_more(memory, call.queries, call.keys, call.values, call.weights, call.scale)
 
 
-def _all_at_once(memory: Memory, queries: Tensor) -> list[Part]:
-    """Slots and window, side by side."""
+def decode_again(
+    policy: Policy,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Tensor | None,
+    parameters: PolicyParameters | None,
+    rotation: Rotation | None,
+    scale: float | None,
+    memory: Memory,
+) -> tuple[Tensor, Memory] | None:
+    """`decode` of a call that looks like the one before it, which has been checked; None where it does not."""
     side = memory.side_by_side
+    if side is None or memory.taken or memory.end >= side.until or torch.is_grad_enabled():
+        return None
+    scale = default_scale(queries.shape[-1]) if scale is None else scale
+    looks = _looks(policy, queries, keys, values, weights, parameters, rotation, scale)
+    if side.call != looks or side.made_with != parameter_versions(parameters):
+        return None
+    if weights is not None and weights.device.type == "cpu" and (least := weights.amin().item()) < 0:
+        raise InputError(f"weights must be at least 0, got {least}; KVM takes 1 + ELU of its gate")
+    return _one_more(memory, queries, keys, values, weights, scale)
+
+
+def _looks(
+    policy: Policy,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Tensor | None,
+    parameters: PolicyParameters | None,
+    rotation: Rotation | None,
+    scale: float,
+) -> tuple[Any, ...]:
+    """What a check of the call depends on, but for the numbers in its tensors."""
+    tensors = (queries, keys, values) if weights is None else (queries, keys, values, weights)
+    shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+    return id(policy), id(parameters), id(rotation), scale, *shapes
+
+
+def _one_more(
+    memory: Memory, queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor | None, scale: float
+) -> tuple[Tensor, Memory]:
+    """Put one token behind the window, and read slots and window with one call."""
+    side, end = memory.side_by_side, memory.end
     assert side is not None
-    seen = slice(side.begin, side.slots + memory.end + 1)
-    bias = None if side.bias is None else side.bias[:, :, :, seen]
-    return [Part(queries, side.keys[:, :, seen], side.values[:, :, seen], bias)]
+    memory.keys.narrow(2, end, 1).copy_(keys)
+    memory.values.narrow(2, end, 1).copy_(values)
+    following = _append(memory, weights)
+    if side.heat is not None:
+        queries = queries * side.heat
+    begin, columns = side.begin, side.slots + end + 1 - side.begin
+    rows, heads, _, width = queries.shape
+    output = scaled_dot_product_attention(
+        queries.reshape(rows, keys.shape[1], -1, width),  # a group's queries in a row before their one key/value head
+        side.keys.narrow(2, begin, columns),
+        side.values.narrow(2, begin, columns),
+        None if side.bias is None else side.bias.narrow(3, begin, columns),
+        scale=scale,
+    )
+    return output.reshape(rows, heads, 1, -1), memory.one_token_later(following)
 
 
-def _band(call: Call, memory: Memory, queries: Tensor) -> list[Part]:
+def _append(memory: Memory, weights: Tensor | None) -> Tensor | None:
+    """Write the new token's weight and position; the next token's position."""
+    if memory.weights is not None:
+        newest = memory.weights.narrow(2, memory.end, 1)
+        newest.fill_(1) if weights is None else newest.copy_(weights)
+    if memory.positions is None or memory.next_positions is None:
+        return memory.next_positions
+    memory.positions[:, memory.end] = memory.next_positions
+    return memory.next_positions + 1
+
+
+def _band(call: Call, memory: Memory, queries: Tensor, values: Tensor) -> tuple[Tensor, Memory]:
     """Under a sliding window, which leaves its oldest token behind at each step: sinks apart, if there are any."""
+    here = slice(memory.end, memory.end + 1)
+    memory.keys[:, :, here], memory.values[:, :, here] = call.keys, values
+    following = _append(memory, call.weights)
+    queries = heated(queries, None if call.parameters is None else call.parameters.temperature_window)
     size = min(int(memory.held_rows[0]) + 1, call.policy.window.band or 0)
     seen = slice(memory.end + 1 - size, memory.end + 1)
     parts = [Part(queries, memory.keys[:, :, seen], memory.values[:, :, seen])]
     if slots := int(memory.live_rows[0]):
         ready = read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots])
         parts.append(Part(queries, ready.keys, ready.values))
-    return parts
+    output, _ = attend_parts(parts, call.scale)
+    return output, memory.one_token_later(following)
 
 
 def _applies(call: Call, memory: Memory) -> bool:
@@ -107,32 +169,44 @@ def _leaves(policy: Policy, position: int) -> bool:
 
 def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) -> Memory:
     """The memory with its window moved directly behind a copy of the slots as they are read."""
-    slots, held = int(memory.live_rows[0]), int(memory.held_rows[0])
-    if not slots:
-        side = SideBySide(0, memory.end - held, memory.keys, memory.values, None, made_with)
-        return dataclasses.replace(memory, side_by_side=side)
-    ready = read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots])
-    room, window = memory.keys.shape[2], slice(memory.end - held, memory.end)
-    buffers: list[Tensor] = []
-    for read, old in ((ready.keys * _heat(call), memory.keys), (ready.values, memory.values)):
-        buffer = old.new_zeros(*old.shape[:2], slots + room, old.shape[3])
-        buffer[:, :, :slots] = read
-        buffer[:, :, slots : slots + held] = old[:, :, window]
-        buffers.append(buffer)
-    keys, values = buffers
-    bias = None if ready.bias is None else pad(ready.bias, (0, room)).unsqueeze(2)
-    moved = dataclasses.replace(
-        memory,
-        end=held,
-        keys=keys[:, :, slots:],
-        values=values[:, :, slots:],
-        ready=None,
-        side_by_side=SideBySide(slots, 0, keys, values, bias, made_with),
+    assert call.queries is not None and call.values is not None
+    policy, slots, held = call.policy, int(memory.live_rows[0]), int(memory.held_rows[0])
+    window, room = slice(memory.end - held, memory.end), memory.keys.shape[2]
+    ready = read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots]) if slots else None
+    if ready is None:
+        moved, keys, values, bias = memory, memory.keys, memory.values, None
+    else:
+        keys, values = (
+            _behind(read, old[:, :, window], room)
+            for read, old in ((ready.keys * _heat(call), memory.keys), (ready.values, memory.values))
+        )
+        bias = None if ready.bias is None else pad(ready.bias, (0, room)).unsqueeze(2)
+        moved = dataclasses.replace(memory, end=held, keys=keys[:, :, slots:], values=values[:, :, slots:], ready=None)
+        for buffer, axis in ((moved.weights, 2), (moved.positions, 1)):
+            if buffer is not None:
+                buffer.narrow(axis, 0, held).copy_(buffer.narrow(axis, memory.end - held, held).clone())
+    heat = None if call.parameters is None else call.parameters.temperature_window
+    until = room if not policy.chunk else min(room, moved.end + policy.chunk - int(memory.seen_rows[0]) % policy.chunk)
+    moved.side_by_side = SideBySide(
+        slots=slots,
+        begin=0 if slots else moved.end - held,
+        until=until,
+        keys=keys,
+        values=values,
+        bias=bias,
+        heat=None if heat is None else heat.detach().to(call.keys.dtype)[:, None, None],
+        made_with=made_with,
+        call=_looks(
+            policy, call.queries, call.keys, call.values, call.weights, call.parameters, call.rotation, call.scale
+        ),
     )
-    for buffer, axis in ((moved.weights, 2), (moved.positions, 1)):
-        if buffer is not None:
-            buffer.narrow(axis, 0, held).copy_(buffer.narrow(axis, memory.end - held, held).clone())
     return moved
+
+
+def _behind(slots: Tensor, window: Tensor, room: int) -> Tensor:
+    """Slots [b, g, m, d], the window [b, g, n, d] behind them, and the rest of `room` tokens empty."""
+    rest = window.new_empty(*window.shape[:2], room - window.shape[2], window.shape[3])
+    return torch.cat((slots, window, rest), dim=2)
 
 
 def _heat(call: Call) -> Tensor | float:

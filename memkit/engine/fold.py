@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memkit.engine.call import Call
 from memkit.memory import Ready
+from memkit.parameters import PolicyParameters
 from memkit.pieces.routing import Placement
 from memkit.policy import Policy
 
@@ -203,12 +204,14 @@ def contributions(call: Call, chunk: Chunk, founded: Tensor) -> tuple[Tensor, Te
     weight = None if policy.exact_slots else policy.merging.weight(chunk.keys, chunk.weights)
     if weight is not None:
         weighs = policy.merging.weighs
-        first = _tensor(chunk.first, founded)
-        founders = torch.where(first, _tensor(weighs.first_chunk, founded), _tensor(weighs.founders, founded))
-        weight = torch.where(founded & ~founders, 1, weight.to(dtype))
+        weight = weight.to(dtype)
+        if not (weighs.founders and weighs.first_chunk):
+            first = _tensor(chunk.first, founded)
+            weighed = torch.where(first, _tensor(weighs.first_chunk, founded), _tensor(weighs.founders, founded))
+            weight = torch.where(founded & ~weighed, 1, weight)
         for_keys, for_values = weight if weighs.keys else ones, weight if weighs.values else ones
         # In the first chunk the radius stays that of the plain value, even where its sums are weighed.
-        for_radius = torch.where(first, 1, for_values)
+        for_radius = for_values if chunk.first is False else torch.where(_tensor(chunk.first, founded), 1, for_values)
     mass = for_values if policy.merging.weighs.values else for_keys
     columns: list[Tensor] = []
     for name in policy.columns:
@@ -260,12 +263,13 @@ def read_tokens(call: Call, chunk: Chunk) -> Tensor:
     return call.policy.readout.key(rows[..., : chunk.keys.shape[-1]], numbers, call.key_norm)
 
 
-def parameter_versions(call: Call) -> tuple[int, ...]:
+def parameter_versions(parameters: PolicyParameters | None) -> tuple[int, ...]:
     """What the slots as they are read depend on besides their sums: the learned tensors, as they are now."""
-    if call.parameters is None:
+    if parameters is None:
         return ()
-    tensors = call.parameters.tensors()
-    return tuple(number for tensor in tensors for number in (id(tensor), tensor._version))
+    # Tensors made in inference mode cannot change unseen, and have no version.
+    versions = [(id(each), 0 if each.is_inference() else each._version) for each in parameters.tensors()]
+    return tuple(number for pair in versions for number in pair)
 
 
 def scalars_by_name(policy: Policy, scalars: Tensor) -> dict[str, Tensor]:

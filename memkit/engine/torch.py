@@ -85,7 +85,7 @@ class _Run:
         if call.values is None:  # a plan only reads the memory, and only its keys
             sums, scalars = sums[..., : call.keys.shape[-1]].clone(), scalars.clone()
         ready = memory.ready if self.timeline.in_place else None
-        if ready is not None and ready.made_with != parameter_versions(call):
+        if ready is not None and ready.made_with != parameter_versions(call.parameters):
             ready = None
         slots = Slots(call, sums, scalars, ready, in_place=not call.differentiable)
         if room > sums.shape[2]:
@@ -159,7 +159,7 @@ class _Run:
         if self.timeline.in_place:
             assert self.call.memory is not None
             if (ready := self.slots.working_copy) is not None:
-                ready.made_with = parameter_versions(self.call)
+                ready.made_with = parameter_versions(self.call.parameters)
             return dataclasses.replace(self.call.memory, **carried, ready=ready, side_by_side=None, taken=False)
         return Memory(policy=self.call.policy, **carried)
 

@@ -138,31 +138,33 @@ class Nearest(Routing):
         if isinstance(chunk.live, Tensor):
             old = old.masked_fill(slots >= chunk.live.unsqueeze(-1), -torch.inf)
 
-        founded = ~everyone
+        if not chunk.max_grant:
+            nobody = torch.zeros_like(everyone)
+            if not chunk.joining:
+                return Placement(torch.full_like(nobody, -1, dtype=torch.long), nobody)
+            return Placement(_best(old[..., chunk.sinks :], chunk.sinks)[0], nobody, drops=False)
+
+        assert priority is not None
+        forced, best = chunk.forced, None
         first_is_there = False  # in an empty memory token 0 founds a slot, and the rest are judged against it
-        if chunk.max_grant:
-            assert priority is not None
-            forced = chunk.forced
-            best: Tensor | None = None
-            if redundancy:
-                best = old.amax(-1) if old.shape[-1] else old.new_full(everyone.shape, -torch.inf)
-                first_is_there = (chunk.live == 0) & (chunk.grant > 0)
-                if _any(first_is_there):
-                    first = self.similarity(chunk.keys, chunk.alone()[:, :, :1])[..., 0]
-                    best = torch.where(_tensor(first_is_there, best), first, best)
-                    forced = _maximum(forced, first_is_there)
-            order = priority(offsets - forced, size - forced, chunk.grant - forced, best).expand(everyone.shape)
-            order = order.to(chunk.keys.dtype).masked_fill(offsets < forced, -torch.inf)
-            rank = order.argsort(dim=-1, stable=True).argsort(dim=-1)
-            founded = rank < chunk.grant
+        if redundancy:
+            best = old.amax(-1) if old.shape[-1] else old.new_full(everyone.shape, -torch.inf)
+            first_is_there = (chunk.live == 0) & (chunk.grant > 0)
+            if _any(first_is_there):
+                first = self.similarity(chunk.keys, chunk.alone()[:, :, :1])[..., 0]
+                best = torch.where(_tensor(first_is_there, best), first, best)
+                forced = _maximum(forced, first_is_there)
+        order = priority(offsets - forced, size - forced, chunk.grant - forced, best).expand(everyone.shape)
+        order = order.to(chunk.keys.dtype).masked_fill(offsets < forced, -torch.inf)
+        rank = order.argsort(dim=-1, stable=True).argsort(dim=-1)
+        founded = rank < chunk.grant
 
         slot = torch.where(founded, chunk.live + founded.cumsum(-1) - 1, -1)
         if chunk.joining:
             target, score = _best(old[..., chunk.sinks :], chunk.sinks)
-            if chunk.max_grant:
-                fresh = self._founders(chunk, founded, first_is_there)
-                new_target, new_score = _best(fresh, 0)
-                target = torch.where(new_score > score, new_target + chunk.live, target)
+            fresh = self._founders(chunk, founded, first_is_there)
+            new_target, new_score = _best(fresh, 0)
+            target = torch.where(new_score > score, new_target + chunk.live, target)
             slot = torch.where(founded, slot, target)
         return Placement(slot, founded, drops=not chunk.joining)
 
@@ -217,7 +219,7 @@ def _best(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
     if size == 0:
         none = scores.new_full(scores.shape[:-1], -torch.inf)
         return none.new_full(none.shape, -1, dtype=torch.long), none
-    if size < 2 * RUN:
+    if size < 8 * RUN:
         score, target = scores.max(-1)
         return target + first, score
     # Where the highest score stands costs more to find than the score itself: look in the first run that has it. The
