@@ -255,17 +255,16 @@ def _task(policy: Policy, shape: _Shape, tokens: int, mode: Mode) -> Callable[[]
     weights = given.pop("weights")
     with torch.no_grad():
         _, memory = attend(policy, queries, keys, values, weights=weights, **given)
+    streams = [[None] * tokens if each is None else each.split(1, 2) for each in (queries, keys, values, weights)]
+    ones = list(zip(*streams, strict=True))
 
     def decode() -> float:
         mine = memory.fork()
         with torch.no_grad():
             begin = time.perf_counter()
             for index in range(steps):
-                one = slice(index % tokens, index % tokens + 1)
-                weight = None if weights is None else weights[:, :, one]
-                _, mine = attend(
-                    policy, queries[:, :, one], keys[:, :, one], values[:, :, one], weights=weight, memory=mine, **given
-                )
+                query, key, value, weight = ones[index % tokens]
+                _, mine = attend(policy, query, key, value, weights=weight, memory=mine, **given)
             return (time.perf_counter() - begin) / steps
 
     return decode

@@ -46,12 +46,15 @@ class SideBySide:
 
     keys [b, g, slots + cap, d], values [b, g, slots + cap, v], of which the memory's window buffers are the end; bias
     [b, g, 1, slots + cap] or None; heat [h, 1, 1]: what queries are scaled by, None for 1; begin: the first column to
-    read; until: the memory's `end` at which this is over, because a chunk leaves or the buffer is full; made_with: the
-    parameters' versions; call: how the calls look that this serves (see `decode`).
+    read; band: tokens of a sliding window that is full and moves on at each step, else 0; sinks: keys and values of the
+    slots that move with it; until: the memory's `end` at which this is over, because a chunk leaves or the buffer is
+    full; made_with: the parameters' versions; call: how the calls look that this serves (see `decode`).
     """
 
     slots: int
     begin: int
+    band: int
+    sinks: tuple[Tensor, Tensor] | None
     until: int
     keys: Tensor
     values: Tensor

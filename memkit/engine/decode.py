@@ -1,8 +1,9 @@
 """Decoding one token while no chunk leaves: slots and window stand side by side, and one fused call reads both.
 
 Softmax does not mind the order of its keys. So decoding keeps the slots, as they are read, directly before the window
-in one buffer, and appends each token behind; until the next chunk leaves, nothing else moves. What differs between
-slots and window is folded into the slots' keys (temperatures, as the ratio of the two) or into one bias (counts).
+in one buffer, and appends each token behind; until the next chunk leaves, nothing else moves (under a sliding window the
+sinks do). What differs between slots and window is folded into the slots' keys (temperatures, as the ratio of the two)
+or into one bias (counts).
 
 This is a shortcut: whatever does not fit it takes the way of every other call, with the same result.
 """
@@ -18,8 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from memkit.engine.call import Call
 from memkit.engine.fold import parameter_versions, read_slots
-from memkit.engine.parts import heated
-from memkit.engine.read import Part, attend_parts, default_scale
+from memkit.engine.read import default_scale
 from memkit.errors import InputError
 from memkit.memory import Memory, SideBySide
 from memkit.parameters import PolicyParameters
@@ -35,8 +35,6 @@ def decode(call: Call) -> tuple[Tensor, Memory] | None:
     if memory is None or not _applies(call, memory):
         return None
     assert call.queries is not None and call.values is not None
-    if call.policy.window.band is not None:
-        return _band(call, memory, call.queries, call.values)
     made_with, side = parameter_versions(call.parameters), memory.side_by_side
     if side is None or memory.end >= side.until or side.made_with != made_with:
         memory = _place_side_by_side(call, memory, made_with)
@@ -94,7 +92,13 @@ def _one_more(
     following = _append(memory, weights)
     if side.heat is not None:
         queries = queries * side.heat
-    begin, columns = side.begin, side.slots + end + 1 - side.begin
+    begin = side.begin
+    if side.band:
+        begin = end + 1 - side.band
+        if side.sinks is not None:  # over what the window leaves behind
+            side.keys.narrow(2, begin, side.slots).copy_(side.sinks[0])
+            side.values.narrow(2, begin, side.slots).copy_(side.sinks[1])
+    columns = side.slots + end + 1 - begin
     rows, heads, _, width = queries.shape
     output = scaled_dot_product_attention(
         queries.reshape(rows, keys.shape[1], -1, width),  # a group's queries in a row before their one key/value head
@@ -115,22 +119,6 @@ def _append(memory: Memory, weights: Tensor | None) -> Tensor | None:
         return memory.next_positions
     memory.positions[:, memory.end] = memory.next_positions
     return memory.next_positions + 1
-
-
-def _band(call: Call, memory: Memory, queries: Tensor, values: Tensor) -> tuple[Tensor, Memory]:
-    """Under a sliding window, which leaves its oldest token behind at each step: sinks apart, if there are any."""
-    here = slice(memory.end, memory.end + 1)
-    memory.keys[:, :, here], memory.values[:, :, here] = call.keys, values
-    following = _append(memory, call.weights)
-    queries = heated(queries, None if call.parameters is None else call.parameters.temperature_window)
-    size = min(int(memory.held_rows[0]) + 1, call.policy.window.band or 0)
-    seen = slice(memory.end + 1 - size, memory.end + 1)
-    parts = [Part(queries, memory.keys[:, :, seen], memory.values[:, :, seen])]
-    if slots := int(memory.live_rows[0]):
-        ready = read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots])
-        parts.append(Part(queries, ready.keys, ready.values))
-    output, _ = attend_parts(parts, call.scale)
-    return output, memory.one_token_later(following)
 
 
 def _applies(call: Call, memory: Memory) -> bool:
@@ -171,6 +159,7 @@ def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) 
     """The memory with its window moved directly behind a copy of the slots as they are read."""
     assert call.queries is not None and call.values is not None
     policy, slots, held = call.policy, int(memory.live_rows[0]), int(memory.held_rows[0])
+    seen, band = int(memory.seen_rows[0]), policy.window.band
     window, room = slice(memory.end - held, memory.end), memory.keys.shape[2]
     ready = read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots]) if slots else None
     if ready is None:
@@ -186,10 +175,16 @@ def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) 
             if buffer is not None:
                 buffer.narrow(axis, 0, held).copy_(buffer.narrow(axis, memory.end - held, held).clone())
     heat = None if call.parameters is None else call.parameters.temperature_window
-    until = room if not policy.chunk else min(room, moved.end + policy.chunk - int(memory.seen_rows[0]) % policy.chunk)
+    until = room
+    if band is not None and seen < band:
+        until, band = min(room, moved.end + band - seen), 0
+    elif band is None and policy.chunk:
+        until = min(room, moved.end + policy.chunk - seen % policy.chunk)
     moved.side_by_side = SideBySide(
         slots=slots,
         begin=0 if slots else moved.end - held,
+        band=band or 0,
+        sinks=(ready.keys, ready.values) if band and ready is not None else None,
         until=until,
         keys=keys,
         values=values,
