@@ -45,7 +45,7 @@ class Fold:
 
     target [n]: the slot of each of the chunk's tokens, as rows of the tensors seen as [b·g·m, …];
     touched [n']: the slots that were read anew; sums, scalars: what they held after the fold; before: how they read
-    before it.
+    before it, None where all slots were read anew (the sums that the fold before it left tell).
     """
 
     placement: Placement
@@ -54,7 +54,7 @@ class Fold:
     touched: Tensor
     sums: Tensor
     scalars: Tensor
-    before: tuple[Tensor | None, ...]
+    before: tuple[Tensor | None, ...] | None
 
 
 class Slots:
@@ -156,30 +156,37 @@ class Slots:
     def _read_anew(self, placement: Placement, chunk: Chunk, target: Tensor) -> None:
         """Read the slots that a chunk has touched again: few of many, or simply all."""
         few = self.sums.shape[2] > placement.slot.shape[2]
-        if self.undo is None and (self._ready is None or not few or not self.in_place or self.policy.exact_slots):
+        chunk = dataclasses.replace(chunk, memory_keys=None)
+        if not few:
+            if self.undo is not None:
+                sums, scalars = self.sums.flatten(0, 2).clone(), self.scalars.flatten(0, 2).clone()
+                touched = torch.arange(len(sums), device=target.device)
+                self.undo.append(Fold(placement, chunk, target, touched, sums, scalars, None))
+            self._ready = None
+            return
+        if self.undo is None and (self._ready is None or not self.in_place or self.policy.exact_slots):
             self._ready = None
             return
         ready = self.ready
-        room = self.sums.shape[:3].numel()
-        touched = target if few else torch.arange(room, device=target.device)
-        sums, scalars = self.sums.flatten(0, 2)[touched], self.scalars.flatten(0, 2)[touched]
+        sums, scalars = self.sums.flatten(0, 2)[target], self.scalars.flatten(0, 2)[target]
         fresh = read_slots(self.call, sums, scalars)
         if self.undo is not None:
-            before = tuple(
-                None if t is None else t.flatten(0, 2)[touched] for t in (ready.keys, ready.values, ready.bias)
-            )
-            chunk = dataclasses.replace(chunk, memory_keys=None)
-            self.undo.append(Fold(placement, chunk, target, touched, sums, scalars, before))
+            read = (ready.keys, ready.values, ready.bias)
+            before = tuple(None if tensor is None else tensor.flatten(0, 2)[target] for tensor in read)
+            self.undo.append(Fold(placement, chunk, target, target, sums, scalars, before))
         pairs = [(ready.keys, fresh.keys), (ready.values, fresh.values)]
         if ready.route is not ready.keys:
             pairs.append((ready.route, fresh.route))
         if ready.bias is not None and fresh.bias is not None:
             pairs.append((ready.bias, fresh.bias))
         for whole, part in pairs:
-            whole.flatten(0, 2).index_copy_(0, touched, part)
+            whole.flatten(0, 2).index_copy_(0, target, part)
 
-    def restore(self, fold: Fold) -> None:
-        """Read again what was read before a fold (the sums stay as they are)."""
+    def restore(self, fold: Fold, sums: Tensor | None, scalars: Tensor | None) -> None:
+        """Read again what was read before a fold, from the sums of then where the fold does not say; None: nothing."""
+        if fold.before is None:
+            self._ready = None if sums is None or scalars is None else read_slots(self.call, sums, scalars)
+            return
         ready = self.ready
         for whole, part in zip((ready.keys, ready.values, ready.bias), fold.before, strict=True):
             if whole is not None and part is not None:

@@ -105,7 +105,9 @@ def backward(
                     grads.keys[:, :, slice(*part.columns)] += keys
                     grads.values[:, :, slice(*part.columns)] += values
         if step.exit is not None and undo:
-            _unfold(call, slots, undo.pop(), reading, grads)
+            fold = undo.pop()
+            _unfold(call, fold, reading, grads)
+            slots.restore(fold, *_sums_before(recorded, undo, grads))
     if recorded.sums is not None and recorded.scalars is not None:
         sums, scalars, *norm = _through_reading(call, recorded.sums, recorded.scalars, reading)
         grads.sums += sums
@@ -128,8 +130,18 @@ def _copied(slots: Slots) -> Slots:
     return Slots(slots.call, slots.sums, slots.scalars, ready, in_place=True)
 
 
-def _unfold(call: Call, slots: Slots, fold: Fold, reading: list[Tensor], grads: Grads) -> None:
-    """Carry gradients back through one fold, and restore how the slots read before it."""
+def _sums_before(recorded: Recorded, undo: list[Fold], grads: Grads) -> tuple[Tensor | None, Tensor | None]:
+    """All sums and scalars as the last fold of `undo` left them, if it says; what the pass started from if none."""
+    if not undo:
+        return recorded.sums, recorded.scalars
+    last = undo[-1]
+    if last.before is not None:
+        return None, None
+    return last.sums.view_as(grads.sums), last.scalars.view_as(grads.scalars)
+
+
+def _unfold(call: Call, fold: Fold, reading: list[Tensor], grads: Grads) -> None:
+    """Carry gradients back through one fold."""
     touched, flat = fold.touched, [tensor.flatten(0, 2) for tensor in reading]
     # A slot touched by several tokens stands several times in `touched`; its gradient passes through one of them.
     order = torch.arange(len(touched), device=touched.device)
@@ -152,7 +164,6 @@ def _unfold(call: Call, slots: Slots, fold: Fold, reading: list[Tensor], grads: 
     for whole, part in ((grads.keys, keys), (grads.values, values), (grads.weights, weights)):
         if whole is not None and part is not None:
             _add_columns(whole, fold.chunk.where, part)
-    slots.restore(fold)
 
 
 def _through_reading(call: Call, sums: Tensor, scalars: Tensor, grads: list[Tensor]) -> list[Tensor]:
