@@ -220,3 +220,23 @@ def test_novelty_under_l2_is_distance_whatever_the_norms():
     near = torch.tensor([[-9.0, 0.0], [0.0, 0.0]])[None, None]
     placement = place(NearestSpec(similarity="l2").build(), NoveltySpec(), leaving(far, near, live=2, grant=1))
     assert placement.founded.flatten().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("count", [511, 512, 513, 575, 576, 1000])
+@pytest.mark.parametrize("sinks", [0, 1, 70])
+def test_among_many_slots_the_lowest_of_the_nearest(count: int, sinks: int):
+    """Many slots are searched run by run; ties across runs, within them and in the odd last one change nothing."""
+    generator = torch.Generator().manual_seed(count + sinks)
+    slots = torch.randint(-3, 4, (1, 1, count, WIDTH), generator=generator).float()
+    slots[0, 0, -1] = 9  # the nearest of all to a key with positive channels
+    slots[0, 0, 71::64] = torch.tensor([3.0, -3.0])
+    keys = torch.randint(-2, 3, (1, 1, 40, WIDTH), generator=generator).float()
+    keys[0, 0, :3] = torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 0.0]])
+    chunk = leaving(keys.repeat(2, 3, 1, 1), slots.repeat(2, 3, 1, 1), live=count, grant=0, sinks=sinks)
+    placement = place(NearestSpec().build(), NoveltySpec(), chunk)
+    assert (placement.slot == placement.slot[:1, :1]).all()
+    for key, found in zip(keys[0, 0].tolist(), placement.slot[0, 0].tolist(), strict=True):
+        scores = [key[0] * slot[0] + key[1] * slot[1] for slot in slots[0, 0, sinks:].tolist()]
+        assert found == sinks + scores.index(max(scores))
+    assert placement.slot[0, 0, 0] == count - 1
+    assert placement.slot[0, 0, 2] == sinks
