@@ -206,19 +206,18 @@ class MemoryAttention(nn.Module):
         weights = None
         if self.gate is not None:
             weights = (1 + elu(self.gate(x).float())).transpose(1, 2)
-        with torch.autocast(x.device.type, enabled=False):
-            output, memory = attend(
-                self.policy,
-                queries,
-                keys,
-                values,
-                weights=weights,
-                parameters=self.learned,
-                rotation=self.rotary.rotation if self.policy.needs_rotation else None,
-                scale=scale,
-                memory=memory,
-                lengths=lengths,
-            )
+        output, memory = attend(
+            self.policy,
+            queries,
+            keys,
+            values,
+            weights=weights,
+            parameters=self.learned,
+            rotation=self.rotary.rotation if self.policy.needs_rotation else None,
+            scale=scale,
+            memory=memory,
+            lengths=lengths,
+        )
         return self.output(rearrange(output, "b h t d -> b t (h d)")), memory
 
     def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, float | None]:

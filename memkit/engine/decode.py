@@ -1,9 +1,9 @@
 """Decoding one token while no chunk leaves: slots and window stand side by side, and one fused call reads both.
 
 Softmax does not mind the order of its keys. So decoding keeps the slots, as they are read, directly before the window
-in one buffer, and appends each token behind; until the next chunk leaves, nothing else moves (under a sliding window the
-sinks do). What differs between slots and window is folded into the slots' keys (temperatures, as the ratio of the two)
-or into one bias (counts).
+in one buffer, and appends each token behind; until the next chunk leaves, nothing else moves (under a sliding window
+the sinks do). What differs between slots and window is folded into the slots' keys (temperatures, as the ratio of the
+two) or into one bias (counts).
 
 This is a shortcut: whatever does not fit it takes the way of every other call, with the same result.
 """

@@ -223,7 +223,8 @@ class _Recall(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         windowed, remembering, window_heat, memory_heat, weights, output, lse = ctx.saved_tensors
         queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
-        grads = backward(ctx.recorded, queries, weights, output, lse, *given)
+        with torch.autocast(windowed.device.type, enabled=False):
+            grads = backward(ctx.recorded, queries, weights, output, lse, *given)
         return (
             None,
             grads.windowed,
