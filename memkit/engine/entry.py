@@ -115,7 +115,7 @@ def _attend(
 
 # torch.compile leaves it alone, as one step between two graphs: how many chunks leave, and where their tokens go, is
 # different at every call. `torch.compiler.disable` would do the same, but import the compiler along with memkit.
-_attend_outside_graphs = torch._disable_dynamo(_attend)  # pyright: ignore[reportPrivateUsage]
+_attend_outside_graphs = torch._disable_dynamo(_attend)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def plan(

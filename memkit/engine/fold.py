@@ -120,11 +120,17 @@ class Slots:
         return (slot + base).flatten()
 
     def _add(self, sums: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-        flat = sums.flatten(0, 2)
+        flat, rows = sums.flatten(0, 2), rows.flatten(0, 2).to(sums.dtype)
+        if sums.device.type == "cuda":
+            # Sorts and reduces by segment, where index_add would add in whatever order its threads arrive.
+            if self.in_place:
+                flat.index_put_((target,), rows, accumulate=True)
+                return sums
+            return flat.index_put((target,), rows, accumulate=True).view_as(sums)
         if self.in_place:
-            flat.index_add_(0, target, rows.flatten(0, 2))
+            flat.index_add_(0, target, rows)
             return sums
-        return flat.index_add(0, target, rows.flatten(0, 2)).view_as(sums)
+        return flat.index_add(0, target, rows).view_as(sums)
 
     def _fold_in_turn(self, target: Tensor, stored: Tensor, founded: Tensor, rows: Tensor, scalars: Tensor) -> None:
         """A rule that is not additive: founders first, then token after token, over all rows and heads at once.
@@ -288,4 +294,4 @@ def scalars_by_name(policy: Policy, scalars: Tensor) -> dict[str, Tensor]:
 
 
 def _tensor(condition: bool | Tensor, like: Tensor) -> Tensor:
-    return condition if isinstance(condition, Tensor) else torch.tensor(condition, device=like.device)
+    return condition if isinstance(condition, Tensor) else torch.full((), condition, device=like.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from memkit.engine.call import Call
 from memkit.engine.read import Part, hidden
 from memkit.engine.schedule import Schedule, Step, common
-from memkit.engine.timeline import Timeline
+from memkit.engine.timeline import Timeline, on_device
 from memkit.memory import Ready
 
 __all__ = ["Parts", "Queries", "heated"]
@@ -127,4 +127,4 @@ class Parts:
         return bias.masked_fill_(hide, hidden(self.dtype))[:, None, None]
 
     def _per_row(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(self.device)[:, None]
+        return on_device(numbers, self.device)[:, None]

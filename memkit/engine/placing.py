@@ -59,6 +59,7 @@ def place(call: Call, timeline: Timeline, exit_: Exit, chunk: Chunk, slots: Slot
                 grant=grant,
                 alone=lambda: read_tokens(call, chunk),
                 joining=policy.merging.joins,
+                most=int(exit_.grant[exit_.leaves].max()),
             ),
             None if admission is None else admission.priority,
             admission is not None and admission.compares,

@@ -11,7 +11,7 @@ from memkit.engine.schedule import Schedule
 from memkit.memory import Memory, held
 from memkit.policy import Policy
 
-__all__ = ["Timeline", "columns", "window_room"]
+__all__ = ["Timeline", "columns", "on_device", "window_room"]
 
 WINDOW_SLACK = 64
 """Tokens a decoding window takes beyond its most before it is moved to the front of its buffer."""
@@ -53,7 +53,7 @@ class Timeline:
 
     def per_row(self, numbers: np.ndarray) -> Tensor:
         """Numbers of the host, one per row, as a tensor [b]."""
-        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device)
+        return on_device(numbers, self.device)
 
     def carry(self) -> dict[str, Tensor | int | None]:
         """The window as a memory carries it on."""
@@ -127,6 +127,12 @@ class Timeline:
         buffer = timeline.new_zeros(*timeline.shape[:2], room, *timeline.shape[3:])
         buffer[:, :, :keep] = newest
         return buffer
+
+
+def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor; the host does not wait for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def window_room(policy: Policy, held: int) -> int:

@@ -34,6 +34,7 @@ class Leaving:
     forced: tokens at the chunk's front that are sinks and found in any case; grant ≥ forced: tokens that found.
     alone(): the tokens' keys as slots of their own would be read, [b, g, c, d].
     joining: whether tokens that found nothing join a slot, or are dropped.
+    most: the most tokens that found in any row, where the caller knows; asking a tensor would wait for the device.
     """
 
     keys: Tensor
@@ -44,6 +45,7 @@ class Leaving:
     grant: Count
     alone: Callable[[], Tensor]
     joining: bool
+    most: int | None = None
 
     @property
     def offsets(self) -> Tensor:
@@ -53,6 +55,8 @@ class Leaving:
     @property
     def max_grant(self) -> int:
         """The most tokens that found in any row."""
+        if self.most is not None:
+            return self.most
         return self.grant if isinstance(self.grant, int) else int(self.grant.max())
 
 
@@ -150,7 +154,7 @@ class Nearest(Routing):
         if redundancy:
             best = old.amax(-1) if old.shape[-1] else old.new_full(everyone.shape, -torch.inf)
             first_is_there = (chunk.live == 0) & (chunk.grant > 0)
-            if _any(first_is_there):
+            if isinstance(first_is_there, Tensor) or first_is_there:
                 first = self.similarity(chunk.keys, chunk.alone()[:, :, :1])[..., 0]
                 best = torch.where(_tensor(first_is_there, best), first, best)
                 forced = _maximum(forced, first_is_there)
@@ -234,15 +238,11 @@ def _best(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return (start + inside)[..., 0] + first, score[..., 0]
 
 
-def _any(condition: Count | bool) -> bool:
-    return bool(condition.any()) if isinstance(condition, Tensor) else bool(condition)
-
-
 def _tensor(condition: Count | bool, like: Tensor) -> Tensor:
-    return condition if isinstance(condition, Tensor) else torch.tensor(bool(condition), device=like.device)
+    return condition if isinstance(condition, Tensor) else torch.full((), bool(condition), device=like.device)
 
 
 def _maximum(one: Count, other: Count | bool) -> Count:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return torch.maximum(torch.as_tensor(one), torch.as_tensor(other))
-    return max(one, int(other))
+    if isinstance(other, Tensor):
+        return torch.maximum(other.long(), one) if isinstance(one, Tensor) else other.long().clamp(min=one)
+    return one.clamp(min=int(other)) if isinstance(one, Tensor) else max(one, int(other))
