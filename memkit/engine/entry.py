@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memkit.catalog import as_policy
 from memkit.engine import torch as fast
+from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.decode import decode_again
 from memkit.engine.validation import check_call
 from memkit.errors import InputError
@@ -78,8 +79,8 @@ def _attend(
     plan: Plan | None,
     backend: Backend,
 ) -> tuple[Tensor, Memory]:
-    if isinstance(keys, Tensor) and torch.is_autocast_enabled(keys.device.type):
-        with torch.autocast(keys.device.type, enabled=False):  # routing and sums take at least float32
+    if isinstance(keys, Tensor) and autocasts(keys.device):
+        with without_autocast(keys.device):
             return _attend(
                 policy, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan, backend
             )

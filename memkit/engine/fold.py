@@ -82,6 +82,12 @@ class Slots:
         """The slots as they are read, if that is at hand."""
         return self._ready
 
+    def snapshot(self, most: int) -> Ready:
+        """The first `most` slots as they are read now, whatever is folded in later."""
+        ready = self.ready
+        bias = None if ready.bias is None else ready.bias[:, :, :most].clone()
+        return Ready(ready.route, ready.keys[:, :, :most].clone(), ready.values[:, :, :most].clone(), bias)
+
     def keep_undo(self) -> None:
         """Remember from now on what undoing each fold takes."""
         self.undo = []

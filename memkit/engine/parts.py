@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from memkit.engine.schedule import Schedule, Step, common
 from memkit.engine.timeline import Timeline, on_device
 from memkit.memory import Ready
 
-__all__ = ["Parts", "Queries", "heated"]
+__all__ = ["Parts", "Queries", "alike", "heated"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ class Queries:
         return heated(self.remembering[:, :, span], self.memory_heat)
 
 
+def alike(one: Step, other: Step) -> bool:
+    """Whether two steps of even rows can be read together: as many queries, and as many older tokens of the window."""
+    same = other.stop - other.start == one.stop - one.start > 1 and (other.most_slots > 0) == (one.most_slots > 0)
+    held = (one.first - one.start, other.first - other.start)
+    return same and (held[0] == held[1]).all() and common(one.first, one.active) is not None
+
+
+def _apart(timeline: Tensor, width: int, every: int) -> Tensor:
+    """[b, h, n, d] → k stretches of `width` columns, one beginning `every` so many: [b·k, h, width, d]."""
+    return timeline.unfold(2, width, every).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+
 def heated(queries: Tensor, temperature: Tensor | None) -> Tensor:
     """Queries [b, h, s, d] times the temperature [h] of their head."""
     return queries if temperature is None else queries * temperature.to(queries.dtype)[:, None, None]
@@ -95,6 +108,39 @@ class Parts:
         if not alone:
             parts.append(self._part(windowed, begin, end, None, causal=True))
         return parts
+
+    def of_many(self, steps: Sequence[Step], queries: Queries, slots: Sequence[Ready]) -> list[Part]:
+        """What k alike steps meet, each with the slots as they were then: one batch row per row and step, [b·k, …]."""
+        first, last = steps[0], steps[-1]
+        size, span = first.stop - first.start, slice(first.start, last.stop)
+        begin, end = self.schedule.old + first.start, self.schedule.old + last.stop
+        older = begin - int(first.first[0])
+        windowed = _apart(queries.for_window(span), size, size)
+        remembering = _apart(queries.for_slots(span), size, size)
+        parts = [self._slots_of_many(steps, remembering, slots)] if last.most_slots else []
+        for columns, width, causal in (((begin - older, end - size), older, False), ((begin, end), size, True)):
+            if width:
+                seen = slice(*columns)
+                keys, values = (_apart(each[:, :, seen], width, size) for each in (self.keys, self.values))
+                parts.append(Part(windowed, keys, values, causal=causal))
+        return parts
+
+    def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Sequence[Ready]) -> Part:
+        live = [step.most_slots for step in steps]
+        most = max(live)
+        keys, values = (
+            torch.stack([tensor[:, :, :most] for tensor in tensors], dim=1).flatten(0, 1)
+            for tensors in ([each.keys for each in slots], [each.values for each in slots])
+        )
+        bias = None
+        if slots[0].bias is not None:
+            biases = [each.bias[:, :, :most] for each in slots if each.bias is not None]
+            bias = torch.stack(biases, dim=1).flatten(0, 1).unsqueeze(2)
+        if min(live) < most:
+            rows = len(keys) // len(steps)
+            beyond = torch.arange(most, device=self.device) >= on_device(np.array(live * rows), self.device)[:, None]
+            bias = self._hiding(beyond) if bias is None else bias + self._hiding(beyond)
+        return Part(queries, keys, values, bias)
 
     def _older(self, step: Step, queries: Tensor, end: int) -> list[Part]:
         """Columns before `end` that the first query sees; masked where rows differ or later queries lose some."""

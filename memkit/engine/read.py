@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -20,6 +20,11 @@ __all__ = ["Part", "attend_parts", "attend_parts_backward", "default_scale", "di
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+_efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+
+EFFICIENT_QUERIES, EFFICIENT_KEYS = 32, 16
+"""Numbers of which that kernel wants a multiple: log-sum-exps of a head, and columns between two rows of a bias."""
 
 
 @dataclass
@@ -157,10 +162,16 @@ class _Layout:
 
 def _forward(part: _Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by PyTorch's fused kernel where there is one that gives both."""
-    if part.queries.device.type == "cpu":
-        return _flash(part.queries, part.keys, part.values, 0.0, causal, attn_mask=part.bias, scale=scale)
-    scores = _scores(part, causal, scale)
-    return scores.softmax(-1).to(part.values.dtype) @ part.values, scores.logsumexp(-1)
+    match _kernel(part.queries):
+        case "flash":
+            return _flash(part.queries, part.keys, part.values, 0.0, causal, attn_mask=part.bias, scale=scale)
+        case "efficient":
+            tensors = (part.queries, part.keys, part.values, _aligned(part))
+            output, lse, _, _ = _efficient(*tensors, True, 0.0, causal, scale=scale)
+            return output, lse[..., : part.queries.shape[2]]
+        case "plain":
+            scores = _scores(part, causal, scale)
+            return scores.softmax(-1).to(part.values.dtype) @ part.values, scores.logsumexp(-1)
 
 
 def _backward(
@@ -169,14 +180,39 @@ def _backward(
     missing = part.values.shape[-1] - grad.shape[-1]
     if missing:
         output, grad = pad(output, (0, missing)), pad(grad, (0, missing))
-    if part.queries.device.type == "cpu":
-        tensors = (grad, part.queries, part.keys, part.values, output, lse)
-        return _flash_backward(*tensors, 0.0, causal, attn_mask=part.bias, scale=scale)
-    shares = (_scores(part, causal, scale) - lse.unsqueeze(-1)).exp()
-    wide = grad.to(shares.dtype)
-    per_score = shares * (wide @ part.values.to(shares.dtype).mT - (wide * output).sum(-1, keepdim=True)) * scale
-    grads = (per_score @ part.keys.to(shares.dtype), per_score.mT @ part.queries.to(shares.dtype), shares.mT @ wide)
-    return tuple(tensor.to(grad.dtype) for tensor in grads)  # type: ignore[return-value]
+    match _kernel(part.queries):
+        case "flash":
+            tensors = (grad, part.queries, part.keys, part.values, output, lse)
+            return _flash_backward(*tensors, 0.0, causal, attn_mask=part.bias, scale=scale)
+        case "efficient":
+            tensors = (grad, part.queries, part.keys, part.values, _aligned(part), output)
+            lse = pad(lse, (0, -lse.shape[-1] % EFFICIENT_QUERIES), value=torch.inf)
+            seed = torch.zeros((), dtype=torch.long, device=grad.device)  # of a dropout that there is not
+            options = (seed, seed, 0.0, (True, True, True, False), causal)
+            return _efficient_backward(*tensors, lse, *options, scale=scale)[:3]
+        case "plain":
+            shares = (_scores(part, causal, scale) - lse.unsqueeze(-1)).exp()
+            wide = grad.to(shares.dtype)
+            per_score = wide @ part.values.to(shares.dtype).mT - (wide * output).sum(-1, keepdim=True)
+            per_score = shares * per_score * scale
+            queries, keys = part.queries.to(shares.dtype), part.keys.to(shares.dtype)
+            grads = (per_score @ keys, per_score.mT @ queries, shares.mT @ wide)
+            return tuple(tensor.to(grad.dtype) for tensor in grads)  # type: ignore[return-value]
+
+
+def _kernel(queries: Tensor) -> Literal["flash", "efficient", "plain"]:
+    """What computes attention: PyTorch's fused kernels for the CPU and for CUDA, or products and a softmax."""
+    if queries.device.type == "cpu":
+        return "flash"
+    return "efficient" if queries.device.type == "cuda" and queries.dtype != torch.float64 else "plain"
+
+
+def _aligned(part: _Layout) -> Tensor | None:
+    """The part's bias for every query head and query, its rows as far apart as the kernel's loads want them."""
+    if part.bias is None:
+        return None
+    size = part.bias.shape[-1]
+    return pad(part.bias, (0, -size % EFFICIENT_KEYS)).expand(*part.queries.shape[:3], -1)[..., :size]
 
 
 def _scores(part: _Layout, causal: bool, scale: float) -> Tensor:

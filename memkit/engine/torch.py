@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.call import Call
 from memkit.engine.decode import decode
 from memkit.engine.fold import Slots, parameter_versions
-from memkit.engine.parts import Parts, Queries
+from memkit.engine.parts import Parts, Queries, alike
 from memkit.engine.placing import follow, leaving_chunk, place, record
 from memkit.engine.read import Part, attend_parts, differentiable_parts
 from memkit.engine.recall import Recorded, backward
 from memkit.engine.schedule import Exit, Schedule, Step
 from memkit.engine.timeline import Timeline
-from memkit.memory import Memory
+from memkit.memory import Memory, Ready
 from memkit.pieces.routing import Placement
 from memkit.plan import Plan
 
 __all__ = ["attend", "plan"]
+
+TOGETHER = {"cuda": 4096}
+"""Queries that are read together, per kind of device; elsewhere one chunk's at a time, while they are in the cache."""
 
 
 def attend(call: Call) -> tuple[Tensor, Memory]:
@@ -114,28 +118,54 @@ class _Run:
         # Heads next to each other for each token: so the kernels return them, and so the output projection wants them.
         output = parts.values.new_empty(rows, tokens, heads, parts.values.shape[-1]).transpose(1, 2)
         sums = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
-        for step, met in self._meet(parts, queries):
-            span = slice(step.start, step.stop)
-            _, sums[:, :, span] = attend_parts(met, self.call.scale, out=output[:, :, span])
+        for steps in self._groups():
+            span = slice(steps[0].start, steps[-1].stop)
+            if len(steps) == 1:
+                met = self._meet(parts, queries, steps[0])
+                _, sums[:, :, span] = attend_parts(met, self.call.scale, out=output[:, :, span])
+                continue
+            slots: list[Ready] = []
+            for step in steps:
+                if step.exit is not None:
+                    self.absorb(step.exit)
+                slots.append(self.slots.snapshot(steps[-1].most_slots))
+            together, lse = attend_parts(parts.of_many(steps, queries, slots), self.call.scale)
+            for whole, part in ((output, together), (sums, lse)):
+                whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
         output[:, :, int(self.call.lengths.max(initial=0)) :] = 0
         return output, sums
 
     def read_with_graph(self, queries: Queries) -> Tensor:
         """The outputs of `read`, recorded operation by operation."""
         parts = self.parts()
-        outputs = [differentiable_parts(met, self.call.scale) for _, met in self._meet(parts, queries)]
+        steps = self.schedule.steps
+        outputs = [differentiable_parts(self._meet(parts, queries, step), self.call.scale) for step in steps]
         missing = self.call.keys.shape[2] - int(self.call.lengths.max(initial=0))
         if missing or not outputs:
             shape = (*queries.windowed.shape[:2], missing, parts.values.shape[-1])
             outputs.append(queries.windowed.new_zeros(shape))
         return torch.cat(outputs, dim=2)
 
-    def _meet(self, parts: Parts, queries: Queries) -> Iterator[tuple[Step, list[Part]]]:
-        """Every step, once what leaves before it is absorbed, and the key sets that its queries meet."""
-        for step in self.schedule.steps:
-            if step.exit is not None:
-                self.absorb(step.exit)
-            yield step, parts.of(step, queries, self.slots.ready if step.most_slots else None)
+    def _meet(self, parts: Parts, queries: Queries, step: Step) -> list[Part]:
+        """The key sets that a step's queries meet, once what leaves before it is absorbed."""
+        if step.exit is not None:
+            self.absorb(step.exit)
+        return parts.of(step, queries, self.slots.ready if step.most_slots else None)
+
+    def _groups(self) -> list[list[Step]]:
+        """The steps, those together that are read together: on a GPU, consecutive ones that are alike."""
+        steps = self.schedule.steps
+        together = TOGETHER.get(self.call.keys.device.type, 0)
+        if not together or not self.schedule.even or self.call.policy.window.band is not None:
+            return [[step] for step in steps]
+        groups: list[list[Step]] = []
+        for step in steps:
+            last = groups[-1] if groups else []
+            if last and step.stop - last[0].start <= together and alike(last[0], step):
+                last.append(step)
+            else:
+                groups.append([step])
+        return groups
 
     def queries(self) -> Queries:
         """The call's queries."""
@@ -223,7 +253,7 @@ class _Recall(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         windowed, remembering, window_heat, memory_heat, weights, output, lse = ctx.saved_tensors
         queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
-        with torch.autocast(windowed.device.type, enabled=False):
+        with without_autocast(windowed.device) if autocasts(windowed.device) else nullcontext():
             grads = backward(ctx.recorded, queries, weights, output, lse, *given)
         return (
             None,

@@ -1,0 +1,158 @@
+"""What a GPU adds: chunks read together, no waiting for the device, other fused kernels.
+
+Without a GPU: reading together is tested on the CPU; a tensor on the `meta` device has no numbers at all, so that
+whatever looks at one fails there; and the kernels' shapes are those that PyTorch declares for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import memkit
+import memkit.engine.torch as engine
+from memkit.engine import read
+from memkit.engine.parts import Parts
+
+HEADS, WIDTH = 4, 8
+EPS = torch.finfo(torch.float32).eps
+
+
+def _small(name: str) -> memkit.PolicySpec:
+    sliding = memkit.load_policy(name).window.kind == "sliding"
+    return memkit.load_policy(name, {"window.size": 20} if sliding else {"chunker.size": 8})
+
+
+def _given(
+    name: str, rows: int, kv_heads: int, tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[memkit.Policy, list[Tensor], dict[str, Any]]:
+    """A policy, queries, keys and values, and what it needs besides."""
+    torch.manual_seed(0)
+    policy = _small(name).build()
+    shapes = [(rows, HEADS, tokens, WIDTH), (rows, kv_heads, tokens, WIDTH), (rows, kv_heads, tokens, WIDTH)]
+    tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+    learned = policy.merging.learned and not policy.exact_slots
+    more: dict[str, Any] = {"weights": torch.rand(shapes[1][:3], device=device) if learned else None}
+    if policy.learned:
+        more["parameters"] = memkit.PolicyParameters(policy, HEADS, WIDTH).to(device)
+    if policy.needs_rotation:
+        more["rotation"] = memkit.Rotation("adjacent", WIDTH, 1 / torch.logspace(0, 2, WIDTH // 2, device=device))
+    return policy, tensors, more
+
+
+def _everything(policy: memkit.Policy, tensors: list[Tensor], more: dict[str, Any]) -> list[Tensor]:
+    """Outputs of a prefill in two parts, its slots, and outputs and gradients of a training step."""
+    weights = more.pop("weights")
+    first, second = slice(0, 11), slice(11, None)
+    results: list[Tensor] = []
+    with torch.no_grad():
+        memory = None
+        for span in (first, second):
+            some = None if weights is None else weights[:, :, span]
+            output, memory = memkit.attend(
+                policy, *[tensor[:, :, span] for tensor in tensors], weights=some, memory=memory, **more
+            )
+            results.append(output)
+        assert memory is not None
+        results.append(memory.sums)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    output, _ = memkit.attend(policy, *leaves, weights=weights, **more)
+    return [*results, output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("name", memkit.policy_names())
+@pytest.mark.parametrize(("rows", "kv_heads"), [(1, 4), (3, 2)])
+def test_chunks_read_together_read_the_same(
+    name: str, rows: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    of_many = Parts.of_many
+
+    def counting(self: Parts, steps: Any, *rest: Any) -> Any:
+        groups.append(len(steps))
+        return of_many(self, steps, *rest)
+
+    monkeypatch.setattr(Parts, "of_many", counting)
+    monkeypatch.setattr(engine, "TOGETHER", {})
+    apart = _everything(*_given(name, rows, kv_heads, 203))
+    assert not groups
+    monkeypatch.setattr(engine, "TOGETHER", {"cpu": 48})
+    together = _everything(*_given(name, rows, kv_heads, 203))
+    assert bool(groups) == (_small(name).window.kind == "block")
+    assert max(groups, default=6) == 6
+    # The same sums in another order: of 203 products at most, of numbers of order 1.
+    for one, other in zip(apart, together, strict=True):
+        if one.numel():
+            assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(one.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", memkit.policy_names())
+@pytest.mark.parametrize("even", [True, False])
+def test_nothing_waits_for_a_number(name: str, even: bool) -> None:
+    policy, tensors, more = _given(name, 2, 2, 100, device="meta")
+    lengths = None if even else torch.tensor([100, 70])
+    with torch.no_grad():
+        output, memory = memkit.attend(policy, *tensors, lengths=lengths, **more)
+    assert output.shape == tensors[0].shape
+    assert memory.seen.tolist() == [100, 100 if even else 70]
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    output, _ = memkit.attend(policy, *leaves, lengths=lengths, **more)
+    output.sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
+    if policy.chunk:
+        made = memkit.plan(
+            policy, tensors[1], lengths=lengths, **{name: each for name, each in more.items() if name != "scale"}
+        )
+        assert made.slot.shape[:2] == (2, 2)
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_the_kernel_for_gpus_is_called_as_declared(name: str, even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and dtypes alone; the numbers need a GPU (`test_cuda_agrees_with_cpu`)."""
+    calls: list[str] = []
+
+    def kernel(queries: Tensor) -> str:
+        calls.append("efficient")
+        return "efficient"
+
+    monkeypatch.setattr(read, "_kernel", kernel)
+    monkeypatch.setattr(engine, "TOGETHER", {"meta": 48})
+    policy, tensors, more = _given(name, 2, 2, 100, device="meta", dtype=torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    output, _ = memkit.attend(policy, *leaves, lengths=None if even else torch.tensor([100, 70]), **more)
+    output.sum().backward()
+    assert output.shape == tensors[0].shape
+    assert output.dtype == torch.bfloat16
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
+    assert calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", memkit.policy_names())
+@pytest.mark.parametrize(("rows", "kv_heads"), [(1, 4), (3, 2)])
+def test_cuda_agrees_with_cpu(name: str, rows: int, kv_heads: int) -> None:
+    policy, tensors, more = _given(name, rows, kv_heads, 203)
+    plan = memkit.plan(policy, tensors[1], **more) if policy.chunk else None
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    wanted, _ = memkit.attend(policy, *leaves, plan=plan, **more)
+    gradients = torch.autograd.grad(wanted.square().sum(), leaves)
+
+    on_gpu = {
+        key: each.to("cuda") if isinstance(each, (Tensor, torch.nn.Module)) else each for key, each in more.items()
+    }
+    found: list[list[Tensor]] = []
+    for _ in range(2):
+        moved = [leaf.detach().to("cuda").requires_grad_() for leaf in leaves]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            output, _ = memkit.attend(policy, *moved, plan=plan, **on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append([output, *torch.autograd.grad(output.square().sum(), moved)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), "two runs differ"
+    for one, other in zip(found[0], [wanted, *gradients], strict=True):
+        assert (one.cpu() - other).abs().max() <= 1024 * EPS * max(1.0, float(other.abs().max()))
