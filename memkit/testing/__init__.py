@@ -9,7 +9,7 @@ Needs hypothesis: `pip install memkit-attention[testing]`. `import memkit` does 
 """
 
 from memkit.testing import laws
-from memkit.testing.cases import Case, cases, lengths, splits
+from memkit.testing.cases import Case, cases, lengths, plans, splits
 from memkit.testing.checks import (
     Report,
     Verdict,
@@ -59,6 +59,7 @@ __all__ = [
     "laws",
     "lengths",
     "merges",
+    "plans",
     "policies",
     "scaled_down",
     "specs",

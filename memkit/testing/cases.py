@@ -7,6 +7,7 @@ tensors, the same ones every time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,7 @@ from memkit.pieces.rotary import Rotation
 from memkit.plan import Plan
 from memkit.policy import Policy
 
-__all__ = ["DATA", "Case", "Inputs", "cases", "lengths", "part_of_plan", "splits"]
+__all__ = ["DATA", "Case", "Inputs", "cases", "lengths", "part_of_plan", "plans", "splits"]
 
 DATA = ("integers", "normal", "clusters", "duplicates", "zeros", "antipodal", "tiny", "huge", "spread")
 """Kinds of data, from harmless to hurtful: small whole numbers (many exact ties); normal; three clusters; a few vectors
@@ -360,3 +361,32 @@ def cases(
         pieces=draw(splits()),
         gradients=draw(st.integers(0, 2)) == 2,
     )
+
+
+@st.composite
+def plans(draw: st.DrawFn, policy: Policy, case: Case) -> Plan:
+    """Any plan that a case's call may follow, not only the one memkit would make.
+
+    As many tokens of every chunk found as growth grants, sinks first, each the next free slot; the others join any slot
+    that is no sink, those founded in the same step included, or none where the policy drops them. Shrinks to the
+    earliest founders and the lowest slots.
+    """
+    made = case.inputs(policy).plan(policy)
+    if policy.exact_slots:
+        return made
+    slot, founded, size = torch.full_like(made.slot, -1), torch.zeros_like(made.founded), policy.chunk
+    for row, head, chunk in itertools.product(
+        range(len(made.length)), range(case.kv_heads), range(made.slots.shape[1])
+    ):
+        if chunk * size >= made.length[row]:
+            continue
+        live, after = int(made.slots[row, chunk - 1]) if chunk else 0, int(made.slots[row, chunk])
+        forced = min(max(policy.sinks - chunk * size, 0), size)
+        chosen = st.sets(st.integers(forced, size - 1), min_size=after - live - forced, max_size=after - live - forced)
+        founders = [*range(forced), *sorted(draw(chosen) if after - live > forced else ())]
+        targets = st.integers(policy.sinks, after - 1) if after > policy.sinks and policy.merging.joins else st.just(-1)
+        numbers = [live + founders.index(token) if token in founders else draw(targets) for token in range(size)]
+        here = slice(chunk * size, (chunk + 1) * size)
+        slot[row, head, here] = torch.tensor(numbers)
+        founded[row, head, here] = torch.tensor([token in founders for token in range(size)])
+    return dataclasses.replace(made, slot=slot, founded=founded)

@@ -1,11 +1,12 @@
 """The strategies: everything valid can be drawn, nothing else is, and it shrinks to something readable."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import HealthCheck, Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -13,7 +14,7 @@ import memkit
 from memkit.pieces import Merging, MergingSpec, registry
 from memkit.pieces.growth import SqrtGrowthSpec
 from memkit.pieces.registry import Spec, kinds
-from memkit.testing import Case, calls, cases, policies, scaled_down, specs, splits
+from memkit.testing import Case, calls, cases, plans, policies, scaled_down, specs, splits
 from memkit.testing.cases import DATA, make
 
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -99,6 +100,34 @@ def test_drawn_policies_run_on_their_cases(call):
 
     assert output.shape[2] == case.tokens
     assert memory.seen.tolist() == list(case.lengths)
+
+
+@QUICK
+@given(st.data())
+def test_any_drawn_plan_is_followed_alike_by_engine_and_oracle(data):
+    spec, case = data.draw(calls())
+    policy = spec.build()
+    assume(policy.chunk)
+    case = replace(case, keys="integers", values="integers", dtype="float64", positions=False)
+    plan = data.draw(plans(policy, case))
+    made, inputs = case.inputs(policy).plan(policy), case.inputs(policy)
+
+    assert plan.slots.tolist() == made.slots.tolist()
+    assert plan.founded.sum(-1).tolist() == made.founded.sum(-1).tolist()
+    output, memory = inputs.attend(policy, plan=plan)
+    wanted, remembered = inputs.attend(policy, plan=plan, backend="reference")
+    # Sums of whole numbers, at most a few hundred of them, and one softmax over them.
+    assert (output - wanted).abs().max() <= 2**12 * torch.finfo(torch.float64).eps * (1 + wanted.abs().max())
+    assert torch.equal(memory.counts, remembered.counts)
+
+
+def test_a_plan_shrinks_to_the_lowest_slots():
+    policy = memkit.load_policy("kvm-fixed-256", {"chunker.size": 4, "growth.slots": 4}).build()
+    case = Case(lengths=(20,))
+    found = find(plans(policy, case), lambda plan: plan.slot.numel() > 0, settings=SMALLEST)
+
+    assert found.slot[0, 0, :4].tolist() == [0, 1, 2, 3]
+    assert set(found.slot[0, 0, 4:].tolist()) == {1}
 
 
 @QUICK
