@@ -16,7 +16,7 @@ from memkit.engine.schedule import Schedule, Step, common
 from memkit.engine.timeline import Timeline, on_device
 from memkit.memory import Ready
 
-__all__ = ["Parts", "Queries", "alike", "heated"]
+__all__ = ["Parts", "Queries", "heated", "readable_together"]
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,13 @@ class Queries:
         return heated(self.remembering[:, :, span], self.memory_heat)
 
 
-def alike(one: Step, other: Step) -> bool:
-    """Whether two steps of even rows can be read together: as many queries, and as many older tokens of the window."""
-    same = other.stop - other.start == one.stop - one.start > 1 and (other.most_slots > 0) == (one.most_slots > 0)
-    held = (one.first - one.start, other.first - other.start)
-    return same and (held[0] == held[1]).all() and common(one.first, one.active) is not None
+def readable_together(one: Step, other: Step) -> bool:
+    """Whether two steps are alike: as many queries and older tokens of the window, and all rows in step."""
+    numbers = (one.first, one.slots, other.first, other.slots)
+    if any(common(each, one.active) is None for each in numbers) or one.stop - one.start == 1:
+        return False
+    facts = [(step.stop - step.start, int(step.first[0]) - step.start, step.most_slots > 0) for step in (one, other)]
+    return facts[0] == facts[1]
 
 
 def _apart(timeline: Tensor, width: int, every: int) -> Tensor:

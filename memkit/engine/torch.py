@@ -14,7 +14,7 @@ from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.call import Call
 from memkit.engine.decode import decode
 from memkit.engine.fold import Slots, parameter_versions
-from memkit.engine.parts import Parts, Queries, alike
+from memkit.engine.parts import Parts, Queries, readable_together
 from memkit.engine.placing import follow, leaving_chunk, place, record
 from memkit.engine.read import Part, attend_parts, differentiable_parts
 from memkit.engine.recall import Recorded, backward
@@ -128,7 +128,8 @@ class _Run:
             for step in steps:
                 if step.exit is not None:
                     self.absorb(step.exit)
-                slots.append(self.slots.snapshot(steps[-1].most_slots))
+                if step.most_slots:
+                    slots.append(self.slots.snapshot(steps[-1].most_slots))
             together, lse = attend_parts(parts.of_many(steps, queries, slots), self.call.scale)
             for whole, part in ((output, together), (sums, lse)):
                 whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
@@ -161,7 +162,7 @@ class _Run:
         groups: list[list[Step]] = []
         for step in steps:
             last = groups[-1] if groups else []
-            if last and step.stop - last[0].start <= together and alike(last[0], step):
+            if last and step.stop - last[0].start <= together and readable_together(last[0], step):
                 last.append(step)
             else:
                 groups.append([step])

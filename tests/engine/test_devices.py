@@ -89,6 +89,20 @@ def test_chunks_read_together_read_the_same(
             assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(one.detach().abs().max()))
 
 
+def test_rows_of_one_phase_but_unequal_slots_are_not_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both rows have whole chunks behind them, so that columns agree; slots do not."""
+    results: list[Tensor] = []
+    for together in ({}, {"cpu": 48}):
+        monkeypatch.setattr(engine, "TOGETHER", together)
+        policy, tensors, more = _given("kvm-sqrt-16", 2, 2, 96)
+        del more["weights"]
+        first, second = ([tensor[:, :, span] for tensor in tensors] for span in (slice(0, 48), slice(48, None)))
+        with torch.no_grad():
+            _, memory = memkit.attend(policy, *first, lengths=torch.tensor([24, 48]), **more)
+            results.append(memkit.attend(policy, *second, memory=memory, **more)[0])
+    assert (results[0] - results[1]).abs().max() <= 256 * EPS
+
+
 @pytest.mark.parametrize("name", memkit.policy_names())
 @pytest.mark.parametrize("even", [True, False])
 def test_nothing_waits_for_a_number(name: str, even: bool) -> None:
