@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memkit.errors import MemoryStateError
+from memkit.parameters import PolicyParameters
+from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
 
 __all__ = ["Memory"]
@@ -48,7 +50,7 @@ class SideBySide:
     [b, g, 1, slots + cap] or None; heat [h, 1, 1]: what queries are scaled by, None for 1; begin: the first column to
     read; band: tokens of a sliding window that is full and moves on at each step, else 0; sinks: keys and values of the
     slots that move with it; until: the memory's `end` at which this is over, because a chunk leaves or the buffer is
-    full; made_with: the parameters' versions; call: how the calls look that this serves (see `decode`).
+    full; made_with: the parameters' versions; policy, parameters, rotation, looks: of the calls that this serves.
     """
 
     slots: int
@@ -61,7 +63,10 @@ class SideBySide:
     bias: Tensor | None
     heat: Tensor | None
     made_with: tuple[int, ...]
-    call: tuple[Any, ...]
+    policy: Policy
+    parameters: PolicyParameters | None
+    rotation: Rotation | None
+    looks: tuple[Any, ...]
 
 
 @dataclass(eq=False)

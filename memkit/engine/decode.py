@@ -57,28 +57,19 @@ def decode_again(
     if side is None or memory.taken or memory.end >= side.until or torch.is_grad_enabled():
         return None
     scale = default_scale(queries.shape[-1]) if scale is None else scale
-    looks = _looks(policy, queries, keys, values, weights, parameters, rotation, scale)
-    if side.call != looks or side.made_with != parameter_versions(parameters):
+    if not (side.policy is policy and side.parameters is parameters and side.rotation is rotation):
+        return None
+    if side.looks != _looks(queries, keys, values, weights, scale) or side.made_with != parameter_versions(parameters):
         return None
     if weights is not None and weights.device.type == "cpu" and (least := weights.amin().item()) < 0:
         raise InputError(f"weights must be at least 0, got {least}; KVM takes 1 + ELU of its gate")
     return _one_more(memory, queries, keys, values, weights, scale)
 
 
-def _looks(
-    policy: Policy,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    weights: Tensor | None,
-    parameters: PolicyParameters | None,
-    rotation: Rotation | None,
-    scale: float,
-) -> tuple[Any, ...]:
-    """What a check of the call depends on, but for the numbers in its tensors."""
+def _looks(queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor | None, scale: float) -> tuple[Any, ...]:
+    """What the check of a call depends on, but for its objects and the numbers in its tensors."""
     tensors = (queries, keys, values) if weights is None else (queries, keys, values, weights)
-    shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-    return id(policy), id(parameters), id(rotation), scale, *shapes
+    return scale, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
 
 
 def _one_more(
@@ -191,9 +182,10 @@ def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) 
         bias=bias,
         heat=None if heat is None else heat.detach().to(call.keys.dtype)[:, None, None],
         made_with=made_with,
-        call=_looks(
-            policy, call.queries, call.keys, call.values, call.weights, call.parameters, call.rotation, call.scale
-        ),
+        policy=policy,
+        parameters=call.parameters,
+        rotation=call.rotation,
+        looks=_looks(call.queries, call.keys, call.values, call.weights, call.scale),
     )
     return moved
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -94,3 +96,40 @@ def test_changed_parameters_are_read_anew(lengths: list[int]) -> None:
         expected, _ = memkit.attend(spec, one, one, one, parameters=parameters, memory=memory.fork())
         output, _ = memkit.attend(spec, one, one, one, parameters=parameters, memory=memory)
     assert torch.allclose(output, expected, atol=1e-6)
+
+
+def test_a_call_unlike_the_last_one_is_checked() -> None:
+    """A call that looks like the one before it is not checked again; every other one is."""
+    torch.manual_seed(0)
+    policy = memkit.load_policy("kvm-fixed-256", {"chunker.size": 8, "growth.slots": 8}).build()
+    parameters = memkit.PolicyParameters(policy, 2, WIDTH)
+    keys = torch.randn(1, 2, 60, WIDTH)
+
+    def after(tokens: int) -> memkit.Memory:
+        given = [keys[:, :, :tokens]] * 3
+        return memkit.attend(policy, *given, weights=torch.ones(1, 2, tokens), parameters=parameters)[1]
+
+    def one(memory: memkit.Memory, weight: float = 1.0, **changed: Any) -> tuple[torch.Tensor, memkit.Memory]:
+        token = keys[:, :, 50:51]
+        given: dict[str, Any] = {"queries": token, "keys": token, "values": token, "parameters": parameters}
+        weights = torch.full((1, 2, 1), weight)
+        return memkit.attend(policy, **{**given, "weights": weights, "memory": memory, **changed})
+
+    with torch.no_grad():
+        _, memory = one(after(41))
+        assert memory.side_by_side is not None
+        with pytest.raises(memkit.InputError, match="weights must be at least 0"):
+            one(memory, -1.0)
+        with pytest.raises(memkit.InputError, match="widths"):
+            one(memory, values=torch.randn(1, 2, 1, WIDTH + 1))
+        with pytest.raises(memkit.InputError, match="rotation is given"):
+            one(memory, rotation=memkit.Rotation("adjacent", WIDTH, torch.ones(WIDTH // 2)))
+        wanted, _ = one(memory.fork())
+        output, later = one(memory)
+        assert (output - wanted).abs().max() <= 16 * torch.finfo(torch.float32).eps
+        with pytest.raises(memkit.MemoryStateError, match="taken over"):
+            one(memory)
+        parameters.temperature_memory.mul_(3)
+        wanted, _ = one(later.fork())
+        output, _ = one(later)
+        assert (output - wanted).abs().max() <= 16 * torch.finfo(torch.float32).eps
