@@ -68,6 +68,12 @@ BY_HAND = [
         id="a sink is no target",
     ),
     pytest.param(
+        # Budgets 1 and 2: a single slot is enough to tell which token of chunk 1 is the least like it.
+        [*line(0, 10, 20, 30), *line(5, 180, 0, 10)], {"growth": {"kind": "linear", "fraction": 0.25}},
+        [0, 0, 0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1, 0, 0],
+        id="novelty against a single slot",
+    ),
+    pytest.param(
         # Five sinks: all of chunk 0, and the first token of chunk 1. Of the other three, two found and one joins.
         [*line(0, 1, 2, 3), *line(4, 180, 90, 170)], {"sinks": 5, "growth": {"kind": "fixed", "slots": 7}},
         [0, 1, 2, 3, 4, 5, 6, 6], [1, 1, 1, 1, 1, 1, 0, 1],
