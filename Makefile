@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full test test-slow pytest lint types format mutants clean
+.PHONY: help compare bench bench-full stream batches test test-slow pytest lint types format mutants clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,13 @@ bench: $(READY) ## Time policies against fused full attention, under 20 minutes
 bench-full: $(READY) ## The same from 1k to 64k tokens, as long as it takes
 	mkdir -p build/bench
 	$(BIN)/memkit bench --tokens 1024 --tokens 4096 --tokens 16384 --tokens 65536 --peak --json build/bench/full.json --figure build/bench/full.png
+
+stream: $(READY) ## One layer reads a million tokens, a chunk at a time: time per chunk and memory
+	mkdir -p build/bench
+	$(BIN)/python tools/measure.py stream --json build/bench/stream.json --figure build/bench/stream.png
+
+batches: $(READY) ## Unequal rows against equal ones, grouped queries against ungrouped
+	$(BIN)/python tools/measure.py batches
 
 test: lint types pytest ## Everything that must pass before a commit: lint, types, default tests
 

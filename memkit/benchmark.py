@@ -93,7 +93,7 @@ class Bench:
         return table(self)
 
     def plot(self) -> Axes:
-        """Factor against tokens, a line per policy and mode (extra `notebook`)."""
+        """Factor against tokens: a panel per mode, a line per policy (extra `notebook`)."""
         from memkit.viz.benchmark import plot
 
         return plot(self)
