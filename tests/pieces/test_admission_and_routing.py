@@ -30,9 +30,10 @@ def leaving(
 
 def place(routing: Routing, admission: AdmissionSpec, chunk: Leaving) -> Placement:
     built = admission.build()
-    if built is None:
-        return routing.place(chunk, None, False)
-    return routing.place(chunk, built.priority, built.compares)
+    priority, compares = (None, False) if built is None else (built.priority, built.compares)
+    placement = routing.place(chunk, priority, compares)
+    assert placement.drops or (placement.slot >= 0).all()
+    return placement
 
 
 def founders(admission: AdmissionSpec, size: int, grant: int, forced: int = 0) -> list[int]:
@@ -240,3 +241,14 @@ def test_among_many_slots_the_lowest_of_the_nearest(count: int, sinks: int):
         assert found == sinks + scores.index(max(scores))
     assert placement.slot[0, 0, 0] == count - 1
     assert placement.slot[0, 0, 2] == sinks
+
+
+def test_rows_with_and_without_slots_at_once():
+    """One row's memory is empty, so that its token 0 founds whatever it looks like; the other's is not."""
+    keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).repeat(2, 1, 1, 1)
+    slots = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(2, 1, 1, 1)
+    counts = {"live": torch.tensor([0, 2])[:, None, None], "grant": torch.tensor([2, 1])[:, None, None]}
+    placement = place(NearestSpec().build(), NoveltySpec(), leaving(keys, slots, **counts))
+
+    assert placement.founded[:, 0].tolist() == [[True, False, True], [False, False, True]]
+    assert placement.slot[:, 0].tolist() == [[0, 0, 1], [1, 0, 2]]
