@@ -65,12 +65,22 @@ class Queries:
         return heated(self.remembering[:, :, span], self.memory_heat)
 
 
-def readable_together(one: Step, other: Step) -> bool:
-    """Whether two steps are alike: as many queries and older tokens of the window, and all rows in step."""
+def readable_together(one: Step, other: Step, unequal_slots: bool) -> bool:
+    """Whether two steps are alike: as many queries, older tokens of the window and slots, and all rows in step.
+
+    unequal_slots: whether numbers of slots may differ, for the price of a mask.
+    """
     numbers = (one.first, one.slots, other.first, other.slots)
     if any(common(each, one.active) is None for each in numbers) or one.stop - one.start == 1:
         return False
-    facts = [(step.stop - step.start, int(step.first[0]) - step.start, step.most_slots > 0) for step in (one, other)]
+    facts = [
+        (
+            step.stop - step.start,
+            int(step.first[0]) - step.start,
+            step.most_slots > 0 if unequal_slots else step.most_slots,
+        )
+        for step in (one, other)
+    ]
     return facts[0] == facts[1]
 
 

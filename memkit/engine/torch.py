@@ -26,8 +26,11 @@ from memkit.plan import Plan
 
 __all__ = ["attend", "plan"]
 
-TOGETHER = {"cuda": 4096}
-"""Queries that are read together, per kind of device; elsewhere one chunk's at a time, while they are in the cache."""
+TOGETHER = {"cpu": 2048, "cuda": 4096}
+"""Queries that are read together, per kind of device; elsewhere one chunk's at a time."""
+
+UNEQUAL_SLOTS = {"cuda"}
+"""Where chunks with unequal numbers of slots are read together too: the mask costs less than another call."""
 
 
 def attend(call: Call) -> tuple[Tensor, Memory]:
@@ -154,15 +157,15 @@ class _Run:
         return parts.of(step, queries, self.slots.ready if step.most_slots else None)
 
     def _groups(self) -> list[list[Step]]:
-        """The steps, those together that are read together: on a GPU, consecutive ones that are alike."""
-        steps = self.schedule.steps
-        together = TOGETHER.get(self.call.keys.device.type, 0)
+        """The steps, those together that are read together: consecutive ones that are alike."""
+        steps, device = self.schedule.steps, self.call.keys.device.type
+        together, unequal_slots = TOGETHER.get(device, 0), device in UNEQUAL_SLOTS
         if not together or not self.schedule.even or self.call.policy.window.band is not None:
             return [[step] for step in steps]
         groups: list[list[Step]] = []
         for step in steps:
             last = groups[-1] if groups else []
-            if last and step.stop - last[0].start <= together and readable_together(last[0], step):
+            if last and step.stop - last[0].start <= together and readable_together(last[0], step, unequal_slots):
                 last.append(step)
             else:
                 groups.append([step])

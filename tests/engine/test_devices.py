@@ -76,6 +76,7 @@ def test_chunks_read_together_read_the_same(
         return of_many(self, steps, *rest)
 
     monkeypatch.setattr(Parts, "of_many", counting)
+    monkeypatch.setattr(engine, "UNEQUAL_SLOTS", {"cpu"})
     monkeypatch.setattr(engine, "TOGETHER", {})
     apart = _everything(*_given(name, rows, kv_heads, 203))
     assert not groups
@@ -91,6 +92,7 @@ def test_chunks_read_together_read_the_same(
 
 def test_rows_of_one_phase_but_unequal_slots_are_not_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both rows have whole chunks behind them, so that columns agree; slots do not."""
+    monkeypatch.setattr(engine, "UNEQUAL_SLOTS", {"cpu"})
     results: list[Tensor] = []
     for together in ({}, {"cpu": 48}):
         monkeypatch.setattr(engine, "TOGETHER", together)
@@ -135,6 +137,7 @@ def test_the_kernel_for_gpus_is_called_as_declared(name: str, even: bool, monkey
 
     monkeypatch.setattr(read, "_kernel", kernel)
     monkeypatch.setattr(engine, "TOGETHER", {"meta": 48})
+    monkeypatch.setattr(engine, "UNEQUAL_SLOTS", {"meta"})
     policy, tensors, more = _given(name, 2, 2, 100, device="meta", dtype=torch.bfloat16)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     output, _ = memkit.attend(policy, *leaves, lengths=None if even else torch.tensor([100, 70]), **more)
