@@ -129,6 +129,7 @@ def test_a_call_unlike_the_last_one_is_checked() -> None:
         assert (output - wanted).abs().max() <= 16 * torch.finfo(torch.float32).eps
         with pytest.raises(memkit.MemoryStateError, match="taken over"):
             one(memory)
+        assert parameters.temperature_memory is not None
         parameters.temperature_memory.mul_(3)
         wanted, _ = one(later.fork())
         output, _ = one(later)
