@@ -61,18 +61,19 @@ def stream(name: str, tokens: int, stretches: int) -> list[Reading]:
             _, memory = layer(x, memory)
             spent.append(time.perf_counter() - begin)
             if call % every == 0:
-                said = memkit.cost(policy, call * size, heads=HEADS, head_width=HEAD_WIDTH)
                 readings.append(
                     Reading(
                         tokens=call * size,
                         seconds_per_chunk=statistics.median(spent),
                         resident_bytes=resident_bytes(),
                         memory_bytes=memory.bytes,
-                        cost_bytes=said.bytes,
+                        cost_bytes=0,
                         slots=int(memory.slots[0]),
                     )
                 )
                 spent = []
+    for reading in readings:  # afterwards, for what that takes is not the stream's
+        reading.cost_bytes = memkit.cost(policy, reading.tokens, heads=HEADS, head_width=HEAD_WIDTH).bytes
     return readings
 
 
