@@ -20,7 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from memkit.engine.call import Call
 from memkit.engine.fold import parameter_versions, read_slots
 from memkit.engine.read import default_scale
-from memkit.errors import InputError
+from memkit.engine.validation import check_signs
 from memkit.memory import Memory, SideBySide
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotary, Rotation
@@ -61,8 +61,8 @@ def decode_again(
         return None
     if side.looks != _looks(queries, keys, values, weights, scale) or side.made_with != parameter_versions(parameters):
         return None
-    if weights is not None and weights.device.type == "cpu" and (least := weights.amin().item()) < 0:
-        raise InputError(f"weights must be at least 0, got {least}; KVM takes 1 + ELU of its gate")
+    if weights is not None:
+        check_signs(weights)
     return _one_more(memory, queries, keys, values, weights, scale)
 
 

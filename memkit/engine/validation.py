@@ -15,7 +15,7 @@ from memkit.pieces.rotary import Rotation
 from memkit.plan import Plan
 from memkit.policy import Policy
 
-__all__ = ["check_call"]
+__all__ = ["check_call", "check_signs"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -115,10 +115,13 @@ def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None
         raise InputError(f"weights must be [b, g, t] = {tuple(keys.shape[:3])}, got {tuple(weights.shape)}")
     if weights.device != keys.device or not weights.is_floating_point():
         raise InputError(f"weights must be floating point on {keys.device}, got {weights.dtype} on {weights.device}")
-    if weights.device.type == "cpu" and weights.numel() and float(weights.detach().amin()) < 0:
-        raise InputError(
-            f"weights must be at least 0, got {float(weights.detach().min())}; KVM takes 1 + ELU of its gate"
-        )
+    check_signs(weights)
+
+
+def check_signs(weights: Tensor) -> None:
+    """Weights are at least 0; looked at on the CPU alone, for elsewhere the host would wait for the device."""
+    if weights.device.type == "cpu" and weights.numel() and (least := weights.amin().item()) < 0:
+        raise InputError(f"weights must be at least 0, got {least}; KVM takes 1 + ELU of its gate")
 
 
 def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> None:
