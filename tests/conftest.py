@@ -3,7 +3,7 @@ from collections.abc import Generator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from memkit.pieces import registry
 
@@ -11,6 +11,8 @@ from memkit.pieces import registry
 # No deadline: a first call may load or compile for seconds.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", derandomize=False, deadline=None, print_blob=True, max_examples=1000)
+# Whether a test fails is all that tools/mutants.py asks.
+settings.register_profile("judge", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("MEMKIT_HYPOTHESIS_PROFILE", "ci"))
 
 # Tensors are tiny here: a second thread only waits for the first.

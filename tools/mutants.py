@@ -13,6 +13,8 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -23,6 +25,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAWS = "tests/test_laws.py::test_drawn_policies"
 FAMILY = "tests/testing/test_checks.py::test_shipped_pieces_keep_the_laws_of_their_family"
 AGREE = f"{LAWS}[same_plan_same_answer]"
-PLANS = "tests/engine/test_plan.py"
+PLANS = ["tests/engine/test_plan.py", "-k", "not float64"]
 CHOICES = "tests/pieces/test_admission_and_routing.py"
 ROWS = ["tests/engine/test_rows.py", "tests/engine/test_decode.py"]
 WEIGHTS = "tests/engine/test_weights.py"
@@ -41,13 +44,22 @@ TARGETS = {
         ["tests/test_policy.py"],
         [LAWS],
     ],
-    "memkit/pieces/admission.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Novelty or Recency or Stride"], [LAWS], [PLANS]],
-    "memkit/pieces/routing.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Segment"], [LAWS], [PLANS]],
+    "memkit/pieces/admission.py": [
+        [CHOICES],
+        [AGREE],
+        [FAMILY, "-k", "Novelty or Recency or Stride"],
+        [LAWS],
+        PLANS,
+    ],
+    "memkit/pieces/routing.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Segment"], [LAWS], PLANS],
     "memkit/pieces/merging.py": [["tests/pieces/test_merging_and_readout.py"], [AGREE], [FAMILY, "-k", "Mean or Drop"]],
-    "memkit/engine/placing.py": [[WEIGHTS], [AGREE], [LAWS], [PLANS], ROWS],
-    "memkit/engine/schedule.py": [[WEIGHTS], [AGREE], [LAWS], [PLANS], ROWS],
+    "memkit/engine/placing.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
+    "memkit/engine/schedule.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
 }
 """What is mutated, and the tests that judge it, the quickest first."""
+
+PYTEST = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+"""Whether a test fails is all that matters here."""
 
 LIMIT = 240
 """Seconds after which a mutant that hangs counts as noticed."""
@@ -82,21 +94,25 @@ NAMES = {
 DROPPED = {"clamp", "expand", "masked_fill", "copy"}
 """Method calls that a mutant leaves out: x.clamp(…) becomes x."""
 
+SPARED = {"__all__", "AT_ONCE", "BAND_STEP", "MANY", "RUN"}
+"""Names whose values are not changed: a list of names, and how much is done at once, which changes no result."""
+
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the file, the line, what was there and what is there now; `index` among the file's mutants."""
+    """One change: the file, the line, what was there and what is there now; which of its site's changes it is."""
 
     file: str
     line: int
     before: str
     after: str
-    index: int
+    site: int
+    change: int
 
 
-def sites(tree: ast.AST) -> list[tuple[ast.AST, str]]:
-    """Nodes that may be changed, with the line that says so; no docstrings, annotations, messages or declarations."""
-    found: list[tuple[ast.AST, str]] = []
+def sites(tree: ast.AST) -> list[ast.AST]:
+    """Nodes that may be changed; no docstrings, annotations, messages or declarations."""
+    found: list[ast.AST] = []
 
     def visit(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
@@ -105,7 +121,7 @@ def sites(tree: ast.AST) -> list[tuple[ast.AST, str]]:
             if isinstance(child, ast.AnnAssign):
                 if child.value is not None and not isinstance(child.value, ast.Call):
                     visit(child.value)
-                    found.append((child.value, ""))
+                    found.append(child.value)
                 continue
             if isinstance(node, ast.ClassDef) and child in node.decorator_list:
                 continue  # frozen or not: a declaration
@@ -115,15 +131,15 @@ def sites(tree: ast.AST) -> list[tuple[ast.AST, str]]:
                 for part in child.body:
                     wrapper = ast.Module(body=[part], type_ignores=[])
                     visit(wrapper)
-                found.extend((default, "") for default in child.args.defaults)
+                found.extend(child.args.defaults)
                 continue
-            if isinstance(child, ast.Assign) and any(
-                isinstance(t, ast.Name) and t.id == "__all__" for t in child.targets
-            ):
+            if isinstance(child, ast.Assign) and SPARED & {
+                name.id for target in child.targets for name in ast.walk(target) if isinstance(name, ast.Name)
+            }:
                 continue
             if isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in ("Field", "cast"):
                 continue
-            found.append((child, ""))
+            found.append(child)
             visit(child)
 
     visit(tree)
@@ -171,25 +187,23 @@ def changes(node: ast.AST) -> list[ast.AST]:
     return out
 
 
-def mutants(file: str) -> tuple[list[Mutant], list[ast.Module]]:
-    """All of a file's mutants, and their syntax trees."""
-    source = (ROOT / file).read_text(encoding="utf-8")
-    count = len(sites(ast.parse(source)))
+def mutants(file: str) -> list[Mutant]:
+    """All of a file's mutants."""
     found: list[Mutant] = []
-    trees: list[ast.Module] = []
-    for i in range(count):
-        for j in range(len(changes(sites(ast.parse(source))[i][0]))):
-            tree = ast.parse(source)
-            node = sites(tree)[i][0]
-            new = changes(node)[j]
-            before = ast.unparse(node).splitlines()[0]
-            _Replace(node, new).visit(tree)
-            ast.fix_missing_locations(tree)
-            after = ast.unparse(new).splitlines()[0]
+    for site, node in enumerate(sites(ast.parse((ROOT / file).read_text(encoding="utf-8")))):
+        for change, new in enumerate(changes(node)):
+            before, after = (ast.unparse(each).splitlines()[0] for each in (node, new))
             if before != after:
-                found.append(Mutant(file, getattr(node, "lineno", 0), before, after, len(found)))
-                trees.append(tree)
-    return found, trees
+                found.append(Mutant(file, getattr(node, "lineno", 0), before, after, site, change))
+    return found
+
+
+def changed(mutant: Mutant) -> ast.Module:
+    """The syntax tree of the mutant's file, with its change."""
+    tree = ast.parse((ROOT / mutant.file).read_text(encoding="utf-8"))
+    node = sites(tree)[mutant.site]
+    _Replace(node, changes(node)[mutant.change]).visit(tree)
+    return ast.fix_missing_locations(tree)
 
 
 class _Replace(ast.NodeTransformer):
@@ -218,38 +232,45 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.tree, self.file, "exec"), module.__dict__)
 
 
-def noticed(mutant: Mutant, tree: ast.Module, quiet: bool = True) -> str:
-    """In a forked child: the first test run that notices the mutant, or nothing."""
+def failing(stages: list[list[str]]) -> str:
+    """In a forked child: the first of some test runs that fails, or nothing."""
     import pytest
 
-    sys.meta_path.insert(0, _Changed(mutant.file.removesuffix(".py").replace("/", "."), tree, mutant.file))
-    if quiet:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-    for stage in TARGETS[mutant.file]:
-        arguments = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", *stage]
-        if pytest.main(arguments) != 0:
-            return stage[0]
-    return ""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    return next((stage[0] for stage in stages if pytest.main([*PYTEST, *stage]) != 0), "")
 
 
-def run(chosen: list[tuple[Mutant, ast.Module]], workers: int) -> list[dict[str, object]]:
+def noticed(mutant: Mutant) -> str:
+    """In a forked child: the first test run that notices the mutant, or nothing."""
+    module = mutant.file.removesuffix(".py").replace("/", ".")
+    sys.meta_path.insert(0, _Changed(module, changed(mutant), mutant.file))
+    return failing(TARGETS[mutant.file])
+
+
+def in_child(task: Callable[[], str]) -> tuple[int, int]:
+    """Start a task in a child of its own: its process number, and where what it returns can be read ("-": nothing)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.setpgrp()
+        with contextlib.suppress(BaseException):
+            os.write(writer, task().encode() or b"-")
+        os._exit(0)
+    os.close(writer)
+    return child, reader
+
+
+def run(chosen: list[Mutant], workers: int) -> list[dict[str, object]]:
     """Every mutant in a child of its own, so many at a time."""
     waiting, running, results = list(reversed(chosen)), {}, []
     start = time.time()
     while waiting or running:
         while waiting and len(running) < workers:
-            mutant, tree = waiting.pop()
-            reader, writer = os.pipe()
-            child = os.fork()
-            if child == 0:
-                os.close(reader)
-                os.setpgrp()
-                with contextlib.suppress(BaseException):
-                    os.write(writer, noticed(mutant, tree).encode() or b"-")
-                os._exit(0)
-            os.close(writer)
+            mutant = waiting.pop()
+            child, reader = in_child(functools.partial(noticed, mutant))
             running[child] = (mutant, reader, time.time())
         for child, (mutant, reader, begun) in list(running.items()):
             done, _ = os.waitpid(child, os.WNOHANG)
@@ -284,15 +305,23 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MEMKIT_LAW_EXAMPLES", "20")
+    os.environ.setdefault("MEMKIT_HYPOTHESIS_PROFILE", "judge")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     # Heavy packages once, memkit never: each child imports it with its own change.
     for module in ("einops", "hypothesis", "numpy", "pydantic", "pytest", "safetensors.torch", "torch", "yaml"):
         importlib.import_module(module)
-    everything = [pair for file in TARGETS for pair in zip(*mutants(file), strict=True)]
+    gc.freeze()  # a child need not look through what it was given
+    everything = [mutant for file in TARGETS for mutant in mutants(file)]
     chosen = everything
     if given.only:
-        chosen = [pair for pair in everything if f"{pair[0].file}:{pair[0].line}" == given.only]
+        chosen = [mutant for mutant in everything if f"{mutant.file}:{mutant.line}" == given.only]
     elif len(everything) > given.count:
         chosen = random.Random(given.seed).sample(everything, given.count)
+    stages = [list(stage) for stage in dict.fromkeys(tuple(stage) for file in TARGETS for stage in TARGETS[file])]
+    child, reader = in_child(lambda: failing(stages))
+    os.waitpid(child, 0)
+    if (judge := os.read(reader, 1000).decode()) != "-":
+        raise SystemExit(f"{judge or 'a test run'} fails without any mutant: nothing can be judged by it")
     print(f"{len(everything)} mutants, {len(chosen)} of them tried (seed {given.seed})", flush=True)
     results = run(chosen, given.workers)
     survived = [result for result in results if not result["noticed_by"]]

@@ -21,7 +21,7 @@ from memkit.engine.call import Call
 from memkit.engine.fold import parameter_versions, read_slots
 from memkit.engine.read import default_scale
 from memkit.engine.validation import check_signs
-from memkit.memory import Memory, SideBySide
+from memkit.memory import Memory, Ready, SideBySide
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotary, Rotation
 from memkit.policy import Policy
@@ -152,7 +152,7 @@ def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) 
     policy, slots, held = call.policy, int(memory.live_rows[0]), int(memory.held_rows[0])
     seen, band = int(memory.seen_rows[0]), policy.window.band
     window, room = slice(memory.end - held, memory.end), memory.keys.shape[2]
-    ready = read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots]) if slots else None
+    ready = _ready(call, memory, slots, made_with) if slots else None
     if ready is None:
         moved, keys, values, bias = memory, memory.keys, memory.values, None
     else:
@@ -188,6 +188,15 @@ def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) 
         looks=_looks(call.queries, call.keys, call.values, call.weights, call.scale),
     )
     return moved
+
+
+def _ready(call: Call, memory: Memory, slots: int, made_with: tuple[int, ...]) -> Ready:
+    """The slots as they are read, which the call that took the last chunk in has left here in most cases."""
+    ready = memory.ready
+    if ready is None or ready.made_with != made_with:
+        return read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots])
+    bias = None if ready.bias is None else ready.bias[:, :, :slots]
+    return Ready(ready.route[:, :, :slots], ready.keys[:, :, :slots], ready.values[:, :, :slots], bias)
 
 
 def _behind(slots: Tensor, window: Tensor, room: int) -> Tensor:

@@ -5,6 +5,7 @@ Nothing here carries a gradient. All of a chunk is routed before any sum changes
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,12 @@ __all__ = ["Leaving", "Nearest", "NearestSpec", "Placement", "Routing", "Routing
 Count = int | Tensor
 """A whole number for all rows, or one per row as a tensor [b, 1, 1]."""
 
-RUN = 64
-"""Slots among which the best is looked for at once."""
+RUN, MANY = 64, 1024
+"""From so many slots on, the best is looked for in runs of so many."""
+
+AT_ONCE = {"cpu": 2**22}
+"""Similarities that are computed and searched at once, per kind of device: more cost fresh memory every time. Elsewhere
+all of a chunk's."""
 
 
 @dataclass(frozen=True)
@@ -137,40 +142,55 @@ class Nearest(Routing):
         if isinstance(chunk.grant, int) and chunk.grant == size:
             return Placement((chunk.live + offsets).expand(everyone.shape), everyone, drops=False)
 
-        old = self.similarity(chunk.keys, chunk.slots)
-        slots = torch.arange(old.shape[-1], device=old.device)
-        if isinstance(chunk.live, Tensor):
-            old = old.masked_fill(slots >= chunk.live.unsqueeze(-1), -torch.inf)
-
+        target, score, best = self._search(chunk)
         if not chunk.max_grant:
             nobody = torch.zeros_like(everyone)
             if not chunk.joining:
-                return Placement(torch.full_like(nobody, -1, dtype=torch.long), nobody)
-            return Placement(_best(old[..., chunk.sinks :], chunk.sinks)[0], nobody, drops=False)
+                return Placement(torch.full_like(target, -1), nobody)
+            return Placement(target, nobody, drops=False)
 
         assert priority is not None
-        forced, best = chunk.forced, None
+        forced = chunk.forced
         first_is_there = False  # in an empty memory token 0 founds a slot, and the rest are judged against it
         if redundancy:
-            best = old.amax(-1) if old.shape[-1] else old.new_full(everyone.shape, -torch.inf)
             first_is_there = (chunk.live == 0) & (chunk.grant > 0)
             if isinstance(first_is_there, Tensor) or first_is_there:
                 first = self.similarity(chunk.keys, chunk.alone()[:, :, :1])[..., 0]
                 best = torch.where(_tensor(first_is_there, best), first, best)
                 forced = _maximum(forced, first_is_there)
-        order = priority(offsets - forced, size - forced, chunk.grant - forced, best).expand(everyone.shape)
+        seen = best if redundancy else None
+        order = priority(offsets - forced, size - forced, chunk.grant - forced, seen).expand(everyone.shape)
         order = order.to(chunk.keys.dtype).masked_fill(offsets < forced, -torch.inf)
         rank = order.argsort(dim=-1, stable=True).argsort(dim=-1)
         founded = rank < chunk.grant
 
         slot = torch.where(founded, chunk.live + founded.cumsum(-1) - 1, -1)
         if chunk.joining:
-            target, score = _best(old[..., chunk.sinks :], chunk.sinks)
             fresh = self._founders(chunk, founded, first_is_there)
             new_target, new_score = _best(fresh, 0)
             target = torch.where(new_score > score, new_target + chunk.live, target)
             slot = torch.where(founded, slot, target)
         return Placement(slot, founded, drops=not chunk.joining)
+
+    def _search(self, chunk: Leaving) -> tuple[Tensor, Tensor, Tensor]:
+        """Each token's best slot that is no sink, its similarity to that, and to the best of all slots; [b, g, c]."""
+        keys, slots = chunk.keys.flatten(0, 1), chunk.slots.flatten(0, 1)
+        live = chunk.live.expand(*chunk.keys.shape[:2], 1).flatten(0, 1) if isinstance(chunk.live, Tensor) else None
+        each = max(1, AT_ONCE.get(keys.device.type, sys.maxsize) // max(1, keys.shape[1] * slots.shape[1]))
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for begin in range(0, len(keys), each):
+            some = slice(begin, begin + each)
+            scores = self.similarity(keys[some], slots[some])
+            if live is not None:
+                beyond = torch.arange(scores.shape[-1], device=scores.device) >= live[some].unsqueeze(-1)
+                scores = scores.masked_fill(beyond, -torch.inf)
+            sinks = scores[..., : chunk.sinks].clone()
+            scores[..., : chunk.sinks] = -torch.inf  # no targets
+            target, score = _best(scores, chunk.sinks)
+            best = torch.maximum(score, sinks.amax(-1)) if sinks.shape[-1] else score
+            found.append((target, score, best))
+        target, score, best = (torch.cat(parts).view(chunk.keys.shape[:3]) for parts in zip(*found, strict=True))
+        return target, score, best
 
     def _founders(self, chunk: Leaving, founded: Tensor, first_is_there: Count | bool) -> Tensor:
         """Similarity to the slots founded in this step, in token order, [b, g, c, max grant]; −inf: not a target."""
@@ -218,24 +238,30 @@ class Segment(Routing):
 
 
 def _best(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """The lowest slot with the highest score, and that score; slot −1 and −inf where there is none to choose from."""
+    """The lowest slot from `first` on with the highest score, and that score; slot −1 and −inf where there is none.
+
+    Slots before `first` score −inf.
+    """
     size = scores.shape[-1]
-    if size == 0:
+    if size <= first:
         none = scores.new_full(scores.shape[:-1], -torch.inf)
         return none.new_full(none.shape, -1, dtype=torch.long), none
-    if size < 8 * RUN:
-        score, target = scores.max(-1)
-        return target + first, score
+    if size < MANY:
+        return _argmax(scores).clamp_(min=first), scores.amax(-1)
     # Where the highest score stands costs more to find than the score itself: look in the first run that has it. The
     # last run may reach back into the one before it, whose scores are lower if it was not chosen.
     whole = size // RUN
     runs = scores[..., : whole * RUN].unflatten(-1, (whole, RUN)).amax(-1)
     if whole * RUN < size:
         runs = torch.cat((runs, scores[..., whole * RUN :].amax(-1, keepdim=True)), dim=-1)
-    score, run = runs.max(-1, keepdim=True)
-    start = (run * RUN).clamp(max=size - RUN)
-    inside = scores.gather(-1, start + torch.arange(RUN, device=scores.device)).argmax(-1, keepdim=True)
-    return (start + inside)[..., 0] + first, score[..., 0]
+    start = (_argmax(runs) * RUN).clamp_(max=size - RUN)
+    inside = scores.gather(-1, start.unsqueeze(-1) + torch.arange(RUN, device=scores.device))
+    return (start + _argmax(inside)).clamp_(min=first), runs.amax(-1)
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """Where the highest number of the last axis stands first. On the CPU by NumPy: its search is vectorised."""
+    return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1)
 
 
 def _tensor(condition: Count | bool, like: Tensor) -> Tensor:

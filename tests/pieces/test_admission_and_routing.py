@@ -223,7 +223,7 @@ def test_novelty_under_l2_is_distance_whatever_the_norms():
     assert placement.founded.flatten().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("count", [511, 512, 513, 575, 576, 1000])
+@pytest.mark.parametrize("count", [1000, 1023, 1024, 1025, 1087, 1088, 1200])
 @pytest.mark.parametrize("sinks", [0, 1, 70])
 def test_among_many_slots_the_lowest_of_the_nearest(count: int, sinks: int):
     """Many slots are searched run by run; ties across runs, within them and in the odd last one change nothing."""
@@ -241,6 +241,24 @@ def test_among_many_slots_the_lowest_of_the_nearest(count: int, sinks: int):
         assert found == sinks + scores.index(max(scores))
     assert placement.slot[0, 0, 0] == count - 1
     assert placement.slot[0, 0, 2] == sinks
+
+
+@pytest.mark.parametrize("at_once", [1, 7 * 5, 2 * 7 * 5, 10**9])
+@pytest.mark.parametrize("grant", [0, 2])
+def test_how_much_is_searched_at_once_changes_nothing(at_once: int, grant: int, monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    keys, slots = (torch.randn(2, 3, count, WIDTH, generator=generator) for count in (7, 5))
+    live = torch.tensor([5, 3])[:, None, None]
+    chunk = leaving(keys, slots, live=live, grant=grant, sinks=2)
+    expected = place(NearestSpec().build(), NoveltySpec(), chunk)
+    monkeypatch.setattr("memkit.pieces.routing.AT_ONCE", {"cpu": at_once})
+    placement = place(NearestSpec().build(), NoveltySpec(), chunk)
+
+    assert torch.equal(placement.slot, expected.slot)
+    assert torch.equal(placement.founded, expected.founded)
+    for row, count in enumerate((5, 3)):
+        alone = leaving(keys[row : row + 1], slots[row : row + 1, :, :count], live=count, grant=grant, sinks=2)
+        assert torch.equal(place(NearestSpec().build(), NoveltySpec(), alone).slot[0], placement.slot[row])
 
 
 def test_rows_with_and_without_slots_at_once():
