@@ -64,7 +64,7 @@ def stream(name: str, tokens: int, stretches: int) -> list[Reading]:
             begin = time.perf_counter()
             _, memory = layer(x, memory)
             spent.append(time.perf_counter() - begin)
-            if call % every == 0:
+            if call % every == 0 or call == calls:
                 readings.append(
                     Reading(
                         tokens=call * size,

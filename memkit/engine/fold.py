@@ -82,12 +82,6 @@ class Slots:
         """The slots as they are read, if that is at hand."""
         return self._ready
 
-    def snapshot(self, most: int) -> Ready:
-        """The first `most` slots as they are read now, whatever is folded in later."""
-        ready = self.ready
-        bias = None if ready.bias is None else ready.bias[:, :, :most].clone()
-        return Ready(ready.route, ready.keys[:, :, :most].clone(), ready.values[:, :, :most].clone(), bias)
-
     def keep_undo(self) -> None:
         """Remember from now on what undoing each fold takes."""
         self.undo = []
@@ -108,7 +102,7 @@ class Slots:
         """Take a chunk in. Dropped tokens have slot −1."""
         if self.sums.shape[2] == 0:  # a budget of no slots at all
             return
-        rows, scalars = contributions(self.call, chunk, placement.founded)
+        rows, scalars = contributions(self.call, chunk, placement.founders)
         stored = placement.slot >= 0
         target = self.flat(placement.slot.clamp(min=0))
         if self.policy.merging.additive or self.policy.exact_slots:
@@ -214,8 +208,11 @@ def memory_keys(call: Call, chunk: Chunk) -> Tensor:
     return call.policy.readout.key(keys, {}, call.key_norm) if call.policy.readout.layer_norm else keys
 
 
-def contributions(call: Call, chunk: Chunk, founded: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's row of sums [b, g, c, d + v] and of scalars [b, g, c, s], founders weighed as the rule says."""
+def contributions(call: Call, chunk: Chunk, founded: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each token's row of sums [b, g, c, d + v] and of scalars [b, g, c, s], founders weighed as the rule says.
+
+    founded [b, g, c]; None where no token founds.
+    """
     policy, keys = call.policy, memory_keys(call, chunk) if chunk.memory_keys is None else chunk.memory_keys
     dtype, ones = keys.dtype, torch.ones_like(keys[..., 0])
     values = keys[..., :0] if chunk.values is None else chunk.values.to(dtype)
@@ -224,13 +221,13 @@ def contributions(call: Call, chunk: Chunk, founded: Tensor) -> tuple[Tensor, Te
     if weight is not None:
         weighs = policy.merging.weighs
         weight = weight.to(dtype)
-        if not (weighs.founders and weighs.first_chunk):
+        if founded is not None and not (weighs.founders and weighs.first_chunk):
             first = _tensor(chunk.first, founded)
             weighed = torch.where(first, _tensor(weighs.first_chunk, founded), _tensor(weighs.founders, founded))
             weight = torch.where(founded & ~weighed, 1, weight)
         for_keys, for_values = weight if weighs.keys else ones, weight if weighs.values else ones
         # In the first chunk the radius stays that of the plain value, even where its sums are weighed.
-        for_radius = for_values if chunk.first is False else torch.where(_tensor(chunk.first, founded), 1, for_values)
+        for_radius = for_values if chunk.first is False else torch.where(_tensor(chunk.first, ones), 1, for_values)
     mass = for_values if policy.merging.weighs.values else for_keys
     columns: list[Tensor] = []
     for name in policy.columns:
@@ -244,7 +241,8 @@ def contributions(call: Call, chunk: Chunk, founded: Tensor) -> tuple[Tensor, Te
             case "value_norm":
                 column = values.norm(dim=-1) * for_values
             case "radius":
-                column = torch.where(founded, values.norm(dim=-1) * for_radius, 0)
+                norm = None if founded is None else torch.where(founded, values.norm(dim=-1) * for_radius, 0)
+                column = torch.zeros_like(ones) if norm is None else norm
             case _:
                 assert name == "position" and chunk.positions is not None
                 column = chunk.positions * mass.double()

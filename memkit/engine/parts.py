@@ -16,7 +16,7 @@ from memkit.engine.schedule import Schedule, Step, common
 from memkit.engine.timeline import Timeline, on_device
 from memkit.memory import Ready
 
-__all__ = ["Parts", "Queries", "heated", "readable_together"]
+__all__ = ["Parts", "Queries", "Snapshots", "heated", "readable_together"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,29 @@ def readable_together(one: Step, other: Step, unequal_slots: bool) -> bool:
     return facts[0] == facts[1]
 
 
+class Snapshots:
+    """The slots as each of k steps reads them, whatever is folded in later: a batch row per row and step, [b·k, …]."""
+
+    def __init__(self, steps: int, most: int) -> None:
+        self.steps, self.most = steps, most
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def take(self, step: int, ready: Ready) -> None:
+        """Note how the slots are read at a step."""
+        self.keys = self._noted(self.keys, step, ready.keys)
+        self.values = self._noted(self.values, step, ready.values)
+        self.bias = None if ready.bias is None else self._noted(self.bias, step, ready.bias)
+
+    def _noted(self, notes: Tensor | None, step: int, read: Tensor) -> Tensor:
+        rows, heads, _, *width = read.shape
+        if notes is None:
+            notes = read.new_empty(rows * self.steps, heads, self.most, *width)
+        notes.unflatten(0, (rows, self.steps))[:, step].copy_(read[:, :, : self.most])
+        return notes
+
+
 def _apart(timeline: Tensor, width: int, every: int) -> Tensor:
     """[b, h, n, d] → k stretches of `width` columns, one beginning `every` so many: [b·k, h, width, d]."""
     return timeline.unfold(2, width, every).permute(0, 2, 1, 4, 3).flatten(0, 1)
@@ -121,7 +144,7 @@ class Parts:
             parts.append(self._part(windowed, begin, end, None, causal=True))
         return parts
 
-    def of_many(self, steps: Sequence[Step], queries: Queries, slots: Sequence[Ready]) -> list[Part]:
+    def of_many(self, steps: Sequence[Step], queries: Queries, slots: Snapshots) -> list[Part]:
         """What k alike steps meet, each with the slots as they were then: one batch row per row and step, [b·k, …]."""
         first, last = steps[0], steps[-1]
         size, span = first.stop - first.start, slice(first.start, last.stop)
@@ -137,22 +160,16 @@ class Parts:
                 parts.append(Part(windowed, keys, values, causal=causal))
         return parts
 
-    def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Sequence[Ready]) -> Part:
+    def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Snapshots) -> Part:
+        assert slots.keys is not None and slots.values is not None
         live = [step.most_slots for step in steps]
-        most = max(live)
-        keys, values = (
-            torch.stack([tensor[:, :, :most] for tensor in tensors], dim=1).flatten(0, 1)
-            for tensors in ([each.keys for each in slots], [each.values for each in slots])
-        )
-        bias = None
-        if slots[0].bias is not None:
-            biases = [each.bias[:, :, :most] for each in slots if each.bias is not None]
-            bias = torch.stack(biases, dim=1).flatten(0, 1).unsqueeze(2)
-        if min(live) < most:
-            rows = len(keys) // len(steps)
-            beyond = torch.arange(most, device=self.device) >= on_device(np.array(live * rows), self.device)[:, None]
-            bias = self._hiding(beyond) if bias is None else bias + self._hiding(beyond)
-        return Part(queries, keys, values, bias)
+        bias = None if slots.bias is None else slots.bias.unsqueeze(2)
+        if min(live) < slots.most:
+            rows = len(slots.keys) // len(steps)
+            numbers = torch.arange(slots.most, device=self.device)
+            beyond = self._hiding(numbers >= on_device(np.array(live * rows), self.device)[:, None])
+            bias = beyond if bias is None else bias + beyond
+        return Part(queries, slots.keys, slots.values, bias)
 
     def _older(self, step: Step, queries: Tensor, end: int) -> list[Part]:
         """Columns before `end` that the first query sees; masked where rows differ or later queries lose some."""

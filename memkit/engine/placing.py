@@ -120,4 +120,5 @@ def _only(timeline: Timeline, exit_: Exit, placement: Placement) -> Placement:
     if exit_.leaves.all():
         return placement
     leaves = timeline.per_row(exit_.leaves)[:, None, None]
-    return Placement(torch.where(leaves, placement.slot, -1), placement.founded & leaves)
+    slot, founded = torch.where(leaves, placement.slot, -1), placement.founded & leaves
+    return Placement(slot, founded, founds=placement.founds)

@@ -159,7 +159,7 @@ def _unfold(call: Call, fold: Fold, reading: list[Tensor], grads: Grads) -> None
     stored = (fold.placement.slot >= 0).unsqueeze(-1)
     rows = all_sums[fold.target].view(*stored.shape[:3], -1) * stored
     numbers = all_scalars[fold.target].view(*stored.shape[:3], -1) * stored
-    keys, values, weights, *norm = _through_contributions(call, fold.chunk, fold.placement.founded, rows, numbers)
+    keys, values, weights, *norm = _through_contributions(call, fold.chunk, fold.placement.founders, rows, numbers)
     _add(grads.norm, norm)
     for whole, part in ((grads.keys, keys), (grads.values, values), (grads.weights, weights)):
         if whole is not None and part is not None:
@@ -175,7 +175,7 @@ def _through_reading(call: Call, sums: Tensor, scalars: Tensor, grads: list[Tens
 
 
 def _through_contributions(
-    call: Call, chunk: Chunk, founded: Tensor, rows: Tensor, scalars: Tensor
+    call: Call, chunk: Chunk, founded: Tensor | None, rows: Tensor, scalars: Tensor
 ) -> list[Tensor | Any]:
     """Gradients of a chunk's keys, values, weights (None where it has none) and LayerNorm from those of its rows."""
     with torch.enable_grad():

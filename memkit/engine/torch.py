@@ -14,13 +14,13 @@ from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.call import Call
 from memkit.engine.decode import decode
 from memkit.engine.fold import Slots, parameter_versions
-from memkit.engine.parts import Parts, Queries, readable_together
+from memkit.engine.parts import Parts, Queries, Snapshots, readable_together
 from memkit.engine.placing import follow, leaving_chunk, place, record
 from memkit.engine.read import Part, attend_parts, differentiable_parts
 from memkit.engine.recall import Recorded, backward
 from memkit.engine.schedule import Exit, Schedule, Step
 from memkit.engine.timeline import Timeline
-from memkit.memory import Memory, Ready
+from memkit.memory import Memory
 from memkit.pieces.routing import Placement
 from memkit.plan import Plan
 
@@ -127,12 +127,12 @@ class _Run:
                 met = self._meet(parts, queries, steps[0])
                 _, sums[:, :, span] = attend_parts(met, self.call.scale, out=output[:, :, span])
                 continue
-            slots: list[Ready] = []
-            for step in steps:
+            slots = Snapshots(len(steps), steps[-1].most_slots)
+            for number, step in enumerate(steps):
                 if step.exit is not None:
                     self.absorb(step.exit)
                 if step.most_slots:
-                    slots.append(self.slots.snapshot(steps[-1].most_slots))
+                    slots.take(number, self.slots.ready)
             together, lse = attend_parts(parts.of_many(steps, queries, slots), self.call.scale)
             for whole, part in ((output, together), (sums, lse)):
                 whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))

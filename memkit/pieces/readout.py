@@ -83,7 +83,7 @@ class Readout:
         """The slots' values: sums [..., m, v] → [..., m, v]."""
         match self.spec.value:
             case "birth-radius":
-                return normalize(sums, dim=-1, eps=1e-12) * scalars["radius"].to(sums.dtype).unsqueeze(-1)
+                return sums * (scalars["radius"].to(sums.dtype) / sums.norm(dim=-1).clamp(min=1e-12)).unsqueeze(-1)
             case "mean-norm":
                 return _of_mean_norm(sums, scalars["value_norm"], scalars["mass"])
             case "count-mean":

@@ -67,11 +67,20 @@ class Leaving:
 
 @dataclass(frozen=True)
 class Placement:
-    """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c]. drops: whether any slot may be −1."""
+    """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c].
+
+    drops: whether any slot may be −1; founds: whether any token may found. Who knows better saves the fold some work.
+    """
 
     slot: Tensor
     founded: Tensor
     drops: bool = True
+    founds: bool = True
+
+    @property
+    def founders(self) -> Tensor | None:
+        """`founded`, or None where nobody is known to."""
+        return self.founded if self.founds else None
 
 
 Priority = Callable[[Tensor, Count, Count, Tensor | None], Tensor]
@@ -146,8 +155,8 @@ class Nearest(Routing):
         if not chunk.max_grant:
             nobody = torch.zeros_like(everyone)
             if not chunk.joining:
-                return Placement(torch.full_like(target, -1), nobody)
-            return Placement(target, nobody, drops=False)
+                return Placement(torch.full_like(target, -1), nobody, founds=False)
+            return Placement(target, nobody, drops=False, founds=False)
 
         assert priority is not None
         forced = chunk.forced

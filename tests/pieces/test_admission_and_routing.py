@@ -243,6 +243,33 @@ def test_among_many_slots_the_lowest_of_the_nearest(count: int, sinks: int):
     assert placement.slot[0, 0, 2] == sinks
 
 
+@pytest.mark.parametrize("grant", [0, 3])
+def test_searching_run_by_run_changes_nothing(grant: int, monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(grant)
+    keys, slots = (torch.randn(2, 2, count, 8, generator=generator) for count in (40, 1100))
+    chunk = leaving(keys, slots, live=1100, grant=grant, sinks=4)
+    by_runs = place(NearestSpec().build(), NoveltySpec(), chunk)
+    monkeypatch.setattr("memkit.pieces.routing.MANY", 10**9)
+    at_once = place(NearestSpec().build(), NoveltySpec(), chunk)
+
+    assert torch.equal(by_runs.slot, at_once.slot)
+    assert torch.equal(by_runs.founded, at_once.founded)
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_similarities_are_for_an_admission_that_compares(compares: bool):
+    given: list[Tensor | None] = []
+
+    def priority(offsets: Tensor, free: object, grant: object, redundancy: Tensor | None) -> Tensor:
+        given.append(redundancy)
+        return offsets
+
+    keys = torch.ones(1, 1, 4, WIDTH)
+    NearestSpec().build().place(leaving(keys, keys, live=4, grant=1), priority, compares)
+    (redundancy,) = given
+    assert (redundancy is not None) == compares
+
+
 @pytest.mark.parametrize("at_once", [1, 7 * 5, 2 * 7 * 5, 10**9])
 @pytest.mark.parametrize("grant", [0, 2])
 def test_how_much_is_searched_at_once_changes_nothing(at_once: int, grant: int, monkeypatch: pytest.MonkeyPatch):
