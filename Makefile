@@ -57,7 +57,7 @@ format: $(READY) ## Rewrite files as ruff wants them
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-mutants: $(READY) ## Mutation testing: does some test notice each small change? (about 20 minutes)
+mutants: $(READY) ## Mutation testing: does some test notice each small change? (about 15 minutes)
 	$(BIN)/python tools/mutants.py --out mutants.json
 
 clean: ## Remove the environment, builds and caches
