@@ -241,8 +241,9 @@ def contributions(call: Call, chunk: Chunk, founded: Tensor | None) -> tuple[Ten
             case "value_norm":
                 column = values.norm(dim=-1) * for_values
             case "radius":
-                norm = None if founded is None else torch.where(founded, values.norm(dim=-1) * for_radius, 0)
-                column = torch.zeros_like(ones) if norm is None else norm
+                column = torch.zeros_like(ones)
+                if founded is not None:
+                    column = torch.where(founded, values.norm(dim=-1) * for_radius, 0)
             case _:
                 assert name == "position" and chunk.positions is not None
                 column = chunk.positions * mass.double()

@@ -136,7 +136,10 @@ class Nearest(Routing):
         self.kind, self.new_slots = similarity, new_slots
 
     def similarity(self, keys: Tensor, slots: Tensor) -> Tensor:
-        """[b, g, c, m]; l2 is −½·distance²."""
+        """Of keys [..., c, d] and slots [..., m, d], on any leading axes: [..., c, m], a tensor of its own.
+
+        l2 is −½·distance².
+        """
         scores = keys @ slots.mT
         if self.kind == "cosine":  # of whole products, so that exact dot products give exact ties
             lengths = keys.norm(dim=-1).unsqueeze(-1) * slots.norm(dim=-1).unsqueeze(-2)
