@@ -205,7 +205,8 @@ class MemoryAttention(nn.Module):
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         weights = None
         if self.gate is not None:
-            weights = (1 + elu(self.gate(x).float())).transpose(1, 2)
+            gate = self.gate(x)
+            weights = (1 + elu(gate.to(torch.promote_types(gate.dtype, torch.float32)))).transpose(1, 2)
         output, memory = attend(
             self.policy,
             queries,

@@ -272,7 +272,7 @@ def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
     heads = shape.layers * shape.rows * shape.kv_heads
     slots = heads * policy.slots_after(tokens) * per_slot
 
-    room = window_room(policy, tokens)
+    room = window_room(policy, tokens - int(policy.window.begin(tokens - 1)))
     weighs = policy.merging.learned and not policy.exact_slots
     window = heads * room * (width + weighs) * dtype.itemsize
     if policy.needs_rotation:  # positions of the window's tokens, and the next one

@@ -6,7 +6,8 @@ Rules that span several pieces are checked here, before any tensor exists.
 from __future__ import annotations
 
 import functools
-from typing import Annotated
+import threading
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, PrivateAttr, model_validator
@@ -22,6 +23,8 @@ from memkit.pieces.routing import NearestSpec, RoutingSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
 
 __all__ = ["Policy", "PolicySpec"]
+
+_BUILDING = threading.RLock()
 
 
 class PolicySpec(Spec):
@@ -80,10 +83,19 @@ class PolicySpec(Spec):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def build(self) -> Policy:
-        """The pieces, put together (once)."""
-        if self._policy is None or self._policy.spec is not self:  # a changed copy takes private attributes along
-            self._policy = Policy(self)
-        return self._policy
+        """The pieces, put together (once, whatever the threads)."""
+        policy = self._policy
+        if policy is None or policy.spec is not self:  # a changed copy takes private attributes along
+            with _BUILDING:
+                policy = self._policy
+                if policy is None or policy.spec is not self:
+                    policy = self._policy = Policy(self)
+        return policy
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """For pickle: the declaration and its name, without what was built of it."""
+        state = super().__getstate__()
+        return {**state, "__pydantic_private__": {"_name": self._name, "_policy": None}}
 
     def _repr_html_(self) -> str:
         return f"<b>{self.name or 'policy'}</b><pre>{self.to_yaml()}</pre>"
@@ -174,7 +186,7 @@ def _radius(spec: PolicySpec) -> None:
 
 
 class Policy:
-    """A policy's pieces, and what follows from them alone.
+    """A policy's pieces, and what follows from them alone. Never changes, so that threads and copies may share it.
 
     chunk: tokens that leave together (0 where nothing leaves); columns: the numbers a slot keeps besides its sums;
     exact_slots: slots are sinks and nothing else, read as plain tokens (growth none).
@@ -193,7 +205,19 @@ class Policy:
         self.rotary = spec.rotary.build()
         self.chunk = self.window.unit or 0
         self.exact_slots = self.growth is None
+        # Slots after each chunk, as far as anybody has asked: entries are only ever added, one thread at a time.
         self._slots: list[int] = [0]
+        self._counting = threading.Lock()
+
+    def __copy__(self) -> Policy:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Policy:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the declaration, built again."""
+        return PolicySpec.build, (self.spec,)
 
     @property
     def name(self) -> str | None:
@@ -246,13 +270,18 @@ class Policy:
         """
         if self.growth is None:
             return min(self.sinks, (index + 1) * self.chunk)
-        while len(self._slots) <= index + 1:
-            slots, begin = self._slots[-1], (len(self._slots) - 1) * self.chunk
-            granted = min(self.chunk, max(0, self.budget(begin) - slots))
-            if begin == 0 and self.growth.spec.first_chunk == "whole":
-                granted = self.chunk
-            self._slots.append(slots + granted)
+        if len(self._slots) <= index + 1:
+            with self._counting:
+                while len(self._slots) <= index + 1:
+                    self._slots.append(self._slots_after_next(len(self._slots) - 1, self._slots[-1]))
         return self._slots[index + 1]
+
+    def _slots_after_next(self, index: int, slots: int) -> int:
+        """Slots once chunk `index` has left, where there are `slots` before."""
+        assert self.growth is not None
+        if index == 0 and self.growth.spec.first_chunk == "whole":
+            return slots + self.chunk
+        return slots + min(self.chunk, max(0, self.budget(index * self.chunk) - slots))
 
     def slots_after(self, tokens: int) -> int:
         """Slots there are to read after `tokens` tokens of one row."""

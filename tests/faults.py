@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from memkit import Memory, PolicySpec
-from memkit.engine import fold, parts, recall, schedule, timeline
+from memkit.engine import backward, fold, parts, schedule, timeline
 from memkit.engine import torch as engine
 from memkit.pieces import Merging, Readout, ReadoutSpec
 from memkit.pieces.admission import Admission, Novelty
@@ -452,7 +452,7 @@ def _in_policies(law: Law, wrong: Callable[[Any], Any], *places: tuple[Any, str]
 
 WEIGHTED = WeightedMeanSpec(weight="learned")
 GROWS = FixedGrowthSpec(slots=4)
-CONTRIBUTIONS = ((fold, "contributions"), (recall, "contributions"))
+CONTRIBUTIONS = ((fold, "contributions"), (backward, "contributions"))
 
 FAULTS = (
     Fault(laws.conservation, ForgetsMass),
