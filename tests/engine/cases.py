@@ -114,7 +114,7 @@ class Case:
 
     def oracle_plan(self, **options: Any) -> memkit.Plan:
         """The plan that the oracle makes."""
-        from memkit.engine import reference
+        from memkit import reference
         from memkit.engine.validation import check_call
 
         given: dict[str, Any] = dict.fromkeys(("weights", "scale", "memory", "lengths", "plan"))
