@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.call import Call
+from memkit.pieces.needs import Need
 from memkit.reference.placing import Placed, place
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token
@@ -144,7 +145,7 @@ class Head:
 
 def new_places(rules: Rules, call: Call, row: int) -> Tensor | None:
     """Rotary positions of a row's new tokens, [n] float64: as given, else going on where the memory stands."""
-    if not rules.policy.needs_rotation:
+    if Need.ROTATION not in rules.policy.needs:
         return None
     assert call.rotation is not None
     count = int(call.lengths[row])

@@ -19,6 +19,7 @@ from torch import Tensor
 import memkit
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
+from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.plan import Plan
 from memkit.policy import Policy
@@ -98,7 +99,7 @@ class Case:
         keys = data(self.keys, self.kv_heads, self.width)
         values = data(self.values, self.kv_heads, self.value_width)
         weights = None
-        if policy.merging.learned and not policy.exact_slots and self.weights != "none":
+        if Need.MERGE_WEIGHTS in policy.needs and self.weights != "none":
             shape = (rows, self.kv_heads, self.tokens)
             weights = torch.randint(1, 9, shape, generator=generator).to(dtype) / 4
             if self.weights == "some-zero":
@@ -110,7 +111,7 @@ class Case:
                 noise = torch.rand(parameter.shape, generator=generator)
                 parameter.data = ((noise - 0.5) if name.endswith("bias") else (noise + 0.5)).to(dtype)
         rotation = None
-        if policy.needs_rotation:
+        if Need.ROTATION in policy.needs:
             turned = self.width // 2 * 2
             positions = None
             if self.positions:
@@ -343,7 +344,7 @@ def cases(
 ) -> Case:
     """Cases for a policy: unequal rows, heads grouped or not, lengths around its boundaries, data that hurt."""
     rows = draw(st.integers(1, max_rows))
-    least = max(min_width, 2 if policy.needs_rotation else 1, getattr(policy.spec.rotary, "width", None) or 1)
+    least = max(min_width, 2 if Need.ROTATION in policy.needs else 1, getattr(policy.spec.rotary, "width", None) or 1)
     width = draw(st.integers(least, max(4, least)))
     return Case(
         lengths=tuple(draw(lengths(policy)) for _ in range(rows)),
@@ -357,7 +358,7 @@ def cases(
         dtype=draw(st.sampled_from(dtypes)),  # type: ignore[arg-type]
         weights=draw(st.sampled_from(("none", "positive", "some-zero"))) if policy.merging.learned else "none",
         learned=draw(st.booleans()),
-        positions=draw(st.booleans()) if policy.needs_rotation else False,
+        positions=draw(st.booleans()) if Need.ROTATION in policy.needs else False,
         pieces=draw(splits()),
         gradients=draw(st.integers(0, 2)) == 2,
     )

@@ -41,7 +41,7 @@ def details(spec: PolicySpec, header: str) -> RenderableType:
     if header:
         parts.append(Text(header))
     parts += [Text(), declaration(spec), Text()]
-    learned = policy.learned
+    learned = tuple(need.phrase for need in policy.learned)
     parts.append(Text(f"A layer must have learned {_and(learned)}." if learned else "Nothing is learned."))
     parts.append(_growth_table(cost(spec, SHOWN_LENGTHS)))
     drawn = picture(policy)

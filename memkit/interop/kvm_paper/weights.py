@@ -9,6 +9,7 @@ from memkit.interop.kvm_paper.fields import Fields
 from memkit.lm.mixers import AttentionMixerSpec
 from memkit.lm.rwkv7 import RWKV7MixerSpec
 from memkit.lm.spec import MixerSpec, ModelSpec
+from memkit.pieces.needs import Need
 
 __all__ = ["unread_weights", "weight_names"]
 
@@ -55,13 +56,13 @@ def _attention_names(mixer: MixerSpec) -> dict[str, str]:
         names |= _norm("attention.query_norm", "ln_q") | _norm("attention.key_norm", "ln_k")
     if mixer.qk_norm == "unit":
         names["attention.query_scale"] = "beta"
-    learned = mixer.policy.build().learned
-    if "a memory-key LayerNorm" in learned:
+    needs = mixer.policy.build().needs
+    if Need.KEY_NORM in needs:
         names |= {f"attention.learned.key_norm_{part}": f"ln_s_k.{part}" for part in ("weight", "bias")}
-    if "temperatures" in learned:
+    if Need.QUERY_SCALES in needs:
         names["attention.learned.temperature_window"] = "front_head_temp"
         names["attention.learned.temperature_memory"] = "state_head_temp"
-    if "merge weights" in learned:
+    if Need.MERGE_WEIGHTS in needs:
         names["attention.gate.weight"] = "key_weighting.weight"
     return names
 
