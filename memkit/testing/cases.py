@@ -44,7 +44,7 @@ class Case:
     learned: whether LayerNorm and temperatures are random, not 1, 0 and 1; positions: whether rotary positions are
     given (with gaps), or continue from the memory; pieces: how to split the tokens, repeated until they are used up
     (row r begins with the r-th, so that rows get out of step);
-    gradients: whether gradients are judged, too.
+    gradients: whether gradients are compared, too.
     """
 
     lengths: tuple[int, ...] = (4,)
@@ -138,6 +138,11 @@ class Inputs:
     def padded(self) -> bool:
         """Whether some row is shorter than others."""
         return bool((self.lengths < self.keys.shape[2]).any())
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are no padding, [b, 1, t, 1] bool."""
+        return (torch.arange(self.keys.shape[2]) < self.lengths[:, None])[:, None, :, None]
 
     @property
     def leaves(self) -> dict[str, Tensor]:
