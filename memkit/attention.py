@@ -16,6 +16,7 @@ from memkit.engine import attend
 from memkit.errors import InputError
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
+from memkit.pieces.needs import Need
 from memkit.pieces.registry import Spec
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
@@ -165,13 +166,13 @@ class MemoryAttention(nn.Module):
         if not isinstance(rotary, RotaryEmbeddingSpec):
             rotary = RotaryEmbeddingSpec(**(rotary or {}))
         self.rotary = rotary.build(self.head_width)
-        if self.policy.needs_rotation and self.rotary.rotation is None:
+        if Need.ROTATION in self.policy.needs and self.rotary.rotation is None:
             raise InputError(
                 f"rotary {self.policy.spec.rotary.kind} un-rotates keys, but this layer rotates none (rotary.width 0); "
                 "use a policy with rotary: {kind: keep}"
             )
         self.learned = PolicyParameters(self.policy, heads, self.head_width)
-        weighed = self.policy.merging.learned and not self.policy.exact_slots
+        weighed = Need.MERGE_WEIGHTS in self.policy.needs
         self.gate = nn.Linear(width, self.kv_heads, bias=False) if weighed else None
 
     def forward(self, x: Tensor, memory: Memory | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Memory]:
@@ -214,7 +215,7 @@ class MemoryAttention(nn.Module):
             values,
             weights=weights,
             parameters=self.learned,
-            rotation=self.rotary.rotation if self.policy.needs_rotation else None,
+            rotation=self.rotary.rotation if Need.ROTATION in self.policy.needs else None,
             scale=scale,
             memory=memory,
             lengths=lengths,

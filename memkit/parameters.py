@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from memkit.pieces.needs import Need
 from memkit.policy import Policy
 
 __all__ = ["PolicyParameters"]
@@ -29,12 +30,12 @@ class PolicyParameters(nn.Module):
 
     def __init__(self, policy: Policy, heads: int, head_width: int) -> None:
         super().__init__()
-        norm = policy.readout.layer_norm and not policy.exact_slots
+        norm = Need.KEY_NORM in policy.needs
         self.key_norm_weight = nn.Parameter(torch.ones(head_width)) if norm else None
         self.key_norm_bias = nn.Parameter(torch.zeros(head_width)) if norm else None
-        heated = policy.readout.spec.temperatures
-        self.temperature_window = nn.Parameter(torch.ones(heads)) if heated else None
-        self.temperature_memory = nn.Parameter(torch.ones(heads)) if heated and not policy.exact_slots else None
+        scaled = Need.QUERY_SCALES in policy.needs
+        self.temperature_window = nn.Parameter(torch.ones(heads)) if scaled else None
+        self.temperature_memory = nn.Parameter(torch.ones(heads)) if scaled and not policy.exact_slots else None
 
     @property
     def key_norm(self) -> tuple[Tensor, Tensor] | None:

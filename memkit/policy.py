@@ -16,6 +16,7 @@ from memkit.pieces.admission import AdmissionSpec, NoAdmissionSpec, NoveltySpec
 from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
 from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
 from memkit.pieces.merging import MeanSpec, Merging, MergingSpec
+from memkit.pieces.needs import Need
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import AnyOf, Spec
 from memkit.pieces.rotary import KeepSpec, RotarySpec
@@ -238,20 +239,22 @@ class Policy:
         mass = ("mass",) if self.weighted and (self.readout.divides_by_mass or position) else ()
         return ("count", *mass, *self.readout.columns(), *position)
 
+    @functools.cached_property
+    def needs(self) -> frozenset[Need]:
+        """What it needs besides queries, keys and values: what its pieces need."""
+        needs = self.merging.needs | self.readout.needs | self.rotary.needs
+        # Slots that are plain tokens take nothing but the window's query scale.
+        return needs & {Need.QUERY_SCALES} if self.exact_slots else needs
+
     @property
-    def needs_rotation(self) -> bool:
-        """Whether `attend` must be given `rotation`."""
-        return self.rotary.needs_rotation and not self.exact_slots
+    def learned(self) -> tuple[Need, ...]:
+        """Those of its needs that a layer must have learned; empty where a stock model can run it."""
+        return tuple(need for need in Need if need.learned and need in self.needs)
 
     @functools.cached_property
-    def learned(self) -> tuple[str, ...]:
-        """What a layer must have learned for this policy; empty where a stock model can run it."""
-        parts = {
-            "merge weights": self.merging.learned and not self.exact_slots,
-            "a memory-key LayerNorm": self.readout.layer_norm and not self.exact_slots,
-            "temperatures": self.readout.spec.temperatures,
-        }
-        return tuple(part for part, needed in parts.items() if needed)
+    def needs_rotation(self) -> bool:
+        """Whether `attend` must be given `rotation`."""
+        return Need.ROTATION in self.needs
 
     def budget(self, begin: int) -> int:
         """Slots allowed once the chunk that starts at token `begin` has left the window, sinks counted."""

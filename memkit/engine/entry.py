@@ -108,7 +108,7 @@ def _attend(
         plan=plan,
     )
     if backend == "reference":
-        from memkit.engine import reference
+        from memkit import reference
 
         return reference.attend(call)
     if backend not in ("auto", "torch"):

@@ -79,7 +79,7 @@ def check_policy(policy: Policy) -> None:
     if policy.learned:
         raise ModelError(
             f"a stock model runs policies without learned parts, got {_name(policy)}, which needs "
-            f"{', '.join(policy.learned)}; use a free-* policy, or train a model with this one"
+            f"{', '.join(need.phrase for need in policy.learned)}; use a free-* policy, or train a model with this one"
         )
 
 
