@@ -8,13 +8,13 @@ from memkit.catalog import load_policy, policy_names
 from memkit.comparison import Comparison, compare
 from memkit.costing import Cost, cost
 from memkit.engine import attend, plan
+from memkit.engine.inputs import Plan
 from memkit.errors import InputError, MemkitError, MemoryStateError, ModelError, PolicyError
 from memkit.lm import MemoryLM, ModelSpec, load_model, model_names
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.registry import register
 from memkit.pieces.rotary import Rotation
-from memkit.plan import Plan
 from memkit.policy import Policy, PolicySpec
 
 __version__ = "0.1.0"

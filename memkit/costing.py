@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from memkit.catalog import as_policy
-from memkit.engine.timeline import window_room
-from memkit.engine.validation import DTYPES
+from memkit.engine.checks import DTYPES
 from memkit.errors import InputError
+from memkit.memory.window import room_for
 from memkit.pieces.needs import Need
 from memkit.policy import Policy, PolicySpec
 
@@ -194,14 +194,14 @@ class _Course:
 
     def __init__(self, policy: Policy, tokens: int) -> None:
         self.policy = policy
-        self.compares = not policy.exact_slots and policy.routing.compares
-        chunks = 0 if policy.exact_slots else int(policy.window.begin(tokens)) // policy.chunk + 1
+        self.compares = not policy.sinks_only and policy.routing.compares
+        chunks = 0 if policy.sinks_only else int(policy.window.begin(tokens)) // policy.chunk + 1
         # Slots once so many chunks have left; without growth there may be a chunk per token, and none is needed.
         self.table = np.array([policy.slots_after_chunk(index - 1) for index in range(chunks + 1)], dtype=np.int64)
 
     def slots(self, left: np.ndarray) -> np.ndarray:
         """Slots there are once `left` tokens have left the window."""
-        return np.minimum(self.policy.sinks, left) if self.policy.exact_slots else self.table[left // self.policy.chunk]
+        return np.minimum(self.policy.sinks, left) if self.policy.sinks_only else self.table[left // self.policy.chunk]
 
     def visible(self, lengths: Iterable[int]) -> dict[int, int]:
         """Σ over all queries of what each sees, slots and window, for texts of so many tokens."""
@@ -269,11 +269,11 @@ def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
     """Bytes of slots and of the window after a prefill, as the torch engine allocates them."""
     dtype = getattr(torch, shape.dtype)
     width = shape.head_width + shape.value_width
-    per_slot = width * torch.promote_types(dtype, torch.float32).itemsize + len(policy.columns) * FLOAT64_BYTES
+    per_slot = width * torch.promote_types(dtype, torch.float32).itemsize + len(policy.statistics) * FLOAT64_BYTES
     heads = shape.layers * shape.rows * shape.kv_heads
     slots = heads * policy.slots_after(tokens) * per_slot
 
-    room = window_room(policy, tokens - int(policy.window.begin(tokens - 1)))
+    room = room_for(policy, tokens - int(policy.window.begin(tokens - 1)))
     weighs = Need.MERGE_WEIGHTS in policy.needs
     window = heads * room * (width + weighs) * dtype.itemsize
     if Need.ROTATION in policy.needs:  # positions of the window's tokens, and the next one

@@ -15,7 +15,7 @@ class PolicyParameters(nn.Module):
     """What a policy learns besides its layer's projections; None where the policy has no such part.
 
     key_norm_weight, key_norm_bias [d]: the memory-key LayerNorm, shared by all heads (1 and 0 at first);
-    temperature_window, temperature_memory [h]: factors on the queries (1 at first).
+    query_scale_window, query_scale_memory [h]: factors on the queries (1 at first).
 
     A memory that decodes keeps a copy of its slots as these tensors read them, and reads them anew when one has
     changed: by an optimiser, by `load_state_dict`, by any change in place under `torch.no_grad()`. A change through
@@ -25,8 +25,8 @@ class PolicyParameters(nn.Module):
 
     key_norm_weight: nn.Parameter | None
     key_norm_bias: nn.Parameter | None
-    temperature_window: nn.Parameter | None
-    temperature_memory: nn.Parameter | None
+    query_scale_window: nn.Parameter | None
+    query_scale_memory: nn.Parameter | None
 
     def __init__(self, policy: Policy, heads: int, head_width: int) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class PolicyParameters(nn.Module):
         self.key_norm_weight = nn.Parameter(torch.ones(head_width)) if norm else None
         self.key_norm_bias = nn.Parameter(torch.zeros(head_width)) if norm else None
         scaled = Need.QUERY_SCALES in policy.needs
-        self.temperature_window = nn.Parameter(torch.ones(heads)) if scaled else None
-        self.temperature_memory = nn.Parameter(torch.ones(heads)) if scaled and not policy.exact_slots else None
+        self.query_scale_window = nn.Parameter(torch.ones(heads)) if scaled else None
+        self.query_scale_memory = nn.Parameter(torch.ones(heads)) if scaled and not policy.sinks_only else None
 
     @property
     def key_norm(self) -> tuple[Tensor, Tensor] | None:
@@ -46,5 +46,5 @@ class PolicyParameters(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """Those there are."""
-        every = (self.key_norm_weight, self.key_norm_bias, self.temperature_window, self.temperature_memory)
+        every = (self.key_norm_weight, self.key_norm_bias, self.query_scale_window, self.query_scale_memory)
         return [tensor for tensor in every if tensor is not None]

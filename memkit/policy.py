@@ -12,15 +12,16 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
-from memkit.pieces.admission import AdmissionSpec, NoAdmissionSpec, NoveltySpec
+from memkit.pieces.admission import Admission, AdmissionSpec, NoAdmissionSpec, NoveltySpec
 from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
 from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
-from memkit.pieces.merging import MeanSpec, Merging, MergingSpec
+from memkit.pieces.merging import Drop, MeanSpec, Merging, MergingSpec
 from memkit.pieces.needs import Need
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import AnyOf, Spec
-from memkit.pieces.rotary import KeepSpec, RotarySpec
-from memkit.pieces.routing import NearestSpec, RoutingSpec
+from memkit.pieces.rotary import KeepSpec, Rotary, RotarySpec
+from memkit.pieces.routing import Discard, NearestSpec, Routing, RoutingSpec
+from memkit.pieces.statistics import COUNT, MASS, Statistic
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
 
 __all__ = ["Policy", "PolicySpec"]
@@ -189,23 +190,29 @@ def _radius(spec: PolicySpec) -> None:
 class Policy:
     """A policy's pieces, and what follows from them alone. Never changes, so that threads and copies may share it.
 
-    chunk: tokens that leave together (0 where nothing leaves); columns: the numbers a slot keeps besides its sums;
-    exact_slots: slots are sinks and nothing else, read as plain tokens (growth none).
+    chunk: tokens that leave together (0 where nothing leaves); sinks_only: growth is none, so that slots are sinks and
+    nothing else, each a plain token, which queries meet as they meet the window.
     """
 
     def __init__(self, spec: PolicySpec) -> None:
         self.spec = spec
         self.chunker = spec.chunker.build()
         self.window = spec.window.build(self.chunker.size)
+        self.chunk = self.window.unit or 0
         self.sinks = spec.sinks
         self.growth = spec.growth.build()
-        self.admission = spec.admission.build()
-        self.routing = spec.routing.build()
-        self.merging: Merging = spec.merging.build()
-        self.readout = spec.readout.build()
-        self.rotary = spec.rotary.build()
-        self.chunk = self.window.unit or 0
-        self.exact_slots = self.growth is None
+        self.sinks_only = self.growth is None
+        self.admission: Admission | None = None
+        self.routing: Routing = Discard()
+        self.merging: Merging = Drop()
+        self.readout = ReadoutSpec(temperatures=spec.readout.temperatures).build()
+        self.rotary = Rotary()
+        if not self.sinks_only:  # else sinks are kept as they came, and nothing else is: by the pieces above
+            self.admission = spec.admission.build()
+            self.routing = spec.routing.build()
+            self.merging = spec.merging.build()
+            self.readout = spec.readout.build()
+            self.rotary = spec.rotary.build()
         # Slots after each chunk, as far as anybody has asked: entries are only ever added, one thread at a time.
         self._slots: list[int] = [0]
         self._counting = threading.Lock()
@@ -228,23 +235,26 @@ class Policy:
     @functools.cached_property
     def weighted(self) -> bool:
         """Whether a token's mass can differ from 1, so that slots keep their mass apart from their count."""
-        return not self.exact_slots and (type(self.merging).weight is not Merging.weight or not self.merging.additive)
+        return type(self.merging).weight is not Merging.weight or not self.merging.additive
 
     @functools.cached_property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the float64 numbers each slot keeps: its count, and what its readout needs."""
-        if self.exact_slots:
-            return ()
-        position = ("position",) if self.rotary.rotates_slots else ()
-        mass = ("mass",) if self.weighted and (self.readout.divides_by_mass or position) else ()
-        return ("count", *mass, *self.readout.columns(), *position)
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The numbers that each slot keeps besides its sums: its count, and what its pieces need."""
+        wanted = (*self.readout.statistics, *self.rotary.statistics)
+        mass = self.weighted and (self.readout.divides_by_mass or MASS in wanted)
+        rest = tuple(statistic for statistic in wanted if statistic is not MASS)
+        return (COUNT, *((MASS,) if mass else ()), *rest)
+
+    @functools.cached_property
+    def streams(self) -> tuple[str, ...]:
+        """What each token in the window carries."""
+        extra = {"weights": Need.MERGE_WEIGHTS, "positions": Need.ROTATION}
+        return ("keys", "values", *(name for name, need in extra.items() if need in self.needs))
 
     @functools.cached_property
     def needs(self) -> frozenset[Need]:
         """What it needs besides queries, keys and values: what its pieces need."""
-        needs = self.merging.needs | self.readout.needs | self.rotary.needs
-        # Slots that are plain tokens take nothing but the window's query scale.
-        return needs & {Need.QUERY_SCALES} if self.exact_slots else needs
+        return self.merging.needs | self.readout.needs | self.rotary.needs
 
     @property
     def learned(self) -> tuple[Need, ...]:

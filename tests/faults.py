@@ -281,7 +281,7 @@ class BiasOnSinks(Readout):
         super().__init__(ReadoutSpec(count_bias=True))
 
     def bias(self, scalars):
-        return (scalars["count"] + 1).log()
+        return (scalars[COUNT] + 1).log()
 
 
 class ReadsSums(Readout):
@@ -301,7 +301,7 @@ class DividesByZero(Readout):
         super().__init__(ReadoutSpec())
 
     def value(self, sums, scalars):
-        return sums / scalars["mass"].unsqueeze(-1)
+        return sums / scalars[MASS].unsqueeze(-1)
 
 
 # Mistakes in memkit itself: each patches a function while the law is verified over random policies
@@ -375,8 +375,8 @@ def _sees_what_follows(right):
 def _positions_halved(right):
     def read(call, sums, scalars):
         scalars = scalars.clone()
-        if "position" in call.policy.columns:
-            scalars[..., call.policy.columns.index("position")] *= 0.5
+        if "position" in call.policy.statistics:
+            scalars[..., call.policy.statistics.index("position")] *= 0.5
         return right(call, sums, scalars)
 
     return read

@@ -167,7 +167,7 @@ def test_only_what_the_policy_learns_is_there():
     kvm = dict(MemoryAttention("kvm-sqrt-16", width=WIDTH, heads=HEADS, kv_heads=2).named_parameters())
     assert kvm["gate.weight"].shape == (2, WIDTH)
     assert kvm["learned.key_norm_weight"].shape == (8,)
-    assert kvm["learned.temperature_memory"].shape == (HEADS,)
+    assert kvm["learned.query_scale_memory"].shape == (HEADS,)
 
 
 def test_merge_weights_are_one_plus_elu_of_the_gate():

@@ -35,7 +35,7 @@ def assert_equal_to_the_engine(policy: memkit.Policy, lengths: tuple[int, ...], 
         assert said.slots == int(memory.slots[0])
         assert said.window == int(memory.held_rows[0])
         assert said.bytes == memory.bytes
-        assert said.slot_bytes == sum(part.untyped_storage().nbytes() for part in (memory.sums, memory.scalars))
+        assert said.slot_bytes == sum(part.untyped_storage().nbytes() for part in (memory.sums, memory.store.numbers))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -77,7 +77,7 @@ def counted(policy: memkit.Policy, tokens: int) -> list[tuple[int, int]]:
         while policy.chunk and absorbed < begin:
             index = absorbed // policy.chunk
             before, after = policy.slots_after_chunk(index - 1), policy.slots_after_chunk(index)
-            if policy.routing.compares and not policy.exact_slots and after - before < policy.chunk:
+            if policy.routing.compares and not policy.sinks_only and after - before < policy.chunk:
                 compared += policy.chunk * (after if policy.merging.joins else before)
             absorbed += policy.chunk
         totals.append((seen, compared))

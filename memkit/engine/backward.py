@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from memkit.engine.autocast import autocasts, without_autocast
-from memkit.engine.fold import Chunk, Fold, SlotRules, contributions, flat_slots, read_slots
-from memkit.engine.parts import Parts, Queries, heated
-from memkit.engine.read import attend_parts_backward, once_only
+from memkit.engine.keysets import KeySets, Queries, scaled
+from memkit.engine.read import attend_key_sets_backward, once_only
 from memkit.engine.schedule import Schedule
-from memkit.engine.timeline import columns
-from memkit.memory import Ready
+from memkit.memory.slots import Chunk, Fold, SlotRules, SlotView, contributions, flat_slots, read_slots
+from memkit.memory.window import Columns, columns
 from memkit.pieces.rotary import Rotation
 
 __all__ = ["Inputs", "Passed", "attend_as_one_node"]
@@ -37,7 +36,7 @@ __all__ = ["Inputs", "Passed", "attend_as_one_node"]
 class Inputs:
     """What a pass is given that gradients may flow to.
 
-    queries; keys [b, g, n, d], values [b, g, n, v], weights [b, g, n]: the timeline; sums [b, g, m, d + v], scalars
+    queries; keys [b, g, n, d], values [b, g, n, v], weights [b, g, n]: the timeline; sums [b, g, m, d + v], numbers
     [b, g, m, s]: what slots hold at first. The LayerNorm is in the rules.
     """
 
@@ -46,19 +45,19 @@ class Inputs:
     values: Tensor
     weights: Tensor | None
     sums: Tensor
-    scalars: Tensor
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What a pass leaves. output [b, h, t, v]; lse [b, h, t]; sums, scalars: what slots hold at last; ready: how they
+    """What a pass leaves. output [b, h, t, v]; lse [b, h, t]; sums, numbers: what slots hold at last; view: how they
     read then; folds: what undoing each fold takes, the first one first."""
 
     output: Tensor
     lse: Tensor
     sums: Tensor
-    scalars: Tensor
-    ready: Ready
+    numbers: Tensor
+    view: SlotView
     folds: list[Fold]
 
 
@@ -71,7 +70,7 @@ def attend_as_one_node(
     positions: Tensor | None,
     fresh: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, sums and scalars of a pass, with a gradient.
+    """Output, sums and numbers of a pass, with a gradient.
 
     positions [b, n]: those of the timeline; fresh: whether there was no memory, so that nothing was read at first.
     """
@@ -82,14 +81,14 @@ def attend_as_one_node(
         facts,
         queries.windowed,
         None if queries.alike else queries.remembering,
-        queries.window_heat,
-        queries.memory_heat,
+        queries.window_scale,
+        queries.memory_scale,
         inputs.keys,
         inputs.values,
         inputs.weights,
         *(rules.key_norm or (None, None)),
         inputs.sums,
-        inputs.scalars,
+        inputs.numbers,
     )
 
 
@@ -103,65 +102,63 @@ class _Pass(torch.autograd.Function):
         facts: tuple[SlotRules, Schedule, float, Tensor | None, bool],
         windowed: Tensor,
         remembering: Tensor | None,
-        window_heat: Tensor | None,
-        memory_heat: Tensor | None,
+        window_scale: Tensor | None,
+        memory_scale: Tensor | None,
         keys: Tensor,
         values: Tensor,
         weights: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         sums: Tensor,
-        scalars: Tensor,
+        numbers: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rules, schedule, scale, positions, fresh = facts
-        queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
-        passed = forward(Inputs(queries, keys, values, weights, sums, scalars))
+        queries = Queries(windowed, windowed if remembering is None else remembering, window_scale, memory_scale)
+        passed = forward(Inputs(queries, keys, values, weights, sums, numbers))
         rotation = rules.rotation
         kept = _Kept(
-            read=(_apart(passed.ready.keys, passed.sums), _apart(passed.ready.values, passed.sums), passed.ready.bias),
+            read=(_apart(passed.view.keys, passed.sums), _apart(passed.view.values, passed.sums), passed.view.bias),
             folds=passed.folds,
             lse=passed.lse,
-            started=None if fresh else (sums, scalars),
+            started=None if fresh else (sums, numbers),
             room=passed.sums.shape[2],
             positions=positions,
             frequencies=None if rotation is None else rotation.frequencies,
         )
-        inputs = (windowed, remembering, window_heat, memory_heat, keys, values, weights, norm_weight, norm_bias)
+        inputs = (windowed, remembering, window_scale, memory_scale, keys, values, weights, norm_weight, norm_bias)
         saved: list[Tensor | None] = [*inputs, passed.output]
         # Rules and schedule stay, but for their tensors.
         ctx.rules, ctx.schedule, ctx.scale = dataclasses.replace(rules, key_norm=None, rotation=None), schedule, scale
         ctx.rotation = None if rotation is None else (rotation.pairing, rotation.width)
         ctx.kept = _without_tensors(kept, saved)
         ctx.save_for_backward(*saved)
-        return passed.output, passed.sums, passed.scalars
+        return passed.output, passed.sums, passed.numbers
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
-        windowed, remembering, window_heat, memory_heat, keys, values, weights, norm_weight, norm_bias, output = saved[
-            :10
-        ]
+        windowed, remembering, window_scale, memory_scale, keys, values, weights, *norms, output = saved[:10]
         kept: _Kept = _with_tensors(ctx.kept, saved)
         rotation = None
         if ctx.rotation is not None and kept.frequencies is not None:
             rotation = Rotation(ctx.rotation[0], ctx.rotation[1], kept.frequencies)
-        norm = None if norm_weight is None else (norm_weight.detach(), norm_bias.detach())
+        norm = None if norms[0] is None else (norms[0].detach(), norms[1].detach())
         rules = dataclasses.replace(ctx.rules, key_norm=norm, rotation=rotation)
-        queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
+        queries = Queries(windowed, windowed if remembering is None else remembering, window_scale, memory_scale)
         with torch.no_grad(), without_autocast(keys.device) if autocasts(keys.device) else nullcontext():
             walk = _Backward(rules, ctx.schedule, ctx.scale, queries, keys, values, weights, kept)
             grads = walk.run(output, *given)
         found = [
             grads.windowed,
             None if remembering is None else grads.remembering,
-            grads.window_heat,
-            grads.memory_heat,
+            grads.window_scale,
+            grads.memory_scale,
             grads.keys.to(keys.dtype),
             grads.values.to(values.dtype),
             grads.weights,
             *(grads.norm or (None, None)),
             grads.sums,
-            grads.scalars,
+            grads.numbers,
         ]
         return None, None, *once_only(found, [*given, *saved])
 
@@ -176,7 +173,7 @@ def _apart(tensor: Tensor, returned: Tensor) -> Tensor:
 class _Kept:
     """What a pass leaves for its backward pass besides its inputs and its output.
 
-    read: how slots read at last; started: the sums and scalars they started from, None where there was no memory;
+    read: how slots read at last; started: the sums and numbers they started from, None where there was no memory;
     room: slots there is room for; positions [b, n] of the timeline; frequencies of the rotation.
     """
 
@@ -225,18 +222,18 @@ def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
 @dataclass
 class _Grads:
     """Gradients of what the pass was given: queries for the window and the slots (one tensor where those are),
-    temperatures, timeline, LayerNorm, first sums."""
+    query scales, timeline, LayerNorm, first sums."""
 
     windowed: Tensor
     remembering: Tensor
-    window_heat: Tensor | None
-    memory_heat: Tensor | None
+    window_scale: Tensor | None
+    memory_scale: Tensor | None
     keys: Tensor
     values: Tensor
     weights: Tensor | None
     norm: list[Tensor]
     sums: Tensor
-    scalars: Tensor
+    numbers: Tensor
 
 
 class _Backward:
@@ -255,59 +252,61 @@ class _Backward:
     ) -> None:
         self.rules, self.schedule, self.scale, self.queries, self.weights = rules, schedule, scale, queries, weights
         self.kept, self.folds = kept, list(kept.folds)
-        self.parts = Parts(schedule, keys.detach(), values.detach())
-        self.ready = self._record(*(None if tensor is None else tensor.clone() for tensor in kept.read))
+        self.key_sets = KeySets(schedule, keys.detach(), values.detach())
+        self.view = self._record(*(None if tensor is None else tensor.clone() for tensor in kept.read))
 
-    def run(self, output: Tensor, grad_output: Tensor, grad_sums: Tensor, grad_scalars: Tensor) -> _Grads:
-        """Gradients of all inputs from those of the output, the final sums and the final scalars."""
-        grads, reading = self._nothing_yet(grad_sums, grad_scalars)
+    def run(self, output: Tensor, grad_output: Tensor, grad_sums: Tensor, grad_numbers: Tensor) -> _Grads:
+        """Gradients of all inputs from those of the output, the final sums and the final numbers."""
+        grads, reading = self._nothing_yet(grad_sums, grad_numbers)
         queries, lse = self.queries, self.kept.lse
         for step in reversed(self.schedule.steps):
             if step.stop > step.start:
                 span = slice(step.start, step.stop)
-                met = self.parts.of(step, queries, self.ready if step.most_slots else None)
-                found = attend_parts_backward(
+                met = self.key_sets.of(step, queries, self.view if step.most_slots else None)
+                found = attend_key_sets_backward(
                     met, self.scale, output[:, :, span], lse[:, :, span], grad_output[:, :, span]
                 )
-                for part, (asked, keys, values) in zip(met, found, strict=True):
-                    if part.columns is None:
-                        _cool(asked, queries.remembering[:, :, span], queries.memory_heat, grads.memory_heat)
-                        grads.remembering[:, :, span] += heated(asked, queries.memory_heat)
+                for key_set, (asked, keys, values) in zip(met, found, strict=True):
+                    if key_set.columns is None:
+                        _scale_gradient(
+                            asked, queries.remembering[:, :, span], queries.memory_scale, grads.memory_scale
+                        )
+                        grads.remembering[:, :, span] += scaled(asked, queries.memory_scale)
                         reading[0][:, :, : keys.shape[2]] += keys
                         reading[1][:, :, : keys.shape[2]] += values
                     else:
-                        _cool(asked, queries.windowed[:, :, span], queries.window_heat, grads.window_heat)
-                        grads.windowed[:, :, span] += heated(asked, queries.window_heat)
-                        grads.keys[:, :, slice(*part.columns)] += keys
-                        grads.values[:, :, slice(*part.columns)] += values
-            if step.exit is not None and self.folds:
+                        _scale_gradient(asked, queries.windowed[:, :, span], queries.window_scale, grads.window_scale)
+                        grads.windowed[:, :, span] += scaled(asked, queries.window_scale)
+                        grads.keys[:, :, slice(*key_set.columns)] += keys
+                        grads.values[:, :, slice(*key_set.columns)] += values
+            if step.leaving is not None and self.folds:
                 fold = self.folds.pop()
                 self._unfold(fold, reading, grads)
                 self._restore(fold)
         if self.kept.started is not None:
-            sums, scalars, *norm = _through_reading(self.rules, *self.kept.started, reading)
+            sums, numbers, *norm = _through_reading(self.rules, *self.kept.started, reading)
             grads.sums += sums
-            grads.scalars += scalars
+            grads.numbers += numbers
             _add(grads.norm, norm)
         return grads
 
-    def _nothing_yet(self, grad_sums: Tensor, grad_scalars: Tensor) -> tuple[_Grads, list[Tensor]]:
+    def _nothing_yet(self, grad_sums: Tensor, grad_numbers: Tensor) -> tuple[_Grads, list[Tensor]]:
         """The gradients to add to, and those of how slots read."""
-        queries, parts, wide = self.queries, self.parts, grad_sums.dtype
+        queries, key_sets, wide = self.queries, self.key_sets, grad_sums.dtype
         for_windowed = torch.zeros_like(queries.windowed)
         grads = _Grads(
             windowed=for_windowed,
             remembering=for_windowed if queries.alike else torch.zeros_like(queries.remembering),
-            window_heat=None if queries.window_heat is None else torch.zeros_like(queries.window_heat),
-            memory_heat=None if queries.memory_heat is None else torch.zeros_like(queries.memory_heat),
-            keys=torch.zeros_like(parts.keys, dtype=wide),
-            values=torch.zeros_like(parts.values, dtype=wide),
+            window_scale=None if queries.window_scale is None else torch.zeros_like(queries.window_scale),
+            memory_scale=None if queries.memory_scale is None else torch.zeros_like(queries.memory_scale),
+            keys=torch.zeros_like(key_sets.keys, dtype=wide),
+            values=torch.zeros_like(key_sets.values, dtype=wide),
             weights=None if self.weights is None else torch.zeros_like(self.weights),
             norm=[torch.zeros_like(tensor) for tensor in self.rules.key_norm or ()],
             sums=grad_sums.clone(memory_format=torch.contiguous_format),
-            scalars=grad_scalars.clone(memory_format=torch.contiguous_format),
+            numbers=grad_numbers.clone(memory_format=torch.contiguous_format),
         )
-        return grads, [torch.zeros_like(tensor, dtype=wide) for tensor in (self.ready.keys, self.ready.values)]
+        return grads, [torch.zeros_like(tensor, dtype=wide) for tensor in (self.view.keys, self.view.values)]
 
     def _unfold(self, fold: Fold, reading: list[Tensor], grads: _Grads) -> None:
         """Carry gradients back through one fold."""
@@ -321,15 +320,15 @@ class _Backward:
         given = [tensor[touched] * first.unsqueeze(-1) for tensor in flat]
         for tensor in flat:
             tensor.index_fill_(0, touched, 0)
-        sums, scalars, *norm = _through_reading(self.rules, fold.sums, fold.scalars, given)
+        sums, numbers, *norm = _through_reading(self.rules, fold.sums, fold.numbers, given)
         _add(grads.norm, norm)
-        all_sums, all_scalars = grads.sums.flatten(0, 2), grads.scalars.flatten(0, 2)
+        all_sums, all_numbers = grads.sums.flatten(0, 2), grads.numbers.flatten(0, 2)
         all_sums.index_add_(0, touched, sums)
-        all_scalars.index_add_(0, touched, scalars)
+        all_numbers.index_add_(0, touched, numbers)
 
         stored = (fold.slot >= 0).unsqueeze(-1)
         rows = all_sums[target].view(*stored.shape[:3], -1) * stored
-        numbers = all_scalars[target].view(*stored.shape[:3], -1) * stored
+        numbers = all_numbers[target].view(*stored.shape[:3], -1) * stored
         chunk = self._chunk(fold)
         keys, values, weights, *norm = _through_contributions(self.rules, chunk, fold.founders, rows, numbers)
         _add(grads.norm, norm)
@@ -341,8 +340,8 @@ class _Backward:
         """The tokens of a fold."""
         positions = self.kept.positions
         return Chunk(
-            keys=columns(self.parts.keys, fold.where),
-            values=columns(self.parts.values, fold.where),
+            keys=columns(self.key_sets.keys, fold.where),
+            values=columns(self.key_sets.values, fold.where),
             weights=None if self.weights is None else columns(self.weights, fold.where),
             positions=None if positions is None else columns(positions[:, None], fold.where),
             first=fold.first,
@@ -353,7 +352,7 @@ class _Backward:
         """Read again what was read before a fold, from the sums of then where the fold does not say."""
         if fold.before is not None:
             target = flat_slots(fold.slot, self.kept.room)
-            for whole, part in zip((self.ready.keys, self.ready.values, self.ready.bias), fold.before, strict=True):
+            for whole, part in zip((self.view.keys, self.view.values, self.view.bias), fold.before, strict=True):
                 if whole is not None and part is not None:
                     whole.flatten(0, 2).index_copy_(0, target, part)
             return
@@ -362,33 +361,33 @@ class _Backward:
             last = self.folds[-1]
             if last.before is not None:  # how slots read before that one is noted there, and after it not needed
                 return
-            started = (last.sums, last.scalars)
+            started = (last.sums, last.numbers)
         if started is not None:
-            rows, heads, room = (*self.parts.keys.shape[:2], self.kept.room)
-            self.ready = read_slots(self.rules, *(tensor.reshape(rows, heads, room, -1) for tensor in started))
+            rows, heads, room = (*self.key_sets.keys.shape[:2], self.kept.room)
+            self.view = read_slots(self.rules, *(tensor.reshape(rows, heads, room, -1) for tensor in started))
 
     @staticmethod
-    def _record(keys: Tensor | None, values: Tensor | None, bias: Tensor | None) -> Ready:
+    def _record(keys: Tensor | None, values: Tensor | None, bias: Tensor | None) -> SlotView:
         assert keys is not None and values is not None
-        return Ready(keys, keys, values, bias)
+        return SlotView(keys, keys, values, bias)
 
 
-def _cool(grad: Tensor, queries: Tensor, heat: Tensor | None, into: Tensor | None) -> None:
-    """Add a temperature's gradient, [h], from that of the heated queries [b, h, s, d]."""
-    if heat is not None and into is not None:
+def _scale_gradient(grad: Tensor, queries: Tensor, scale: Tensor | None, into: Tensor | None) -> None:
+    """Add a query scale's gradient, [h], from that of the scaled queries [b, h, s, d]."""
+    if scale is not None and into is not None:
         into += torch.einsum("bhsd,bhsd->h", grad, queries).to(into.dtype)
 
 
-def _through_reading(rules: SlotRules, sums: Tensor, scalars: Tensor, grads: list[Tensor]) -> list[Tensor]:
-    """Gradients of sums, scalars and LayerNorm from those of how slots read."""
+def _through_reading(rules: SlotRules, sums: Tensor, numbers: Tensor, grads: list[Tensor]) -> list[Tensor]:
+    """Gradients of sums, numbers and LayerNorm from those of how slots read."""
     with torch.enable_grad():
-        sums, scalars, rules = _leaf(sums), _leaf(scalars), _with_norm_as_leaves(rules)
-        ready = read_slots(rules, sums, scalars)
-        return _gradients([ready.keys, ready.values], [sums, scalars, *(rules.key_norm or ())], grads)
+        sums, numbers, rules = _leaf(sums), _leaf(numbers), _with_norm_as_leaves(rules)
+        view = read_slots(rules, sums, numbers)
+        return _gradients([view.keys, view.values], [sums, numbers, *(rules.key_norm or ())], grads)
 
 
 def _through_contributions(
-    rules: SlotRules, chunk: Chunk, founded: Tensor | None, rows: Tensor, scalars: Tensor
+    rules: SlotRules, chunk: Chunk, founded: Tensor | None, rows: Tensor, numbers: Tensor
 ) -> list[Tensor | Any]:
     """Gradients of a chunk's keys, values, weights (None where it has none) and LayerNorm from those of its rows."""
     with torch.enable_grad():
@@ -397,7 +396,7 @@ def _through_contributions(
         leaves = {name: None if tensor is None else _leaf(tensor) for name, tensor in given.items()}
         outputs = contributions(rules, dataclasses.replace(chunk, **leaves), founded)
         present = [leaf for leaf in leaves.values() if leaf is not None]
-        found = _gradients(list(outputs), [*present, *(rules.key_norm or ())], [rows, scalars])
+        found = _gradients(list(outputs), [*present, *(rules.key_norm or ())], [rows, numbers])
     if leaves["weights"] is None:
         found.insert(2, None)  # type: ignore[arg-type]
     return found
@@ -426,7 +425,7 @@ def _add(sums: list[Tensor], parts: list[Tensor]) -> None:
         whole += part
 
 
-def _add_columns(timeline: Tensor, where: slice | Tensor, part: Tensor) -> None:
+def _add_columns(timeline: Tensor, where: Columns, part: Tensor) -> None:
     if isinstance(where, slice):
         columns(timeline, where).add_(part)
         return

@@ -2,10 +2,11 @@
 
 Softmax does not mind the order of its keys. So decoding keeps the slots, as they are read, directly before the window
 in one buffer, and appends each token behind; until the next chunk leaves, nothing else moves (under a sliding window
-the sinks do). What differs between slots and window is folded into the slots' keys (temperatures, as the ratio of the
-two) or into one bias (counts).
+the sinks do). What differs between slots and window is folded into the slots' keys (query scales, as the ratio of
+the two) or into one bias (counts).
 
-This is a shortcut: whatever does not fit it takes the way of every other call, with the same result.
+This is a shortcut: whatever does not fit it takes the way of every other call, with the same result. `ENABLED = False`
+switches it off.
 """
 
 from __future__ import annotations
@@ -17,132 +18,134 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from memkit.engine.call import Call
-from memkit.engine.fold import SlotRules, parameter_versions, read_slots
+from memkit.engine.checks import check_signs
+from memkit.engine.inputs import AttendInputs
 from memkit.engine.read import default_scale
-from memkit.engine.validation import check_signs
-from memkit.memory import Memory, Ready, SideBySide
-from memkit.parameters import PolicyParameters
-from memkit.pieces.rotary import Rotary, Rotation
+from memkit.memory import Memory
+from memkit.memory.memory import DecodeBuffer
+from memkit.memory.slots import SlotRules, SlotView, parameter_versions, read_slots
+from memkit.memory.window import Window
+from memkit.pieces.rotary import Rotary
 from memkit.policy import Policy
 
 __all__ = ["decode", "decode_again"]
 
+ENABLED = True
+"""Whether single tokens take this way. Off, they take that of every other call: for whoever wonders which is wrong."""
 
-def decode(call: Call) -> tuple[Tensor, Memory] | None:
+
+def decode(inputs: AttendInputs) -> tuple[Tensor, Memory] | None:
     """Outputs [b, h, 1, v] and the memory after the call; None where the call is not of this kind."""
-    memory = call.memory
-    if memory is None or not _applies(call, memory):
+    memory = inputs.memory
+    if not ENABLED or memory is None or not _applies(inputs, memory):
         return None
-    assert call.queries is not None and call.values is not None
-    made_with, side = parameter_versions(call.parameters), memory.side_by_side
-    if side is None or memory.end >= side.until or side.made_with != made_with:
-        memory = _place_side_by_side(call, memory, made_with)
-    return _one_more(memory, call.queries, call.keys, call.values, call.weights, call.scale)
+    made_with, buffer = parameter_versions(inputs.parameters), memory.buffer
+    if buffer is None or memory.window.end >= buffer.until or buffer.made_with != made_with:
+        memory = _side_by_side(inputs, memory, made_with)
+    return _one_more(memory, inputs)
 
 
-def decode_again(
-    policy: Policy,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    weights: Tensor | None,
-    parameters: PolicyParameters | None,
-    rotation: Rotation | None,
-    scale: float | None,
-    memory: Memory,
-) -> tuple[Tensor, Memory] | None:
+def decode_again(given: AttendInputs) -> tuple[Tensor, Memory] | None:
     """`decode` of a call that looks like the one before it, which has been checked; None where it does not."""
-    side = memory.side_by_side
-    if side is None or memory.taken or memory.lost or memory.end >= side.until or torch.is_grad_enabled():
+    memory = given.memory
+    if not isinstance(memory, Memory) or given.lengths is not None or given.plan is not None or not ENABLED:
         return None
-    if side.keys.is_inference() and not torch.is_inference_mode_enabled():
+    buffer = memory.buffer
+    if buffer is None or memory.taken or memory.lost or memory.window.end >= buffer.until or torch.is_grad_enabled():
         return None
-    scale = default_scale(queries.shape[-1]) if scale is None else scale
-    if not (side.policy is policy and side.parameters is parameters and side.rotation is rotation):
+    if buffer.keys.is_inference() and not torch.is_inference_mode_enabled():
         return None
-    if side.looks != _looks(queries, keys, values, weights, scale) or side.made_with != parameter_versions(parameters):
+    if not (
+        buffer.policy is given.policy
+        and buffer.parameters is given.parameters
+        and buffer.rotation is given.rotation
+        and buffer.made_with == parameter_versions(given.parameters)
+    ):
         return None
-    if weights is not None:
-        check_signs(weights)
+    if given.scale is None:
+        given.scale = default_scale(given.queries.shape[-1]) if given.queries is not None else None
+    if buffer.signature != _signature(given):
+        return None
+    if given.weights is not None:
+        check_signs(given.weights)
     try:
-        return _one_more(memory, queries, keys, values, weights, scale)
+        return _one_more(memory, given)
     except BaseException as error:
         memory.call_failed(error)
         raise
 
 
-def _looks(queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor | None, scale: float) -> tuple[Any, ...]:
+def _signature(given: AttendInputs) -> tuple[Any, ...]:
     """What the check of a call depends on, but for its objects and the numbers in its tensors."""
-    tensors = (queries, keys, values) if weights is None else (queries, keys, values, weights)
-    return scale, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+    tensors = (given.queries, given.keys, given.values, given.weights)
+    return given.scale, *[None if each is None else (each.shape, each.dtype, each.device) for each in tensors]
 
 
-def _one_more(
-    memory: Memory, queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor | None, scale: float
-) -> tuple[Tensor, Memory]:
+def _one_more(memory: Memory, given: AttendInputs) -> tuple[Tensor, Memory]:
     """Put one token behind the window, and read slots and window with one call."""
-    side, end = memory.side_by_side, memory.end
-    assert side is not None
-    memory.keys.narrow(2, end, 1).copy_(keys)
-    memory.values.narrow(2, end, 1).copy_(values)
-    following = _append(memory, weights)
-    if side.heat is not None:
-        queries = queries * side.heat
-    begin = side.begin
-    if side.band:
-        begin = end + 1 - side.band
-        if side.sinks is not None:  # over what the window leaves behind
-            memory.written = True
-            side.keys.narrow(2, begin, side.slots).copy_(side.sinks[0])
-            side.values.narrow(2, begin, side.slots).copy_(side.sinks[1])
-    columns = side.slots + end + 1 - begin
+    buffer, window, queries = memory.buffer, memory.window, given.queries
+    assert buffer is not None and queries is not None and given.values is not None
+    end = window.end
+    window.streams["keys"].narrow(2, end, 1).copy_(given.keys)
+    window.streams["values"].narrow(2, end, 1).copy_(given.values)
+    following = _append(memory, given.weights)
+    if buffer.query_scale is not None:
+        queries = queries * buffer.query_scale
+    begin = buffer.begin
+    if buffer.band:
+        begin = end + 1 - buffer.band
+        if buffer.sinks is not None:  # over what the window leaves behind
+            memory.about_to_write()
+            buffer.keys.narrow(2, begin, buffer.slots).copy_(buffer.sinks[0])
+            buffer.values.narrow(2, begin, buffer.slots).copy_(buffer.sinks[1])
+    columns = buffer.slots + end + 1 - begin
     rows, heads, _, width = queries.shape
     output = scaled_dot_product_attention(
-        queries.reshape(rows, keys.shape[1], -1, width),  # a group's queries in a row before their one key/value head
-        side.keys.narrow(2, begin, columns),
-        side.values.narrow(2, begin, columns),
-        None if side.bias is None else side.bias.narrow(3, begin, columns),
-        scale=scale,
+        queries.reshape(rows, given.keys.shape[1], -1, width),  # a group's queries in a row before their one head
+        buffer.keys.narrow(2, begin, columns),
+        buffer.values.narrow(2, begin, columns),
+        None if buffer.bias is None else buffer.bias.narrow(3, begin, columns),
+        scale=given.scale,
     )
     return output.reshape(rows, heads, 1, -1), memory.one_token_later(following)
 
 
 def _append(memory: Memory, weights: Tensor | None) -> Tensor | None:
     """Write the new token's weight and position; the next token's position."""
-    if memory.weights is not None:
-        newest = memory.weights.narrow(2, memory.end, 1)
+    streams, end = memory.window.streams, memory.window.end
+    if "weights" in streams:
+        newest = streams["weights"].narrow(2, end, 1)
         newest.fill_(1) if weights is None else newest.copy_(weights)
-    if memory.positions is None or memory.next_positions is None:
+    if "positions" not in streams or memory.next_positions is None:
         return memory.next_positions
-    memory.positions[:, memory.end] = memory.next_positions
+    streams["positions"][:, 0, end] = memory.next_positions
     return memory.next_positions + 1
 
 
-def _applies(call: Call, memory: Memory) -> bool:
+def _applies(inputs: AttendInputs, memory: Memory) -> bool:
     """One token per row, rows alike, room in the buffer, no chunk that leaves, one query for slots and window."""
-    policy, position = call.policy, int(memory.seen_rows[0])
-    plain = call.keys.shape[2] == 1 and call.plan is None and not memory.keys.requires_grad
-    if not plain or memory.end == memory.keys.shape[2] or memory.sums.requires_grad:
+    policy, position = inputs.policy, int(memory.seen_rows[0])
+    plain = inputs.keys.shape[2] == 1 and inputs.plan is None and not memory.keys.requires_grad
+    if not plain or not memory.window.fits(1) or memory.sums.requires_grad:
         return False
     if position == 0 or _leaves(policy, position):
         return False
-    if not policy.exact_slots and type(policy.rotary).memory_queries is not Rotary.memory_queries:
+    if type(policy.rotary).memory_queries is not Rotary.memory_queries:
         return False
-    if policy.needs_rotation and (
-        not policy.rotary.rotates_slots or call.rotation is None or call.rotation.positions is not None
+    if "positions" in policy.streams and (
+        not policy.rotary.rotates_slots or inputs.rotation is None or inputs.rotation.positions is not None
     ):
         return False
     if len(memory.seen_rows) > 1 and not (memory.seen_rows == position).all():
         return False
-    if not call.lengths.all():
+    if not inputs.row_lengths.all():
         return False
-    if call.parameters is None or call.parameters.temperature_memory is None:
+    if inputs.parameters is None or inputs.parameters.query_scale_memory is None:
         return True
-    # Temperatures are folded into the slots' keys, per key/value head and as a ratio.
-    window = call.parameters.temperature_window
-    assert call.queries is not None and window is not None
-    return call.queries.shape[1] == call.keys.shape[1] and bool(window.detach().all())
+    # Query scales are folded into the slots' keys, per key/value head and as a ratio.
+    window = inputs.parameters.query_scale_window
+    assert inputs.queries is not None and window is not None
+    return inputs.queries.shape[1] == inputs.keys.shape[1] and bool(window.detach().all())
 
 
 def _leaves(policy: Policy, position: int) -> bool:
@@ -153,58 +156,59 @@ def _leaves(policy: Policy, position: int) -> bool:
     return policy.chunk > 0 and position % policy.chunk == 0
 
 
-def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) -> Memory:
+def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ...]) -> Memory:
     """The memory with its window moved directly behind a copy of the slots as they are read."""
-    assert call.queries is not None and call.values is not None
-    policy, slots, held = call.policy, int(memory.live_rows[0]), int(memory.held_rows[0])
-    seen, band = int(memory.seen_rows[0]), policy.window.band
-    window, room = slice(memory.end - held, memory.end), memory.keys.shape[2]
-    ready = _ready(call, memory, slots, made_with) if slots else None
-    if ready is None:
+    policy, slots, held = inputs.policy, int(memory.live_rows[0]), int(memory.held_rows[0])
+    seen, band, room = int(memory.seen_rows[0]), policy.window.band, memory.window.room
+    view = _read(inputs, memory, slots, made_with) if slots else None
+    if view is None:
         moved, keys, values, bias = memory, memory.keys, memory.values, None
     else:
-        keys, values = (
-            _behind(read, old[:, :, window], room)
-            for read, old in ((ready.keys * _heat(call), memory.keys), (ready.values, memory.values))
-        )
-        bias = None if ready.bias is None else pad(ready.bias, (0, room)).unsqueeze(2)
-        moved = dataclasses.replace(memory, end=held, keys=keys[:, :, slots:], values=values[:, :, slots:], ready=None)
-        for buffer, axis in ((moved.weights, 2), (moved.positions, 1)):
-            if buffer is not None:
-                memory.written = True
-                buffer.narrow(axis, 0, held).copy_(buffer.narrow(axis, memory.end - held, held).clone())
-    heat = None if call.parameters is None else call.parameters.temperature_window
+        newest = memory.window.last(held)
+        keys = _behind(view.keys * _scale_ratio(inputs), newest["keys"], room)
+        values = _behind(view.values, newest["values"], room)
+        bias = None if view.bias is None else pad(view.bias, (0, room)).unsqueeze(2)
+        streams = {"keys": keys[:, :, slots:], "values": values[:, :, slots:]}
+        for name in memory.window.streams.keys() - streams.keys():
+            stream = memory.window.streams[name]
+            streams[name] = torch.cat((newest[name], stream.new_empty(*stream.shape[:2], room - held)), dim=2)
+        store = dataclasses.replace(memory.store, view=None, before_writing=None)
+        moved = dataclasses.replace(memory, window=Window(streams, held), store=store)
+    end = moved.window.end
     until = room
     if band is not None and seen < band:
-        until, band = min(room, moved.end + band - seen), 0
+        until, band = min(room, end + band - seen), 0
     elif band is None and policy.chunk:
-        until = min(room, moved.end + policy.chunk - seen % policy.chunk)
-    moved.side_by_side = SideBySide(
+        until = min(room, end + policy.chunk - seen % policy.chunk)
+    scale = None if inputs.parameters is None else inputs.parameters.query_scale_window
+    moved.buffer = DecodeBuffer(
         slots=slots,
-        begin=0 if slots else moved.end - held,
+        begin=0 if slots else end - held,
         band=band or 0,
-        sinks=(ready.keys, ready.values) if band and ready is not None else None,
+        sinks=(view.keys, view.values) if band and view is not None else None,
         until=until,
         keys=keys,
         values=values,
         bias=bias,
-        heat=None if heat is None else heat.detach().to(call.keys.dtype)[:, None, None],
+        query_scale=None if scale is None else scale.detach().to(inputs.keys.dtype)[:, None, None],
         made_with=made_with,
         policy=policy,
-        parameters=call.parameters,
-        rotation=call.rotation,
-        looks=_looks(call.queries, call.keys, call.values, call.weights, call.scale),
+        parameters=inputs.parameters,
+        rotation=inputs.rotation,
+        signature=_signature(inputs),
     )
     return moved
 
 
-def _ready(call: Call, memory: Memory, slots: int, made_with: tuple[int, ...]) -> Ready:
+def _read(inputs: AttendInputs, memory: Memory, slots: int, made_with: tuple[int, ...]) -> SlotView:
     """The slots as they are read, which the call that took the last chunk in has left here in most cases."""
-    ready = memory.ready
-    if ready is None or ready.made_with != made_with:
-        return read_slots(SlotRules.of(call), memory.sums[:, :, :slots], memory.scalars[:, :, :slots])
-    bias = None if ready.bias is None else ready.bias[:, :, :slots]
-    return Ready(ready.route[:, :, :slots], ready.keys[:, :, :slots], ready.values[:, :, :slots], bias)
+    view = memory.store.view
+    if view is not None and view.made_with == made_with:
+        return view.first(slots)
+    rules = SlotRules(
+        inputs.policy, inputs.keys.shape[-1], inputs.keys.dtype, inputs.key_norm, inputs.rotation, valued=True
+    )
+    return read_slots(rules, memory.sums[:, :, :slots], memory.store.numbers[:, :, :slots])
 
 
 def _behind(slots: Tensor, window: Tensor, room: int) -> Tensor:
@@ -213,9 +217,9 @@ def _behind(slots: Tensor, window: Tensor, room: int) -> Tensor:
     return torch.cat((slots, window, rest), dim=2)
 
 
-def _heat(call: Call) -> Tensor | float:
-    """What slots' keys are scaled by, so that the window's queries read them as the memory's would."""
-    parameters = call.parameters
-    if parameters is None or parameters.temperature_memory is None or parameters.temperature_window is None:
+def _scale_ratio(inputs: AttendInputs) -> Tensor | float:
+    """What slots' keys are multiplied by, so that the window's queries read them as the memory's would."""
+    parameters = inputs.parameters
+    if parameters is None or parameters.query_scale_memory is None or parameters.query_scale_window is None:
         return 1.0
-    return (parameters.temperature_memory / parameters.temperature_window).to(call.keys.dtype)[:, None, None]
+    return (parameters.query_scale_memory / parameters.query_scale_window).to(inputs.keys.dtype)[:, None, None]

@@ -19,7 +19,14 @@ from torch.nn.functional import pad
 
 from memkit.errors import InputError
 
-__all__ = ["Part", "attend_parts", "attend_parts_backward", "default_scale", "differentiable_parts", "once_only"]
+__all__ = [
+    "KeySet",
+    "attend_key_sets",
+    "attend_key_sets_backward",
+    "default_scale",
+    "differentiable_key_sets",
+    "once_only",
+]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -31,7 +38,7 @@ EFFICIENT_QUERIES, EFFICIENT_KEYS = 32, 16
 
 
 @dataclass
-class Part:
+class KeySet:
     """One set of keys and the queries that meet it.
 
     queries [b, h, s, d], keys [b, g, n, d], values [b, g, n, v], n ≥ 1; bias [b|1, g|1, s|1, n]: added to the scores,
@@ -52,24 +59,24 @@ class Part:
         return (self.bias == -torch.inf).all(-1)[:, :1] if self.hides and self.bias is not None else None
 
 
-def attend_parts(parts: list[Part], scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One softmax over all parts' keys: outputs [b, h, s, v], in `out` if given, and log-sum-exp [b, h, s]; no graph.
+def attend_key_sets(key_sets: list[KeySet], scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One softmax over all sets' keys: outputs [b, h, s, v], in `out` if given, and log-sum-exp [b, h, s]; no graph.
 
-    Every query must see a key of at least one part.
+    Every query must see a key of at least one key_set.
     """
-    heads, width = parts[0].queries.shape[1], parts[0].values.shape[-1]
+    heads, width = key_sets[0].queries.shape[1], key_sets[0].values.shape[-1]
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
-    for part in parts:
-        layout = _Layout(part)
-        output, lse = _forward(layout, part.causal, scale)
+    for key_set in key_sets:
+        layout = _Layout(key_set)
+        output, lse = _forward(layout, key_set.causal, scale)
         output, lse = layout.ungroup(output, heads)[..., :width], layout.ungroup(lse, heads)
-        if (nothing := part.sees_nothing()) is not None:  # of which kernels say what they like
+        if (nothing := key_set.sees_nothing()) is not None:  # of which kernels say what they like
             output, lse = output.masked_fill(nothing.unsqueeze(-1), 0), lse.masked_fill(nothing, -torch.inf)
         outputs.append(output)
         sums.append(lse)
     total, merged = sums[0], outputs[0]
-    if len(parts) > 1:
+    if len(key_sets) > 1:
         for lse in sums[1:]:
             total = torch.logaddexp(total, lse)
         shares = [(lse - total).exp_().unsqueeze(-1) for lse in sums]
@@ -83,29 +90,31 @@ def attend_parts(parts: list[Part], scale: float, out: Tensor | None = None) -> 
     return out if merged is out else out.copy_(merged), total
 
 
-def attend_parts_backward(
-    parts: list[Part], scale: float, output: Tensor, lse: Tensor, grad: Tensor
+def attend_key_sets_backward(
+    key_sets: list[KeySet], scale: float, output: Tensor, lse: Tensor, grad: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Gradients of queries, keys and values of each part, from the merged output, log-sum-exp and its gradient."""
+    """Gradients of queries, keys and values of each key_set, from the merged output, log-sum-exp and its gradient."""
     found = []
-    for part in parts:
-        layout = _Layout(part)
-        grads = _backward(layout, part.causal, scale, layout.group(output), layout.group(lse), layout.group(grad))
+    for key_set in key_sets:
+        layout = _Layout(key_set)
+        grads = _backward(layout, key_set.causal, scale, layout.group(output), layout.group(lse), layout.group(grad))
         found.append(layout.restore(*grads))
     return found
 
 
-def differentiable_parts(parts: list[Part], scale: float) -> Tensor:
-    """`attend_parts` with a graph: [b, h, s, v]."""
-    return _Merged.apply(parts, scale, *(tensor for part in parts for tensor in (part.queries, part.keys, part.values)))
+def differentiable_key_sets(key_sets: list[KeySet], scale: float) -> Tensor:
+    """`attend_key_sets` with a graph: [b, h, s, v]."""
+    return _Merged.apply(
+        key_sets, scale, *(tensor for key_set in key_sets for tensor in (key_set.queries, key_set.keys, key_set.values))
+    )
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: list[Part], scale: float, *tensors: Tensor) -> Tensor:
-        output, lse = attend_parts(parts, scale)
-        ctx.scale, ctx.causal = scale, [part.causal for part in parts]
-        ctx.save_for_backward(output, lse, *tensors, *(part.bias for part in parts))
+    def forward(ctx: Any, key_sets: list[KeySet], scale: float, *tensors: Tensor) -> Tensor:
+        output, lse = attend_key_sets(key_sets, scale)
+        ctx.scale, ctx.causal = scale, [key_set.causal for key_set in key_sets]
+        ctx.save_for_backward(output, lse, *tensors, *(key_set.bias for key_set in key_sets))
         return output
 
     @staticmethod
@@ -114,11 +123,11 @@ class _Merged(torch.autograd.Function):
         count = len(ctx.causal)
         tensors, biases = tensors[: 3 * count], tensors[3 * count :]
         with torch.no_grad():
-            parts = [
-                Part(tensors[3 * i], tensors[3 * i + 1], tensors[3 * i + 2], bias, causal)
+            key_sets = [
+                KeySet(tensors[3 * i], tensors[3 * i + 1], tensors[3 * i + 2], bias, causal)
                 for i, (bias, causal) in enumerate(zip(biases, ctx.causal, strict=True))
             ]
-            found = attend_parts_backward(parts, ctx.scale, output, lse, grads[0])
+            found = attend_key_sets_backward(key_sets, ctx.scale, output, lse, grads[0])
         flat = [grad for triple in found for grad in triple]
         return None, None, *once_only(flat, [*grads, *tensors])
 
@@ -158,19 +167,19 @@ def default_scale(width: int) -> float:
 
 
 class _Layout:
-    """A part as the kernels take it: one head count and one width for queries, keys and values.
+    """A key_set as the kernels take it: one head count and one width for queries, keys and values.
 
     Grouped queries: a group's queries stand in a row before their one key/value head; where the causal mask forbids
-    that, the part's keys and values (a chunk's at most) are repeated. Unequal widths: zeros fill the narrower tensors,
+    that, the set's keys and values (a chunk's at most) are repeated. Unequal widths: zeros fill the narrower tensors,
     which changes no score and no value.
     """
 
-    def __init__(self, part: Part) -> None:
-        queries, keys, values, bias = part.queries, part.keys, part.values, part.bias
+    def __init__(self, key_set: KeySet) -> None:
+        queries, keys, values, bias = key_set.queries, key_set.keys, key_set.values, key_set.bias
         self.heads, self.kv_heads = queries.shape[1], keys.shape[1]
         self.ratio = self.heads // self.kv_heads
-        self.repeats = self.ratio > 1 and part.causal
-        self.folds = self.ratio > 1 and not part.causal
+        self.repeats = self.ratio > 1 and key_set.causal
+        self.folds = self.ratio > 1 and not key_set.causal
         if self.repeats:
             keys, values = keys.repeat_interleave(self.ratio, 1), values.repeat_interleave(self.ratio, 1)
         queries = self.group(queries)
@@ -193,7 +202,7 @@ class _Layout:
         return rearrange(tensor, "b g (r s) ... -> b (g r) s ...", r=self.ratio) if self.folds else tensor
 
     def restore(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The kernel's gradients → the part's."""
+        """The kernel's gradients → the set's."""
         queries = self.ungroup(queries, self.heads)[..., : self.key_width]
         keys, values = keys[..., : self.key_width], values[..., : self.value_width]
         if self.repeats:
@@ -201,42 +210,42 @@ class _Layout:
         return queries, keys, values
 
 
-def _forward(part: _Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(layout: _Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by PyTorch's fused kernel where there is one that gives both."""
-    match _kernel(part.queries):
+    match _kernel(layout.queries):
         case "flash":
-            return _flash(part.queries, part.keys, part.values, 0.0, causal, attn_mask=part.bias, scale=scale)
+            return _flash(layout.queries, layout.keys, layout.values, 0.0, causal, attn_mask=layout.bias, scale=scale)
         case "efficient":
-            tensors = (part.queries, part.keys, part.values, _aligned(part))
+            tensors = (layout.queries, layout.keys, layout.values, _aligned(layout))
             output, lse, _, _ = _efficient(*tensors, True, 0.0, causal, scale=scale)
-            return output, lse[..., : part.queries.shape[2]]
+            return output, lse[..., : layout.queries.shape[2]]
         case "plain":
-            scores = _scores(part, causal, scale)
-            return scores.softmax(-1).to(part.values.dtype) @ part.values, scores.logsumexp(-1)
+            scores = _scores(layout, causal, scale)
+            return scores.softmax(-1).to(layout.values.dtype) @ layout.values, scores.logsumexp(-1)
 
 
 def _backward(
-    part: _Layout, causal: bool, scale: float, output: Tensor, lse: Tensor, grad: Tensor
+    layout: _Layout, causal: bool, scale: float, output: Tensor, lse: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    missing = part.values.shape[-1] - grad.shape[-1]
+    missing = layout.values.shape[-1] - grad.shape[-1]
     if missing:
         output, grad = pad(output, (0, missing)), pad(grad, (0, missing))
-    match _kernel(part.queries):
+    match _kernel(layout.queries):
         case "flash":
-            tensors = (grad, part.queries, part.keys, part.values, output, lse)
-            return _flash_backward(*tensors, 0.0, causal, attn_mask=part.bias, scale=scale)
+            tensors = (grad, layout.queries, layout.keys, layout.values, output, lse)
+            return _flash_backward(*tensors, 0.0, causal, attn_mask=layout.bias, scale=scale)
         case "efficient":
-            tensors = (grad, part.queries, part.keys, part.values, _aligned(part), output)
+            tensors = (grad, layout.queries, layout.keys, layout.values, _aligned(layout), output)
             lse = pad(lse, (0, -lse.shape[-1] % EFFICIENT_QUERIES), value=torch.inf)
             seed = torch.zeros((), dtype=torch.long, device=grad.device)  # of a dropout that there is not
             options = (seed, seed, 0.0, (True, True, True, False), causal)
             return _efficient_backward(*tensors, lse, *options, scale=scale)[:3]
         case "plain":
-            shares = (_scores(part, causal, scale) - lse.unsqueeze(-1)).exp()
+            shares = (_scores(layout, causal, scale) - lse.unsqueeze(-1)).exp()
             wide = grad.to(shares.dtype)
-            per_score = wide @ part.values.to(shares.dtype).mT - (wide * output).sum(-1, keepdim=True)
+            per_score = wide @ layout.values.to(shares.dtype).mT - (wide * output).sum(-1, keepdim=True)
             per_score = shares * per_score * scale
-            queries, keys = part.queries.to(shares.dtype), part.keys.to(shares.dtype)
+            queries, keys = layout.queries.to(shares.dtype), layout.keys.to(shares.dtype)
             grads = (per_score @ keys, per_score.mT @ queries, shares.mT @ wide)
             return tuple(tensor.to(grad.dtype) for tensor in grads)  # type: ignore[return-value]
 
@@ -248,18 +257,18 @@ def _kernel(queries: Tensor) -> Literal["flash", "efficient", "plain"]:
     return "efficient" if queries.device.type == "cuda" and queries.dtype != torch.float64 else "plain"
 
 
-def _aligned(part: _Layout) -> Tensor | None:
-    """The part's bias for every query head and query, its rows as far apart as the kernel's loads want them."""
-    if part.bias is None:
+def _aligned(layout: _Layout) -> Tensor | None:
+    """The set's bias for every query head and query, its rows as far apart as the kernel's loads want them."""
+    if layout.bias is None:
         return None
-    size = part.bias.shape[-1]
-    return pad(part.bias, (0, -size % EFFICIENT_KEYS)).expand(*part.queries.shape[:3], -1)[..., :size]
+    size = layout.bias.shape[-1]
+    return pad(layout.bias, (0, -size % EFFICIENT_KEYS)).expand(*layout.queries.shape[:3], -1)[..., :size]
 
 
-def _scores(part: _Layout, causal: bool, scale: float) -> Tensor:
-    scores = (part.queries @ part.keys.mT).to(torch.promote_types(part.queries.dtype, torch.float32)) * scale
-    if part.bias is not None:
-        scores = scores + part.bias
+def _scores(layout: _Layout, causal: bool, scale: float) -> Tensor:
+    scores = (layout.queries @ layout.keys.mT).to(torch.promote_types(layout.queries.dtype, torch.float32)) * scale
+    if layout.bias is not None:
+        scores = scores + layout.bias
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from memkit.memory import held
 from memkit.policy import Policy
 
-__all__ = ["BAND_STEP", "Exit", "Schedule", "Step", "common"]
+__all__ = ["BAND_STEP", "LeavingChunk", "Schedule", "Step", "common", "on_device"]
 
 BAND_STEP = 128
 """Queries read together under a sliding window: the part of the band that needs a mask is this wide."""
@@ -24,23 +26,23 @@ Rows = np.ndarray
 
 
 @dataclass(frozen=True)
-class Exit:
+class LeavingChunk:
     """A chunk that leaves the window of some rows.
 
-    leaves [b]: which rows; begin [b]: the chunk's first position; live, grant, forced [b]: slots before it, its
-    tokens that found, and how many of those are sinks.
+    leaves [b]: which rows; begin [b]: the chunk's first position; slots_before [b]: slots there are before it;
+    new_slots [b]: its tokens that found; sink_tokens [b]: how many of those are sinks.
     """
 
     leaves: Rows
     begin: Rows
-    live: Rows
-    grant: Rows
-    forced: Rows
+    slots_before: Rows
+    new_slots: Rows
+    sink_tokens: Rows
 
 
 @dataclass(frozen=True)
 class Step:
-    """Queries start … stop − 1 of this call, during which no chunk leaves any window; first, `exit` does.
+    """Queries start … stop − 1 of this call, during which no chunk leaves any window; before it, `leaving` does.
 
     active [b]: rows with a token in this step; first [b]: the first column each row sees exactly (at the step's first
     query); slots [b]: slots each row reads.
@@ -48,7 +50,7 @@ class Step:
 
     start: int
     stop: int
-    exit: Exit | None
+    leaving: LeavingChunk | None
     active: Rows
     first: Rows
     slots: Rows
@@ -78,7 +80,7 @@ class Schedule:
         return bool((self.lengths == self.tokens).all())
 
     @property
-    def leaving(self) -> int:
+    def most_leaving(self) -> int:
         """The most tokens that leave any row's window during the call."""
         return int((self.left_after - self.left_before).max(initial=0))
 
@@ -92,10 +94,10 @@ class Schedule:
         for start, stop in zip((bounds := self._bounds())[:-1], bounds[1:], strict=True):
             active = self.lengths > start
             begin = self.policy.window.begin(self.seen + start)
-            exit_ = self._exit(active & (begin > left), left)
+            leaving = self._leaving(active & (begin > left), left)
             left = np.where(active, begin, left)
             slots = np.array([self._slots(int(tokens)) for tokens in left], dtype=np.int64)
-            yield Step(start, stop, exit_, active, begin + self.shift, slots)
+            yield Step(start, stop, leaving, active, begin + self.shift, slots)
 
     def _bounds(self) -> list[int]:
         """Where steps begin and end, counted in this call's tokens."""
@@ -116,19 +118,26 @@ class Schedule:
         """Slots of a row once `left` of its tokens have left the window."""
         return self.policy.slots_after_chunk(left // self.policy.chunk - 1) if self.policy.chunk else 0
 
-    def _exit(self, leaves: Rows, left: Rows) -> Exit | None:
+    def _leaving(self, leaves: Rows, left: Rows) -> LeavingChunk | None:
         policy, chunk = self.policy, self.policy.chunk
-        if policy.exact_slots:
-            leaves = leaves & (left < policy.sinks)  # nothing but sinks is kept
         if not leaves.any():
             return None
-        live = np.array([self._slots(int(tokens)) for tokens in left], dtype=np.int64)
+        before = np.array([self._slots(int(tokens)) for tokens in left], dtype=np.int64)
         after = np.array([self._slots(int(tokens) + chunk) for tokens in left], dtype=np.int64)
-        forced = np.clip(policy.sinks - left, 0, chunk)
-        return Exit(leaves, left.copy(), live, after - live, forced)
+        if not policy.merging.joins:  # a chunk of which nothing is kept changes nothing
+            leaves = leaves & (after > before)
+            if not leaves.any():
+                return None
+        return LeavingChunk(leaves, left.copy(), before, after - before, np.clip(policy.sinks - left, 0, chunk))
 
 
 def common(numbers: Rows, among: Rows) -> int | None:
     """The number that all rows in `among` share; None where they differ."""
     chosen = numbers[among]
     return int(chosen[0]) if len(chosen) and (chosen == chosen[0]).all() else None
+
+
+def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor; the host does not wait for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,7 +1,7 @@
 """Admission: which tokens of a leaving chunk found a slot of their own.
 
-How many may is growth's decision; which ones is an order: the tokens with the lowest priority found, ties to the
-earliest. Sinks found in any case and are no part of the choice.
+How many may is growth's decision; which ones is a score: the tokens with the highest score found, ties to the earliest.
+Sinks found in any case and are no part of the choice.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from memkit.pieces.chunk import ChunkContext, Count
 from memkit.pieces.registry import FamilySpec, register
 
 __all__ = [
@@ -23,23 +24,19 @@ __all__ = [
     "StrideSpec",
 ]
 
-Count = int | Tensor
-"""A whole number for all rows, or one per row as a tensor [b, 1, 1]."""
-
 
 class Admission(ABC):
-    """Orders the tokens of a chunk by how much they deserve a slot."""
+    """Says how much each token of a chunk deserves a slot."""
 
     compares: ClassVar[bool] = False
-    """Whether the order looks at how well the slots there are already stand for a token."""
+    """Whether the score looks at the slots. In an empty memory token 0 then founds the first slot, and the rest are
+    compared with it."""
 
     @abstractmethod
-    def priority(self, offsets: Tensor, free: Count, grant: Count, redundancy: Tensor | None) -> Tensor:
-        """The order in which tokens found, the lowest first, broadcastable to [b, g, c].
+    def score(self, chunk: ChunkContext) -> Tensor:
+        """How much each token deserves a slot, the highest first; broadcastable to [b, g, c].
 
-        offsets [c]: each token's place among those that may be chosen (negative for those that found anyway);
-        free: how many may be chosen; grant ≤ free: how many will be;
-        redundancy [b, g, c]: each token's best similarity to the slots there are (None unless `compares`).
+        Those that found in any case (`chunk.sink_tokens`) may be given any score.
         """
 
 
@@ -50,7 +47,7 @@ class AdmissionSpec(FamilySpec):
 
     @abstractmethod
     def build(self) -> Admission | None:
-        """The admission; None where nobody is admitted."""
+        """The admission; None where the routing says who founds."""
 
 
 @register
@@ -64,13 +61,12 @@ class NoveltySpec(AdmissionSpec):
 
 
 class Novelty(Admission):
-    """priority_j = max_i similarity(key_j, slot_i), sinks included."""
+    """score_j = −max_i similarity(key_j, slot_i), sinks included."""
 
     compares = True
 
-    def priority(self, offsets: Tensor, free: Count, grant: Count, redundancy: Tensor | None) -> Tensor:
-        assert redundancy is not None
-        return redundancy
+    def score(self, chunk: ChunkContext) -> Tensor:
+        return -chunk.redundancy
 
 
 @register
@@ -84,10 +80,10 @@ class RecencySpec(AdmissionSpec):
 
 
 class Recency(Admission):
-    """priority_j = −j."""
+    """score_j = j."""
 
-    def priority(self, offsets: Tensor, free: Count, grant: Count, redundancy: Tensor | None) -> Tensor:
-        return -offsets
+    def score(self, chunk: ChunkContext) -> Tensor:
+        return chunk.offsets
 
 
 @register
@@ -101,17 +97,18 @@ class StrideSpec(AdmissionSpec):
 
 
 class Stride(Admission):
-    """priority_j = 0 where j = ⌊i·C/g⌋ for a whole i, else 1."""
+    """score_j = 1 where j = ⌊i·C/g⌋ for a whole i, else 0; j, C and g count what is no sink."""
 
-    def priority(self, offsets: Tensor, free: Count, grant: Count, redundancy: Tensor | None) -> Tensor:
-        size = _at_least_one(free)
-        turn = -(-offsets * grant // size)  # the first i with ⌊i·C/g⌋ ≥ offset
-        return (turn * size // _at_least_one(grant) != offsets).long()
+    def score(self, chunk: ChunkContext) -> Tensor:
+        offsets, new = chunk.offsets - chunk.sink_tokens, chunk.new_slots - chunk.sink_tokens
+        size = _at_least_one(chunk.keys.shape[2] - chunk.sink_tokens)
+        turn = -(-offsets * new // size)  # the first i with ⌊i·C/g⌋ ≥ offset
+        return (turn * size // _at_least_one(new) == offsets).long()
 
 
 @register
 class NoAdmissionSpec(AdmissionSpec):
-    """Nobody is admitted here; the routing founds slots itself (`segment`)."""
+    """Nobody is admitted by a score; the routing says who founds (`segment`: the first token of each run)."""
 
     kind: Literal["none"] = "none"
 

@@ -12,6 +12,7 @@ A slot's sums K = Σ w·k̄ and V = Σ w·v become a key and a value:
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -21,13 +22,11 @@ from torch.nn.functional import layer_norm, normalize
 
 from memkit.pieces.needs import Need
 from memkit.pieces.registry import Spec
+from memkit.pieces.statistics import COUNT, KEY_NORM, MASS, RADIUS, VALUE_NORM, Numbers, Statistic
 
 __all__ = ["LAYER_NORM_EPS", "Readout", "ReadoutSpec"]
 
 LAYER_NORM_EPS = 1e-5
-
-Scalars = dict[str, Tensor]
-"""A slot's numbers by name (mass, count, radius, position, key_norm, value_norm), each [..., m], float64."""
 
 
 class ReadoutSpec(Spec):
@@ -64,43 +63,44 @@ class Readout:
         wanted = {Need.KEY_NORM: self.layer_norm, Need.QUERY_SCALES: self.spec.temperatures}
         return frozenset(need for need, needed in wanted.items() if needed)
 
-    def columns(self) -> tuple[str, ...]:
+    @functools.cached_property
+    def statistics(self) -> tuple[Statistic, ...]:
         """The numbers a slot must keep, besides its sums, its count and its mass."""
         wanted = {
-            "radius": self.spec.value == "birth-radius",
-            "key_norm": self.spec.key == "mean-norm",
-            "value_norm": self.spec.value == "mean-norm",
+            RADIUS: self.spec.value == "birth-radius",
+            KEY_NORM: self.spec.key == "mean-norm",
+            VALUE_NORM: self.spec.value == "mean-norm",
         }
-        return tuple(name for name, needed in wanted.items() if needed)
+        return tuple(statistic for statistic, needed in wanted.items() if needed)
 
-    def key(self, sums: Tensor, scalars: Scalars, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+    def key(self, sums: Tensor, numbers: Numbers, norm: tuple[Tensor, Tensor] | None) -> Tensor:
         """The slots' keys, not rotated: sums [..., m, d] → [..., m, d]; norm: the LayerNorm's weight and bias, [d]."""
         match self.spec.key:
             case "layer-norm":
                 weight, bias = norm if norm is not None else (None, None)
                 return layer_norm(sums, sums.shape[-1:], _like(weight, sums), _like(bias, sums), LAYER_NORM_EPS)
             case "l2":
-                return normalize(_mean(sums, scalars["mass"]), dim=-1, eps=1e-12)
+                return normalize(_mean(sums, numbers[MASS]), dim=-1, eps=1e-12)
             case "mean-norm":
-                return _of_mean_norm(sums, scalars["key_norm"], scalars["mass"])
+                return _of_mean_norm(sums, numbers[KEY_NORM], numbers[MASS])
             case "mean":
-                return _mean(sums, scalars["mass"])
+                return _mean(sums, numbers[MASS])
 
-    def value(self, sums: Tensor, scalars: Scalars) -> Tensor:
+    def value(self, sums: Tensor, numbers: Numbers) -> Tensor:
         """The slots' values: sums [..., m, v] → [..., m, v]."""
         match self.spec.value:
             case "birth-radius":
-                return sums * (scalars["radius"].to(sums.dtype) / sums.norm(dim=-1).clamp(min=1e-12)).unsqueeze(-1)
+                return sums * (numbers[RADIUS].to(sums.dtype) / sums.norm(dim=-1).clamp(min=1e-12)).unsqueeze(-1)
             case "mean-norm":
-                return _of_mean_norm(sums, scalars["value_norm"], scalars["mass"])
+                return _of_mean_norm(sums, numbers[VALUE_NORM], numbers[MASS])
             case "count-mean":
-                return _mean(sums, scalars["count"])
+                return _mean(sums, numbers[COUNT])
             case "mean":
-                return _mean(sums, scalars["mass"])
+                return _mean(sums, numbers[MASS])
 
-    def bias(self, scalars: Scalars) -> Tensor | None:
+    def bias(self, numbers: Numbers) -> Tensor | None:
         """What is added to the slots' scores, [..., m]; None for nothing."""
-        return scalars["count"].clamp(min=1).log() if self.spec.count_bias else None
+        return numbers[COUNT].clamp(min=1).log() if self.spec.count_bias else None
 
 
 def _mean(sums: Tensor, mass: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from memkit.errors import InputError
 from memkit.pieces.needs import Need
 from memkit.pieces.registry import FamilySpec, register
+from memkit.pieces.statistics import MASS, POSITION, Statistic
 
 __all__ = ["KeepSpec", "RerotateSpec", "Rotary", "RotarySpec", "Rotation", "UnrotateSpec", "ZeroSpec"]
 
@@ -76,6 +77,11 @@ class Rotary:
     """What it needs besides queries and keys: `Need.ROTATION` where `attend` must be told how they were rotated."""
     rotates_slots: bool = False
     """Whether slots are rotated to their mean position when read."""
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The numbers a slot must keep for it."""
+        return (MASS, POSITION) if self.rotates_slots else ()
 
     def memory_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
         """Keys [b, g, c, d] at positions [b, 1, c] → what slots sum."""

@@ -1,7 +1,7 @@
 """The oracle: the same mathematics once more, one row, one head, one token after another, in float64.
 
-It shares nothing with the fast engine but the types at its border (`Call`, `Memory`, `Plan`), so that each can be
-tested against the other. Shipped pieces are read from their specs' fields and worked out here; a user's own piece is
+It shares nothing with the fast engine but the types at its border (`AttendInputs`, `Memory`, `Plan`), so that each can
+be tested against the other. Shipped pieces are read from their specs' fields and worked out here; a user's own piece is
 asked through its public methods. Gradients are autograd's.
 
 In the order of the Key-Value Means paper (arXiv 2605.09877, section 3): `treatment` and `slot` say what a token brings,

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.engine.call import Call
+from memkit.engine.inputs import AttendInputs, Plan
 from memkit.memory import Memory
-from memkit.plan import Plan
+from memkit.memory.slots import SlotStore
+from memkit.memory.window import Window
 from memkit.reference.head import Head
 from memkit.reference.rules import Rules
 from memkit.reference.words import definitely, stacked
@@ -18,22 +19,22 @@ from memkit.reference.words import definitely, stacked
 __all__ = ["attend", "plan"]
 
 
-def attend(call: Call) -> tuple[Tensor, Memory]:
+def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
     """Outputs [b, h, t, v] in the inputs' dtype and the memory after the call, by the book."""
-    queries, memory = call.queries, call.memory
-    assert queries is not None and call.values is not None
+    queries, memory = inputs.queries, inputs.memory
+    assert queries is not None and inputs.values is not None
     if memory is not None:
         memory.check_usable()
-        memory.taken = not (call.differentiable or memory.requires_grad)
-    group = queries.shape[1] // call.keys.shape[1]
-    with torch.set_grad_enabled(call.differentiable):
-        rules = Rules(call)
-        heads = [[Head(rules, call, r, g) for g in range(call.keys.shape[1])] for r in range(queries.shape[0])]
-        silence = call.values.new_zeros(call.values.shape[-1], dtype=torch.float64)
+        memory.taken = not (inputs.differentiable or memory.requires_grad)
+    group = queries.shape[1] // inputs.keys.shape[1]
+    with torch.set_grad_enabled(inputs.differentiable):
+        rules = Rules(inputs)
+        heads = [[Head(rules, inputs, r, g) for g in range(inputs.keys.shape[1])] for r in range(queries.shape[0])]
+        silence = inputs.values.new_zeros(inputs.values.shape[-1], dtype=torch.float64)
         outputs: list[Tensor] = []
         for r, row in enumerate(heads):
             for i in range(queries.shape[2]):
-                if i >= call.lengths[r]:  # padding
+                if i >= inputs.row_lengths[r]:  # padding
                     outputs += [silence] * queries.shape[1]
                     continue
                 for head in row:
@@ -43,19 +44,19 @@ def attend(call: Call) -> tuple[Tensor, Memory]:
                     outputs.append(head.read(queries[r, h, i].double(), h, head.seen + i))
         shape = (queries.shape[0], queries.shape[2], queries.shape[1], len(silence))
         output = stacked(outputs, silence).reshape(shape).transpose(1, 2).to(queries.dtype)
-        return output, written(rules, call, heads)
+        return output, written(rules, inputs, heads)
 
 
 @torch.no_grad()
-def plan(call: Call) -> Plan:
-    """Where each token goes that leaves the window during the call. Memory is only read."""
-    rules = Rules(call)
-    rows, heads = call.keys.shape[:2]
-    states = [[Head(rules, call, r, g) for g in range(heads)] for r in range(rows)]
+def plan(inputs: AttendInputs) -> Plan:
+    """Where each token goes that leaves the window during the inputs. Memory is only read."""
+    rules = Rules(inputs)
+    rows, heads = inputs.keys.shape[:2]
+    states = [[Head(rules, inputs, r, g) for g in range(heads)] for r in range(rows)]
     begin = np.array([row[0].left for row in states], dtype=np.int64)
     for r, row in enumerate(states):
         for head in row:
-            for i in range(int(call.lengths[r])):
+            for i in range(int(inputs.row_lengths[r])):
                 head.arrive(head.seen + i)
     length = np.array([row[0].left for row in states], dtype=np.int64) - begin
     most = int(length.max())
@@ -71,19 +72,21 @@ def plan(call: Call) -> Plan:
         for r in range(rows)
     ]
     return Plan(
-        slot=slot.to(call.keys.device),
-        founded=founded.to(call.keys.device),
+        slot=slot.to(inputs.keys.device),
+        founded=founded.to(inputs.keys.device),
         begin=begin,
         length=length,
         slots=np.array(slots, dtype=np.int64).reshape(rows, chunks),
     )
 
 
-def written(rules: Rules, call: Call, heads: list[list[Head]]) -> Memory:
+def written(rules: Rules, inputs: AttendInputs, heads: list[list[Head]]) -> Memory:
     """The memory after the call, in the layout that `Memory` describes."""
-    keys, before = call.keys, call.memory
+    keys, before = inputs.keys, inputs.memory
     first = [row[0] for row in heads]
-    seen = np.array([head.seen + int(length) for head, length in zip(first, call.lengths, strict=True)], dtype=np.int64)
+    seen = np.array(
+        [head.seen + int(length) for head, length in zip(first, inputs.row_lengths, strict=True)], dtype=np.int64
+    )
     keep = max(int(tokens) - head.left for tokens, head in zip(seen, first, strict=True))
 
     def window(row: Callable[[Head], Tensor], dtype: torch.dtype) -> Tensor:
@@ -96,7 +99,7 @@ def written(rules: Rules, call: Call, heads: list[list[Head]]) -> Memory:
         return torch.cat((held.new_zeros(keep - len(held), *held.shape[1:]), held))
 
     most = max(len(head.slots) for row in heads for head in row)
-    columns = len(rules.policy.columns)
+    count = len(rules.policy.statistics)
 
     def filled(head: Head) -> Tensor:
         rows = [rules.row(slot) for slot in head.slots]
@@ -105,34 +108,29 @@ def written(rules: Rules, call: Call, heads: list[list[Head]]) -> Memory:
     sums_width = keys.shape[-1] + first[0].values.shape[-1]
     rows = torch.stack([torch.stack([filled(head) for head in row]) for row in heads])
     if most == 0:
-        rows = rows.new_zeros(*rows.shape[:2], 0, sums_width + columns)
-    weights = positions = next_positions = None
+        rows = rows.new_zeros(*rows.shape[:2], 0, sums_width + count)
+    streams = {
+        "keys": window(lambda head: head.keys, keys.dtype),
+        "values": window(lambda head: head.values, keys.dtype),
+    }
+    next_positions = None
     if first[0].weights is not None:
-        dtype = keys.dtype if call.weights is None else call.weights.dtype
-        if before is not None and before.weights is not None:
-            dtype = torch.promote_types(dtype, before.weights.dtype)
-        weights = window(lambda head: definitely(head.weights), dtype)
+        dtype = keys.dtype if inputs.weights is None else inputs.weights.dtype
+        if before is not None:
+            dtype = torch.promote_types(dtype, before.window.streams["weights"].dtype)
+        streams["weights"] = window(lambda head: definitely(head.weights), dtype)
     if first[0].places is not None:
-        positions = window(lambda head: definitely(head.places), torch.float64)[:, 0]
-        next_positions = torch.stack([going_on(call, head, r) for r, head in enumerate(first)])
-    return Memory(
-        policy=rules.policy,
-        seen_rows=seen,
-        end=keep,
-        keys=window(lambda head: head.keys, keys.dtype),
-        values=window(lambda head: head.values, keys.dtype),
-        weights=weights,
-        positions=positions,
-        next_positions=next_positions,
-        sums=rows[..., :sums_width].to(torch.promote_types(keys.dtype, torch.float32)),
-        scalars=rows[..., sums_width:],
-    )
+        streams["positions"] = window(lambda head: definitely(head.places), torch.float64)[:, :1]
+        next_positions = torch.stack([going_on(inputs, head, r) for r, head in enumerate(first)])
+    sums = rows[..., :sums_width].to(torch.promote_types(keys.dtype, torch.float32))
+    store = SlotStore(sums, rows[..., sums_width:])
+    return Memory(rules.policy, seen, Window(streams, keep), store, next_positions)
 
 
-def going_on(call: Call, head: Head, row: int) -> Tensor:
+def going_on(inputs: AttendInputs, head: Head, row: int) -> Tensor:
     """The position of a row's next token."""
-    if call.lengths[row]:
+    if inputs.row_lengths[row]:
         return definitely(head.places)[-1] + 1
-    if call.memory is not None and call.memory.next_positions is not None:
-        return call.memory.next_positions[row]
+    if inputs.memory is not None and inputs.memory.next_positions is not None:
+        return inputs.memory.next_positions[row]
     return head.keys.new_zeros(())

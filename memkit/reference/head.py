@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkit.engine.call import Call
+from memkit.engine.inputs import AttendInputs
 from memkit.pieces.needs import Need
 from memkit.reference.placing import Placed, place
 from memkit.reference.rules import Rules
@@ -21,38 +21,40 @@ class Head:
     seen: tokens before this call; left: tokens that have left the window; origin: the first token held.
     """
 
-    def __init__(self, rules: Rules, call: Call, row: int, head: int) -> None:
-        self.rules, memory = rules, call.memory
+    def __init__(self, rules: Rules, inputs: AttendInputs, row: int, head: int) -> None:
+        self.rules, memory = rules, inputs.memory
         self.seen = 0 if memory is None else int(memory.seen_rows[row])
         self.left = 0 if self.seen == 0 else rules.sees_from(self.seen - 1)
         self.origin, held = self.left, self.seen - self.left
-        self.given = None if call.plan is None else (call.plan, row, head)
+        self.given = None if inputs.plan is None else (inputs.plan, row, head)
         self.slots: list[Slot] = []
         self.record: list[Placed] = []
         self.as_read: tuple[Tensor, Tensor, Tensor] | None = None
 
-        new = slice(0, int(call.lengths[row]))
-        keys, values = call.keys[row, head, new].double(), None
-        if call.values is not None:
-            values = call.values[row, head, new].double()
+        new = slice(0, int(inputs.row_lengths[row]))
+        keys, values = inputs.keys[row, head, new].double(), None
+        if inputs.values is not None:
+            values = inputs.values[row, head, new].double()
         learned = self.rules.policy.merging.learned and not rules.sinks_are_tokens
         weights = keys.new_ones(len(keys)) if learned else None
-        if call.weights is not None:
-            weights = call.weights[row, head, new].double()
-        places = new_places(rules, call, row)
+        if inputs.weights is not None:
+            weights = inputs.weights[row, head, new].double()
+        places = new_places(rules, inputs, row)
         if memory is not None:
-            old = slice(memory.end - held, memory.end)
-            keys = torch.cat((memory.keys[row, head, old].double(), keys))
+            streams, end = memory.window.streams, memory.window.end
+            old = slice(end - held, end)
+            keys = torch.cat((streams["keys"][row, head, old].double(), keys))
             if values is not None:
-                values = torch.cat((memory.values[row, head, old].double(), values))
-            if weights is not None and memory.weights is not None:
-                weights = torch.cat((memory.weights[row, head, old].double(), weights))
-            if places is not None and memory.positions is not None:
-                places = torch.cat((memory.positions[row, old], places))
-            width = keys.shape[1] + (0 if values is None else memory.values.shape[-1])
+                values = torch.cat((streams["values"][row, head, old].double(), values))
+            if weights is not None:
+                weights = torch.cat((streams["weights"][row, head, old].double(), weights))
+            if places is not None:
+                places = torch.cat((streams["positions"][row, 0, old], places))
+            width = keys.shape[1] + (0 if values is None else streams["values"].shape[-1])
             for index in range(rules.slots(self.left)):
-                sums = memory.sums[row, head, index, :width].double()
-                self.slots.append(rules.slot(torch.cat((sums, memory.scalars[row, head, index])), keys.shape[1]))
+                sums = memory.store.sums[row, head, index, :width].double()
+                numbers = memory.store.numbers[row, head, index]
+                self.slots.append(rules.slot(torch.cat((sums, numbers)), keys.shape[1]))
         self.keys, self.weights, self.places = keys, weights, places
         # A plan is made without values.
         self.values = keys[:, :0] if values is None else values
@@ -103,7 +105,7 @@ class Head:
 
     def nothing(self) -> Slot:
         """A slot without tokens."""
-        width = self.keys.shape[1] + self.values.shape[1] + len(self.rules.policy.columns)
+        width = self.keys.shape[1] + self.values.shape[1] + len(self.rules.policy.statistics)
         return self.rules.slot(self.keys.new_zeros(width), self.keys.shape[1])
 
     def memory(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,15 +145,15 @@ class Head:
         return shares @ torch.cat((values, self.values[visible]))
 
 
-def new_places(rules: Rules, call: Call, row: int) -> Tensor | None:
+def new_places(rules: Rules, inputs: AttendInputs, row: int) -> Tensor | None:
     """Rotary positions of a row's new tokens, [n] float64: as given, else going on where the memory stands."""
     if Need.ROTATION not in rules.policy.needs:
         return None
-    assert call.rotation is not None
-    count = int(call.lengths[row])
-    if call.rotation.positions is not None:
-        return call.rotation.positions[row, :count].double().to(call.keys.device)
-    begin = call.keys.new_zeros((), dtype=torch.float64)
-    if call.memory is not None and call.memory.next_positions is not None:
-        begin = call.memory.next_positions[row]
-    return begin + torch.arange(count, dtype=torch.float64, device=call.keys.device)
+    assert inputs.rotation is not None
+    count = int(inputs.row_lengths[row])
+    if inputs.rotation.positions is not None:
+        return inputs.rotation.positions[row, :count].double().to(inputs.keys.device)
+    begin = inputs.keys.new_zeros((), dtype=torch.float64)
+    if inputs.memory is not None and inputs.memory.next_positions is not None:
+        begin = inputs.memory.next_positions[row]
+    return begin + torch.arange(count, dtype=torch.float64, device=inputs.keys.device)

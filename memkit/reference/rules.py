@@ -9,7 +9,7 @@ from decimal import Decimal, localcontext
 import torch
 from torch import Tensor
 
-from memkit.engine.call import Call
+from memkit.engine.inputs import AttendInputs
 from memkit.pieces.growth import (
     FixedGrowthSpec,
     GrowthSpec,
@@ -31,19 +31,19 @@ __all__ = ["Rules"]
 class Rules:
     """A policy's fields, worked out."""
 
-    def __init__(self, call: Call) -> None:
-        self.policy = call.policy
-        self.spec = call.policy.spec
-        self.scale = call.scale
-        self.chunk = call.policy.chunk
+    def __init__(self, inputs: AttendInputs) -> None:
+        self.policy = inputs.policy
+        self.spec = inputs.policy.spec
+        self.scale = inputs.scale
+        self.chunk = inputs.policy.chunk
         self.slots_after_chunks = [0]
         self.sinks_are_tokens = self.spec.growth.kind == "none"
-        learned = call.parameters
+        learned = inputs.parameters
         norm_weight = None if learned is None else as_double(learned.key_norm_weight)
         norm_bias = None if learned is None else as_double(learned.key_norm_bias)
-        self.treatment = Treatment(call.policy, call.rotation, norm_weight, norm_bias)
-        self.window_scale = None if learned is None else as_double(learned.temperature_window)
-        self.memory_scale = None if learned is None else as_double(learned.temperature_memory)
+        self.treatment = Treatment(inputs.policy, inputs.rotation, norm_weight, norm_bias)
+        self.window_scale = None if learned is None else as_double(learned.query_scale_window)
+        self.memory_scale = None if learned is None else as_double(learned.query_scale_memory)
 
     def sees_from(self, position: int) -> int:
         """The first token that the query at `position` sees exactly."""
@@ -161,19 +161,19 @@ class Rules:
         rule = self.policy.merging
         if rule.additive:
             return slot.plus(token)
-        # A rule of a user's own sees rows of numbers: the sums, then the columns the policy stores.
+        # A rule of a user's own sees rows of numbers: the sums, then the statistics the policy keeps.
         both = rule.combine(self.row(slot)[None], self.row(token)[None])[0]
         summed = self.slot(both, width=len(slot.key))
         return replace(summed, count=slot.count + token.count, radius=slot.radius)
 
     def row(self, slot: Slot) -> Tensor:
         """A slot as a row of numbers."""
-        columns = [getattr(slot, name) for name in self.policy.columns]
-        return torch.cat((slot.key, slot.value, torch.stack(columns) if columns else slot.key[:0]))
+        numbers = [getattr(slot, statistic.name) for statistic in self.policy.statistics]
+        return torch.cat((slot.key, slot.value, torch.stack(numbers)))
 
     def slot(self, row: Tensor, width: int) -> Slot:
         """A row of numbers as a slot; what is not stored is not read either, except the mass where all weigh 1."""
-        names = self.policy.columns
+        names = [statistic.name for statistic in self.policy.statistics]
         numbers = dict(zip(names, row[len(row) - len(names) :], strict=True))
         zero, one = torch.zeros_like(row[0]), torch.ones_like(row[0])
         count = numbers.get("count", one)

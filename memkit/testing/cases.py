@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import memkit
+from memkit.engine.inputs import Plan
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
-from memkit.plan import Plan
 from memkit.policy import Policy
 
 __all__ = ["DATA", "Case", "Inputs", "cases", "lengths", "part_of_plan", "plans", "splits"]
@@ -190,7 +190,7 @@ class Inputs:
         if parameters is not None:
             copy = PolicyParameters.__new__(PolicyParameters)
             torch.nn.Module.__init__(copy)
-            for name in ("key_norm_weight", "key_norm_bias", "temperature_window", "temperature_memory"):
+            for name in ("key_norm_weight", "key_norm_bias", "query_scale_window", "query_scale_memory"):
                 tensor = getattr(parameters, name)
                 copy.register_parameter(
                     name, None if tensor is None else torch.nn.Parameter(change(name, tensor.detach()))
@@ -378,7 +378,7 @@ def plans(draw: st.DrawFn, policy: Policy, case: Case) -> Plan:
     earliest founders and the lowest slots.
     """
     made = case.inputs(policy).plan(policy)
-    if policy.exact_slots:
+    if policy.sinks_only:
         return made
     slot, founded, size = torch.full_like(made.slot, -1), torch.zeros_like(made.founded), policy.chunk
     for row, head, chunk in itertools.product(

@@ -220,4 +220,4 @@ def assert_same_plan(actual: memkit.Plan, expected: memkit.Plan) -> None:
 def slots_of(memory: memkit.Memory) -> tuple[Tensor, Tensor]:
     """Sums and scalars of the live slots."""
     most = int(memory.slots.max())
-    return memory.sums[:, :, :most], memory.scalars[:, :, :most]
+    return memory.sums[:, :, :most], memory.store.numbers[:, :, :most]

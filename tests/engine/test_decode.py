@@ -57,8 +57,8 @@ def test_a_window_temperature_of_zero_is_only_a_temperature() -> None:
     parameters = memkit.PolicyParameters(spec.build(), 2, WIDTH)
     keys = torch.randn(1, 2, 41, WIDTH)
     with torch.no_grad():
-        assert parameters.temperature_window is not None
-        parameters.temperature_window[0] = 0
+        assert parameters.query_scale_window is not None
+        parameters.query_scale_window[0] = 0
         _, memory = memkit.attend(spec, *[keys[:, :, :40]] * 3, parameters=parameters)
         _, memory = memkit.attend(spec, *[keys[:, :, 40:]] * 3, parameters=parameters, memory=memory)
         output, _ = memkit.attend(spec, *[keys[:, :, 40:]] * 3, parameters=parameters, memory=memory.fork())
@@ -130,8 +130,8 @@ def test_a_call_unlike_the_last_one_is_checked() -> None:
         assert (output - wanted).abs().max() <= 16 * torch.finfo(torch.float32).eps
         with pytest.raises(memkit.MemoryStateError, match="taken over"):
             one(memory)
-        assert parameters.temperature_memory is not None
-        parameters.temperature_memory.mul_(3)
+        assert parameters.query_scale_memory is not None
+        parameters.query_scale_memory.mul_(3)
         wanted, _ = one(later.fork())
         output, _ = one(later)
         assert (output - wanted).abs().max() <= 16 * torch.finfo(torch.float32).eps

@@ -22,8 +22,8 @@ Tensors = dict[str, Tensor]
 PARAMETERS = {
     "key_norm_weight": "state_key_norm_weight",
     "key_norm_bias": "state_key_norm_bias",
-    "temperature_window": "temperature_window",
-    "temperature_memory": "temperature_memory",
+    "query_scale_window": "query_scale_window",
+    "query_scale_memory": "query_scale_memory",
 }
 GRADIENTS = {
     "grad_queries": "queries",
@@ -32,8 +32,8 @@ GRADIENTS = {
     "grad_merge_gate": "weights",
     "grad_ln_s_k_weight": "key_norm_weight",
     "grad_ln_s_k_bias": "key_norm_bias",
-    "grad_front_head_temp": "temperature_window",
-    "grad_state_head_temp": "temperature_memory",
+    "grad_front_head_temp": "query_scale_window",
+    "grad_state_head_temp": "query_scale_memory",
 }
 
 

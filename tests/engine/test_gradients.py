@@ -56,7 +56,7 @@ def check(case: Case, cuts: list[int]) -> None:
             output, memory = made.part(begin, end).attend(memory=memory, plan=plan)
             outputs.append(output)
         assert memory is not None
-        return (*outputs, memory.sums, memory.scalars, memory.keys)
+        return (*outputs, memory.sums, memory.store.numbers, memory.keys)
 
     leaves = case.leaves()
     torch.autograd.gradcheck(run, tuple((leaves.tensors | leaves.learned).values()), fast_mode=True)

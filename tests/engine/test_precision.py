@@ -28,7 +28,7 @@ def test_narrow_dtypes_are_near_the_oracle(name: str, dtype: torch.dtype):
         assert error(found[name_], gradient) <= 16 * torch.finfo(dtype).eps, name_
     assert memory.keys.dtype == dtype
     assert memory.sums.dtype == torch.float32
-    assert memory.scalars.dtype == torch.float64
+    assert memory.store.numbers.dtype == torch.float64
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def test_many_small_tokens_are_not_lost_in_a_bfloat16_sum(name: str):
 def test_sums_have_the_inputs_dtype(dtype: torch.dtype):
     for backend in ("torch", "reference"):
         _, memory = make_case(small("kvm-sqrt-16"), 43).to(dtype).attend(backend=backend)
-        assert (memory.sums.dtype, memory.scalars.dtype) == (dtype, torch.float64)
+        assert (memory.sums.dtype, memory.store.numbers.dtype) == (dtype, torch.float64)
 
 
 def test_parameters_may_be_wider_than_the_inputs():

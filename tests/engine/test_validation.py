@@ -186,8 +186,8 @@ REFUSALS = [
         "parameters.key_norm_weight must have shape (8,), got (7,)",
     ),
     (
-        changed(LEARNED, parameters=cut("temperature_memory")),
-        "parameters.temperature_memory must have shape (4,), got (3,)",
+        changed(LEARNED, parameters=cut("query_scale_memory")),
+        "parameters.query_scale_memory must have shape (4,), got (3,)",
     ),
     # Lengths
     (

@@ -40,7 +40,7 @@ def test_founders_weigh_as_the_rule_says(founders: bool, first_chunk: bool, leng
             weighs = not founded or (first_chunk if position < 4 else founders)
             wanted[slot] += 3 if weighs else 1
         # Small whole numbers: exact.
-        assert memory.scalar("mass")[row, 0, : len(wanted)].tolist() == wanted.tolist()
+        assert memory.number(MASS)[row, 0, : len(wanted)].tolist() == wanted.tolist()
 
 
 def test_rows_that_go_on_in_different_chunks_follow_one_plan_of_the_whole() -> None:

@@ -101,7 +101,7 @@ def test_dictionary_slots_of_ovq():
         counts = tensors[f"cache.{layer}.ovq_d_counts"][..., 0]
         assert (counts > 0).sum(-1).unique().tolist() == [slots]
         expected = [tensors[f"cache.{layer}.ovq_d_{part}"][:, :, :slots] for part in "kv"]
-        count = memory.scalar("count")[:, :, :slots, None].float()
+        count = memory.number(COUNT)[:, :, :slots, None].float()
         found = [memory.sums[:, :, :slots, :width] / count, memory.sums[:, :, :slots, width:] / count]
         # Slots founded in one step stand in another order: compare the rows (count, key, value) as sets.
         theirs, ours = (

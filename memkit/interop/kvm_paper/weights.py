@@ -60,8 +60,8 @@ def _attention_names(mixer: MixerSpec) -> dict[str, str]:
     if Need.KEY_NORM in needs:
         names |= {f"attention.learned.key_norm_{part}": f"ln_s_k.{part}" for part in ("weight", "bias")}
     if Need.QUERY_SCALES in needs:
-        names["attention.learned.temperature_window"] = "front_head_temp"
-        names["attention.learned.temperature_memory"] = "state_head_temp"
+        names["attention.learned.query_scale_window"] = "front_head_temp"
+        names["attention.learned.query_scale_memory"] = "state_head_temp"
     if Need.MERGE_WEIGHTS in needs:
         names["attention.gate.weight"] = "key_weighting.weight"
     return names

@@ -142,11 +142,11 @@ def values_keep_their_size(readout: Readout, example: Sums) -> None:
     read = readout.value(values, scalars).norm(dim=-1)
     match readout.spec.value:
         case "birth-radius":
-            bound = scalars["radius"]
+            bound = scalars[RADIUS]
         case "count-mean":
-            bound = scalars["value_norm"] / scalars["count"].clamp(min=1)
+            bound = scalars[VALUE_NORM] / scalars[COUNT].clamp(min=1)
         case _:
-            bound = scalars["value_norm"] / torch.where(scalars["mass"] > 0, scalars["mass"], 1)
+            bound = scalars[VALUE_NORM] / torch.where(scalars[MASS] > 0, scalars[MASS], 1)
     if bool((read > bound * (1 + 1e-9)).any()):
         raise Broken(f"values of length {read.tolist()}, at most {bound.tolist()}")
 

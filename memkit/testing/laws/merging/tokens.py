@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import memkit
+from memkit.engine.inputs import Plan
 from memkit.memory import Memory
 from memkit.pieces.merging import Merging
-from memkit.plan import Plan
 from memkit.testing.agreement import Results, agree, eps_of, size
 from memkit.testing.cases import DATA, Data, make
 from memkit.testing.given import as_spec
@@ -159,8 +159,8 @@ def sums(rule: Merging, tokens: Tokens, chunk: int | None = None) -> Results:
     held = memory.sums[:, :, :slots]
     found = {"key_sum": held[..., :width], "value_sum": held[..., width:]}
     found["count"] = memory.counts[:, :, :slots].double()
-    if "mass" in memory.policy.columns or not memory.policy.weighted:
-        found["mass"] = memory.scalar("mass")[:, :, :slots]
+    if MASS in memory.policy.statistics or not memory.policy.weighted:
+        found["mass"] = memory.number(MASS)[:, :, :slots]
     return found
 
 

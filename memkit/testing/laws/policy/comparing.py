@@ -40,7 +40,7 @@ def contents(memory: Memory, only: int | None = None) -> Results:
         window = slice(memory.end - held, memory.end)
         tensors: dict[str, Tensor | None] = {
             "sums": memory.sums[row, :, :slots],
-            "scalars": memory.scalars[row, :, :slots],
+            "scalars": memory.store.numbers[row, :, :slots],
             "window_keys": memory.keys[row, :, window],
             "window_values": memory.values[row, :, window],
             "window_weights": None if memory.weights is None else memory.weights[row, :, window],

@@ -46,7 +46,7 @@ def memory_keys(policy: Policy, inputs: Inputs, row: int, tokens: int) -> Tensor
     The key after the rotary treatment, then the LayerNorm; the key itself where slots are plain tokens.
     """
     keys = inputs.keys[row, :, :tokens].double()
-    if policy.exact_slots:
+    if policy.sinks_only:
         return keys
     positions = None
     if inputs.rotation is not None:
@@ -68,7 +68,7 @@ def sums_of_tokens(policy: Policy, inputs: Inputs, row: int, founded: Tensor) ->
     """
     tokens = founded.shape[1]
     keys, values = memory_keys(policy, inputs, row, tokens), inputs.values[row, :, :tokens].double()
-    if policy.exact_slots or tokens == 0:
+    if policy.sinks_only or tokens == 0:
         return keys, values, torch.ones(founded.shape, dtype=torch.float64)
     for_keys, for_values, mass = weights_in_sums(
         policy.merging,

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from memkit.catalog import as_policy
+from memkit.engine.inputs import Plan
 from memkit.memory import Memory
-from memkit.plan import Plan
 from memkit.policy import Policy
 from memkit.testing.agreement import Results
 from memkit.testing.cases import Case, Inputs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkit.catalog import as_policy
-from memkit.plan import Plan
+from memkit.engine.inputs import Plan
 from memkit.policy import Policy
 from memkit.testing.agreement import Results, identical
 from memkit.testing.cases import Case, Inputs, part_of_plan

@@ -27,7 +27,7 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
     memory = inputs.attend(policy, plan=plan)[1]
     for row, length in enumerate(case.lengths):
         left = tokens_left(policy, length)
-        left = left if not policy.exact_slots else min(left, policy.sinks)
+        left = left if not policy.sinks_only else min(left, policy.sinks)
         taken = plan.slot[row, :, :left] >= 0
         founded = plan.founded[row, :, :left]
         if left and not bool((taken | (not policy.merging.joins)).all()):
@@ -43,8 +43,8 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
         sums = memory.sums[row, :, :slots].double()
         got = {"key_sum": sums[..., : case.width].sum(1), "value_sum": sums[..., case.width :].sum(1)}
         got["count"] = memory.counts[row].double().sum(-1)
-        if "mass" in policy.columns:
-            got["mass"] = memory.scalar("mass")[row, :, :slots].sum(-1)
+        if MASS in policy.statistics:
+            got["mass"] = memory.number(MASS)[row, :, :slots].sum(-1)
         scales = {
             "key_sum": size(keys) * max(left, 1),
             "value_sum": size(values) * max(left, 1),

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from memkit.catalog import as_policy
+from memkit.engine.inputs import Plan
 from memkit.memory import Memory
-from memkit.plan import Plan
 from memkit.policy import Policy
 from memkit.testing.agreement import Results, show
 from memkit.testing.cases import Case, Inputs
@@ -38,7 +38,7 @@ def same_plan_same_answer(policy: Policy, case: Case) -> None:
     compare(policy, case, inputs, results(inputs, "torch"), expected, results)
     if has_margin(case) and case.dtype == "float64":
         own = inputs.attend(policy, backend="reference")[1]
-        if policy.columns and not torch.equal(own.counts, inputs.attend(policy)[1].counts):
+        if policy.statistics and not torch.equal(own.counts, inputs.attend(policy)[1].counts):
             raise Broken(
                 f"tokens per slot, as the reference decides:\n{show(own.counts)}\n"
                 f"as the plan does:\n{show(inputs.attend(policy)[1].counts)}"

@@ -10,46 +10,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.engine.call import Call
-from memkit.engine.read import Part
-from memkit.engine.schedule import Schedule, Step, common
-from memkit.engine.timeline import Timeline, on_device
-from memkit.memory import Ready
+from memkit.engine.read import KeySet
+from memkit.engine.schedule import Schedule, Step, common, on_device
+from memkit.memory.slots import SlotView
+from memkit.parameters import PolicyParameters
+from memkit.pieces.rotary import Rotation
+from memkit.policy import Policy
 
-__all__ = ["Parts", "Queries", "Snapshots", "heated", "readable_together"]
+__all__ = ["KeySets", "Queries", "Snapshots", "readable_together", "scaled"]
 
 
 @dataclass(frozen=True)
 class Queries:
-    """A call's queries, as they meet the window and as they meet the slots; temperatures are applied step by step.
+    """A call's queries, as they meet the window and as they meet the slots; their scales are applied step by step.
 
-    windowed, remembering [b, h, t, d]: one and the same tensor unless memory is un-rotated; window_heat, memory_heat
-    [h]: temperatures, None for 1.
+    windowed, remembering [b, h, t, d]: one and the same tensor unless memory is un-rotated; window_scale, memory_scale
+    [h]: what each head's are multiplied by, None for 1.
     """
 
     windowed: Tensor
     remembering: Tensor
-    window_heat: Tensor | None
-    memory_heat: Tensor | None
+    window_scale: Tensor | None
+    memory_scale: Tensor | None
 
     @classmethod
-    def of(cls, call: Call, timeline: Timeline) -> Queries:
-        """The queries of a call."""
-        policy, queries = call.policy, call.queries
-        assert queries is not None
-        if not timeline.schedule.even:  # nothing that stands in the padding may reach a gradient
-            queries = queries.masked_fill(~timeline.own_columns()[:, None, :, None], 0)
-        remembering = queries
-        if not policy.exact_slots:
-            positions = timeline.positions
-            if positions is not None:
-                positions = positions[:, None, positions.shape[1] - queries.shape[2] :]
-            remembering = policy.rotary.memory_queries(queries, call.rotation, positions)
-        if call.parameters is None:
+    def of(
+        cls,
+        policy: Policy,
+        queries: Tensor,
+        parameters: PolicyParameters | None,
+        rotation: Rotation | None,
+        positions: Tensor | None,
+    ) -> Queries:
+        """Queries [b, h, t, d] at positions [b, 1, t], where the policy rotates."""
+        remembering = policy.rotary.memory_queries(queries, rotation, positions)
+        if parameters is None:
             return cls(queries, remembering, None, None)
-        window = call.parameters.temperature_window
+        window = parameters.query_scale_window
         # Sinks without growth are plain tokens.
-        return cls(queries, remembering, window, window if policy.exact_slots else call.parameters.temperature_memory)
+        return cls(queries, remembering, window, window if policy.sinks_only else parameters.query_scale_memory)
 
     @property
     def alike(self) -> bool:
@@ -58,11 +57,11 @@ class Queries:
 
     def for_window(self, span: slice) -> Tensor:
         """The queries of a span, [b, h, s, d], as the window's keys meet them."""
-        return heated(self.windowed[:, :, span], self.window_heat)
+        return scaled(self.windowed[:, :, span], self.window_scale)
 
     def for_slots(self, span: slice) -> Tensor:
         """The queries of a span, [b, h, s, d], as the slots meet them."""
-        return heated(self.remembering[:, :, span], self.memory_heat)
+        return scaled(self.remembering[:, :, span], self.memory_scale)
 
 
 def readable_together(one: Step, other: Step, unequal_slots: bool) -> bool:
@@ -93,11 +92,11 @@ class Snapshots:
         self.values: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def take(self, step: int, ready: Ready) -> None:
+    def take(self, step: int, view: SlotView) -> None:
         """Note how the slots are read at a step."""
-        self.keys = self._noted(self.keys, step, ready.keys)
-        self.values = self._noted(self.values, step, ready.values)
-        self.bias = None if ready.bias is None else self._noted(self.bias, step, ready.bias)
+        self.keys = self._noted(self.keys, step, view.keys)
+        self.values = self._noted(self.values, step, view.values)
+        self.bias = None if view.bias is None else self._noted(self.bias, step, view.bias)
 
     def _noted(self, notes: Tensor | None, step: int, read: Tensor) -> Tensor:
         rows, heads, _, *width = read.shape
@@ -112,41 +111,41 @@ def _apart(timeline: Tensor, width: int, every: int) -> Tensor:
     return timeline.unfold(2, width, every).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
-def heated(queries: Tensor, temperature: Tensor | None) -> Tensor:
-    """Queries [b, h, s, d] times the temperature [h] of their head."""
-    return queries if temperature is None else queries * temperature.to(queries.dtype)[:, None, None]
+def scaled(queries: Tensor, scale: Tensor | None) -> Tensor:
+    """Queries [b, h, s, d] times the scale [h] of their head."""
+    return queries if scale is None else queries * scale.to(queries.dtype)[:, None, None]
 
 
-class Parts:
-    """The parts of each step of a call."""
+class KeySets:
+    """The key sets of each step of a call."""
 
     def __init__(self, schedule: Schedule, keys: Tensor, values: Tensor) -> None:
         self.schedule, self.keys, self.values = schedule, keys, values
         self.device, self.dtype = keys.device, keys.dtype
 
-    def of(self, step: Step, queries: Queries, ready: Ready | None) -> list[Part]:
-        """What the step's queries meet; `ready` are the slots as they are then, None where none is live."""
-        parts: list[Part] = []
+    def of(self, step: Step, queries: Queries, view: SlotView | None) -> list[KeySet]:
+        """What the step's queries meet; `view` is how the slots are read then, None where none is live."""
+        sets: list[KeySet] = []
         span = slice(step.start, step.stop)
-        if ready is not None:
+        if view is not None:
             most = step.most_slots
-            bias = None if ready.bias is None else ready.bias[:, :, None, :most]
+            bias = None if view.bias is None else view.bias[:, :, None, :most]
             uneven = common(step.slots, step.active) is None
             if uneven:
                 slots = torch.arange(most, device=self.device)
                 beyond = self._hiding(slots >= self._per_row(step.slots))
                 bias = beyond if bias is None else bias + beyond
-            read = (ready.keys[:, :, :most], ready.values[:, :, :most])
-            parts.append(Part(queries.for_slots(span), *read, bias, hides=uneven))
+            read = (view.keys[:, :, :most], view.values[:, :, :most])
+            sets.append(KeySet(queries.for_slots(span), *read, bias, hides=uneven))
         windowed = queries.for_window(span)
         begin, end = self.schedule.old + step.start, self.schedule.old + step.stop
         alone = step.stop - step.start == 1
-        parts += self._older(step, windowed, end if alone else begin)
+        sets += self._older(step, windowed, end if alone else begin)
         if not alone:
-            parts.append(self._part(windowed, begin, end, None, causal=True))
-        return parts
+            sets.append(self._set(windowed, begin, end, None, causal=True))
+        return sets
 
-    def of_many(self, steps: Sequence[Step], queries: Queries, slots: Snapshots) -> list[Part]:
+    def of_many(self, steps: Sequence[Step], queries: Queries, slots: Snapshots) -> list[KeySet]:
         """What k alike steps meet, each with the slots as they were then: one batch row per row and step, [b·k, …]."""
         first, last = steps[0], steps[-1]
         size, span = first.stop - first.start, slice(first.start, last.stop)
@@ -154,26 +153,26 @@ class Parts:
         older = begin - int(first.first[0])
         windowed = _apart(queries.for_window(span), size, size)
         remembering = _apart(queries.for_slots(span), size, size)
-        parts = [self._slots_of_many(steps, remembering, slots)] if last.most_slots else []
+        sets = [self._slots_of_many(steps, remembering, slots)] if last.most_slots else []
         for columns, width, causal in (((begin - older, end - size), older, False), ((begin, end), size, True)):
             if width:
                 seen = slice(*columns)
                 keys, values = (_apart(each[:, :, seen], width, size) for each in (self.keys, self.values))
-                parts.append(Part(windowed, keys, values, causal=causal))
-        return parts
+                sets.append(KeySet(windowed, keys, values, causal=causal))
+        return sets
 
-    def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Snapshots) -> Part:
+    def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Snapshots) -> KeySet:
         assert slots.keys is not None and slots.values is not None
-        live = [step.most_slots for step in steps]
+        slots_of = [step.most_slots for step in steps]
         bias = None if slots.bias is None else slots.bias.unsqueeze(2)
-        if min(live) < slots.most:
+        if min(slots_of) < slots.most:
             rows = len(slots.keys) // len(steps)
             numbers = torch.arange(slots.most, device=self.device)
-            beyond = self._hiding(numbers >= on_device(np.array(live * rows), self.device)[:, None])
+            beyond = self._hiding(numbers >= on_device(np.array(slots_of * rows), self.device)[:, None])
             bias = beyond if bias is None else bias + beyond
-        return Part(queries, slots.keys, slots.values, bias)
+        return KeySet(queries, slots.keys, slots.values, bias)
 
-    def _older(self, step: Step, queries: Tensor, end: int) -> list[Part]:
+    def _older(self, step: Step, queries: Tensor, end: int) -> list[KeySet]:
         """Columns before `end` that the first query sees; masked where rows differ or later queries lose some."""
         first = int(step.first[step.active].min())
         band = self.schedule.policy.window.band
@@ -181,7 +180,7 @@ class Parts:
         if band is not None:
             kept = min(max(first, self.schedule.old + step.stop - band), end)
         uneven = common(step.first, step.active) is None
-        parts: list[Part] = []
+        sets: list[KeySet] = []
         for begin, stop in pairwise((first, kept, end)):
             if stop == begin:
                 continue
@@ -191,12 +190,12 @@ class Parts:
                 oldest = torch.arange(step.start, step.stop, device=self.device) + self.schedule.old - band + 1
                 fallen = self._hiding(columns < oldest[:, None]).transpose(0, 2)
                 bias = fallen if bias is None else torch.minimum(bias, fallen)
-            parts.append(self._part(queries, begin, stop, bias))
-        return parts
+            sets.append(self._set(queries, begin, stop, bias))
+        return sets
 
-    def _part(self, queries: Tensor, begin: int, end: int, bias: Tensor | None, causal: bool = False) -> Part:
+    def _set(self, queries: Tensor, begin: int, end: int, bias: Tensor | None, causal: bool = False) -> KeySet:
         keys, values = self.keys[:, :, begin:end], self.values[:, :, begin:end]
-        return Part(queries, keys, values, bias, causal, columns=(begin, end), hides=bias is not None)
+        return KeySet(queries, keys, values, bias, causal, columns=(begin, end), hides=bias is not None)
 
     def _hiding(self, hide: Tensor) -> Tensor:
         """A bias that hides keys: hide [b, n] → [b, 1, 1, n]."""

@@ -18,40 +18,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memkit.errors import MemoryStateError
+from memkit.memory.slots import SlotStore
+from memkit.memory.window import Window
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
+from memkit.pieces.statistics import COUNT, MASS, Statistic
 from memkit.policy import Policy, PolicySpec
 
-__all__ = ["Memory"]
+__all__ = ["DecodeBuffer", "Memory", "held"]
 
-FORMAT = "memkit-memory-1"
-
-
-@dataclass
-class Ready:
-    """Slots as they are read: a working copy that decoding keeps between calls and that nothing depends on.
-
-    route [b, g, M, d]: keys as routing compares them, float32 or float64; keys [b, g, M, d] and values [b, g, M, v]: as
-    queries meet them, in the window's dtype; bias [b, g, M]: added to the scores, or None; made_with: the parameters'
-    versions.
-    """
-
-    route: Tensor
-    keys: Tensor
-    values: Tensor
-    bias: Tensor | None
-    made_with: tuple[int, ...] = ()
+FORMAT = "memkit-memory-2"
 
 
 @dataclass
-class SideBySide:
+class DecodeBuffer:
     """Slots as they are read, and the window behind them, in one buffer: what decoding reads with one fused call.
 
-    keys [b, g, slots + cap, d], values [b, g, slots + cap, v], of which the memory's window buffers are the end; bias
-    [b, g, 1, slots + cap] or None; heat [h, 1, 1]: what queries are scaled by, None for 1; begin: the first column to
-    read; band: tokens of a sliding window that is full and moves on at each step, else 0; sinks: keys and values of the
-    slots that move with it; until: the memory's `end` at which this is over, because a chunk leaves or the buffer is
-    full; made_with: the parameters' versions; policy, parameters, rotation, looks: of the calls that this serves.
+    keys [b, g, slots + room, d], values [b, g, slots + room, v]: the window's streams are the end of them;
+    bias [b, g, 1, slots + room], or None;
+    query_scale [h, 1, 1]: what queries are multiplied by, None for 1;
+    begin: the first column to read;
+    band: tokens of a sliding window that is full and moves on at each step, else 0;
+    sinks: keys and values of the slots that move with it;
+    until: the window's `end` at which this is over, because a chunk leaves or the buffer is full;
+    made_with: the parameters' versions;
+    policy, parameters, rotation, signature: of the calls that this serves.
     """
 
     slots: int
@@ -62,25 +53,26 @@ class SideBySide:
     keys: Tensor
     values: Tensor
     bias: Tensor | None
-    heat: Tensor | None
+    query_scale: Tensor | None
     made_with: tuple[int, ...]
     policy: Policy
     parameters: PolicyParameters | None
     rotation: Rotation | None
-    looks: tuple[Any, ...]
+    signature: tuple[Any, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors held."""
+        found = [self.keys, self.values, *(self.sinks or ())]
+        return found + [tensor for tensor in (self.bias, self.query_scale) if tensor is not None]
 
 
 @dataclass(eq=False)
 class Memory:
     """What a policy carries from one call to the next.
 
-    Slots (m live of M kept, the sinks first):
-      sums [b, g, M, d + v]: key sum and value sum, float32 or float64;
-      scalars [b, g, M, s]: the policy's `columns`, float64 (count, mass, radius, …).
-    Window, the columns `end` − held … `end` − 1 of each row, newest last, so that rows of unequal phase stay aligned:
-      keys [b, g, cap, d], values [b, g, cap, v] in the inputs' dtype; weights [b, g, cap] where weights are learned;
-      positions [b, cap] float64 where the policy un-rotates.
-    seen_rows [b]: tokens of each row so far; next_positions [b]: where positions continue.
+    window: the tokens seen exactly; store: the slots, of which `live_rows` are live, the sinks first; seen_rows [b]:
+    tokens of each row so far; next_positions [b]: where positions continue, None where the policy rotates nothing;
+    buffer: slots and window side by side, while decoding.
 
     taken: a later call has taken this memory over; written: the call that is about to has begun to change it; lost: the
     error with which such a call failed.
@@ -91,16 +83,10 @@ class Memory:
 
     policy: Policy
     seen_rows: np.ndarray
-    end: int
-    keys: Tensor
-    values: Tensor
-    weights: Tensor | None
-    positions: Tensor | None
-    next_positions: Tensor | None
-    sums: Tensor
-    scalars: Tensor
-    ready: Ready | None = None
-    side_by_side: SideBySide | None = None
+    window: Window
+    store: SlotStore
+    next_positions: Tensor | None = None
+    buffer: DecodeBuffer | None = None
     taken: bool = False
     written: bool = False
     lost: str | None = None
@@ -120,17 +106,12 @@ class Memory:
     @property
     def counts(self) -> Tensor:
         """Tokens in each slot, [b, g, m] int64; 0 past a row's slots."""
-        live = self.slots
-        most = int(live.max()) if len(live) else 0
-        if self.policy.exact_slots:
-            rows = torch.arange(most) < live.unsqueeze(-1)
-            return rows.unsqueeze(1).expand(-1, self.keys.shape[1], -1).long().to(self.keys.device)
-        return self.scalar("count")[:, :, :most].round().long()
+        return self.number(COUNT)[:, :, : int(self.live_rows.max(initial=0))].round().long()
 
     @property
     def bytes(self) -> int:
         """Bytes of all tensors held, room kept for growth and decoding's working copy included."""
-        storages = [tensor.untyped_storage() for tensor in self._every_tensor()]
+        storages = [tensor.untyped_storage() for tensor in self.tensors()]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
@@ -148,14 +129,28 @@ class Memory:
         """Width of keys and of values."""
         return self.keys.shape[-1], self.values.shape[-1]
 
-    def scalar(self, name: str) -> Tensor:
-        """One of the policy's columns, [b, g, M]; mass is the count where every token weighs 1."""
-        columns = self.policy.columns
-        if name == "mass" and name not in columns:
+    @property
+    def keys(self) -> Tensor:
+        """The window's keys, [b, g, room, d]."""
+        return self.window.streams["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """The window's values, [b, g, room, v]."""
+        return self.window.streams["values"]
+
+    @property
+    def sums(self) -> Tensor:
+        """What slots sum of keys and values, [b, g, M, d + v]."""
+        return self.store.sums
+
+    def number(self, statistic: Statistic) -> Tensor:
+        """One of the numbers that slots keep, [b, g, M]; the mass is the count where every token weighs 1."""
+        if statistic is MASS and MASS not in self.policy.statistics:
             if self.policy.weighted:
                 raise MemoryStateError("this policy's readout needs no mass, so its slots do not store it")
-            name = "count"
-        return self.scalars[..., columns.index(name)]
+            statistic = COUNT
+        return self.store.numbers[..., self.policy.statistics.index(statistic)]
 
     # What a caller does
 
@@ -188,9 +183,14 @@ class Memory:
     def save(self, path: str | Path) -> None:
         """Write the memory to a safetensors file; its policy travels along."""
         self.check_usable()
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self._tensors().items()}
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self._saved().items()}
         tensors["seen"] = self.seen
-        facts = {"format": FORMAT, "policy": self.policy.spec.to_yaml(), "name": self.policy.name, "end": self.end}
+        facts = {
+            "format": FORMAT,
+            "policy": self.policy.spec.to_yaml(),
+            "name": self.policy.name,
+            "end": self.window.end,
+        }
         save_file(tensors, str(path), metadata={"memkit": json.dumps(facts)})
 
     @classmethod
@@ -212,17 +212,13 @@ class Memory:
             raise MemoryStateError(
                 f"{path}: belongs to {_named(spec)}, not to {_named(wanted)}; load it with its own policy"
             )
+        policy = spec.build()
         return cls(
-            policy=spec.build(),
+            policy=policy,
             seen_rows=tensors["seen"].numpy(),
-            end=facts["end"],
-            keys=tensors["keys"],
-            values=tensors["values"],
-            weights=tensors.get("weights"),
-            positions=tensors.get("positions"),
+            window=Window({name: tensors[name] for name in policy.streams}, facts["end"]),
+            store=SlotStore(tensors["sums"], tensors["numbers"]),
             next_positions=tensors.get("next_positions"),
-            sums=tensors["sums"],
-            scalars=tensors["scalars"],
         )
 
     def __copy__(self) -> Memory:
@@ -250,6 +246,10 @@ class Memory:
             self.call_failed(error)
             raise
 
+    def about_to_write(self) -> None:
+        """The call that is about to take this memory over begins to change it."""
+        self.written = True
+
     def call_failed(self, error: BaseException) -> None:
         """A call that was to take this memory over has failed."""
         self.taken = False
@@ -259,15 +259,15 @@ class Memory:
     @property
     def frozen(self) -> bool:
         """Whether it was made in inference mode, and this is outside: then nothing may be written into it."""
-        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self._every_tensor())
+        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.tensors())
 
     def one_token_later(self, next_positions: Tensor | None) -> Memory:
         """The memory after one more token in every row, once that stands behind the window. This one is taken over."""
         self.taken, self.written = True, False
         after = object.__new__(Memory)  # a third of what dataclasses.replace takes
         after.__dict__.update(self.__dict__)
-        after.seen_rows, after.end, after.next_positions = self.seen_rows + 1, self.end + 1, next_positions
-        after.taken = False
+        after.seen_rows, after.next_positions, after.taken = self.seen_rows + 1, next_positions, False
+        after.window = Window(self.window.streams, self.window.end + 1)
         return after
 
     def check_usable(self) -> None:
@@ -293,26 +293,23 @@ class Memory:
     @property
     def requires_grad(self) -> bool:
         """Whether gradients flow into this memory."""
-        return any(tensor.requires_grad for tensor in self._tensors().values())
+        return any(tensor.requires_grad for tensor in self._saved().values())
 
-    def _tensors(self) -> dict[str, Tensor]:
-        names = ("keys", "values", "weights", "positions", "next_positions", "sums", "scalars")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+    def _saved(self) -> dict[str, Tensor]:
+        """What a file holds, by name."""
+        found = {**self.window.streams, "sums": self.store.sums, "numbers": self.store.numbers}
+        return found if self.next_positions is None else {**found, "next_positions": self.next_positions}
 
-    def _every_tensor(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """All tensors held, working copies included."""
-        found = list(self._tensors().values())
-        for copy in (self.ready, self.side_by_side):
-            parts = () if copy is None else vars(copy).values()
-            found += [part for part in parts if isinstance(part, Tensor)]
-        if self.side_by_side is not None and self.side_by_side.sinks is not None:
-            found += self.side_by_side.sinks
-        return found
+        rest = [] if self.next_positions is None else [self.next_positions]
+        copies = [] if self.buffer is None else self.buffer.tensors()
+        return [*self.window.streams.values(), *self.store.tensors(), *rest, *copies]
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Memory:
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors().items()}
-        same = {"seen_rows": self.seen_rows.copy(), "ready": None, "side_by_side": None, "written": False}
-        return dataclasses.replace(self, **changed, **same)
+        following = None if self.next_positions is None else change(self.next_positions)
+        window, store = self.window.mapped(change), self.store.mapped(change)
+        return Memory(self.policy, self.seen_rows.copy(), window, store, following)
 
     def __repr__(self) -> str:
         rows, heads = self.keys.shape[:2]

@@ -2,73 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.engine.call import Call
+from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.read import default_scale
 from memkit.errors import InputError
 from memkit.memory import Memory, held
 from memkit.parameters import PolicyParameters
+from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
-from memkit.plan import Plan
 from memkit.policy import Policy
 
-__all__ = ["check_call", "check_signs"]
+__all__ = ["check", "check_signs"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_call(
-    policy: Policy,
-    queries: Tensor | None,
-    keys: Tensor,
-    values: Tensor | None,
-    *,
-    weights: Tensor | None,
-    parameters: PolicyParameters | None,
-    rotation: Rotation | None,
-    scale: float | None,
-    memory: Memory | None,
-    lengths: Tensor | None,
-    plan: Plan | None,
-) -> Call:
-    """The call, or an error that says rule, value and remedy. Queries and values are None where only a plan is made."""
+def check(given: AttendInputs) -> AttendInputs:
+    """The call, checked, or an error that says rule, value and remedy."""
+    policy, queries, keys, values, weights = given.policy, given.queries, given.keys, given.values, given.weights
     _check_tensors(queries, keys, values)
     _check_weights(policy, keys, weights)
-    _check_rotation(policy, keys, rotation)
-    _check_parameters(policy, queries, keys, parameters)
-    checked = _check_lengths(keys, lengths)
-    if memory is not None:
-        _check_memory(policy, keys, values, memory)
-    if plan is not None:
-        _check_plan(policy, keys, plan, memory, checked)
-    if scale is not None and not np.isfinite(scale):
+    _check_rotation(policy, keys, given.rotation)
+    _check_parameters(policy, queries, keys, given.parameters)
+    lengths = _check_lengths(keys, given.lengths)
+    if given.memory is not None:
+        _check_memory(policy, keys, values, given.memory)
+    if given.plan is not None:
+        _check_plan(policy, keys, given.plan, given.memory, lengths)
+    scale = default_scale(keys.shape[-1]) if given.scale is None else given.scale
+    if not np.isfinite(scale):
         raise InputError(f"scale must be a finite number, got {scale}")
-    sources: list[Tensor | None] = [queries, keys, values, weights]
-    if parameters is not None:
-        sources += list(parameters.parameters())
-    differentiable = (
-        queries is not None
-        and torch.is_grad_enabled()
-        and (any(t is not None and t.requires_grad for t in sources) or (memory is not None and memory.requires_grad))
-    )
-    return Call(
-        policy=policy,
-        queries=queries,
-        keys=keys,
-        values=values,
-        weights=weights,
-        parameters=parameters,
-        key_norm=None if parameters is None else parameters.key_norm,
-        rotation=rotation,
-        scale=default_scale(keys.shape[-1]) if scale is None else float(scale),
-        memory=memory,
-        lengths=checked,
-        plan=plan,
-        differentiable=differentiable,
-    )
+    sources = [queries, keys, values, weights, *([] if given.parameters is None else given.parameters.parameters())]
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in sources)
+    wanted = wanted or (given.memory is not None and given.memory.requires_grad)
+    differentiable = queries is not None and torch.is_grad_enabled() and wanted
+    return dataclasses.replace(given, scale=float(scale), row_lengths=lengths, differentiable=differentiable)
 
 
 def _check_tensors(queries: Tensor | None, keys: Tensor, values: Tensor | None) -> None:
@@ -106,7 +79,7 @@ def _check_tensors(queries: Tensor | None, keys: Tensor, values: Tensor | None) 
 def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None:
     if weights is None:
         return
-    if not policy.merging.learned or policy.exact_slots:
+    if Need.MERGE_WEIGHTS not in policy.needs:
         raise InputError(
             "weights are given, but this policy weighs nothing with them; "
             "leave them out, or use merging: {kind: weighted-mean, weight: learned} in a memory that grows"
@@ -125,11 +98,11 @@ def check_signs(weights: Tensor) -> None:
 
 
 def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> None:
-    if not policy.needs_rotation:
+    if Need.ROTATION not in policy.needs:
         if rotation is not None:
             raise InputError(
                 f"rotation is given, but rotary {policy.spec.rotary.kind} does not use it; leave it out"
-                if not policy.exact_slots
+                if not policy.sinks_only
                 else "rotation is given, but with growth none sinks stay at their own positions; leave it out"
             )
         return
@@ -152,13 +125,13 @@ def _check_parameters(
         return
     if not isinstance(parameters, PolicyParameters):
         raise InputError(f"parameters must be memkit.PolicyParameters, got {type(parameters).__name__}")
-    norm, temperatures = policy.readout.layer_norm and not policy.exact_slots, policy.readout.spec.temperatures
+    norm, scales = Need.KEY_NORM in policy.needs, Need.QUERY_SCALES in policy.needs
     width, heads = keys.shape[-1], None if queries is None else queries.shape[1]
     for name, needed, size in (
         ("key_norm_weight", norm, width),
         ("key_norm_bias", norm, width),
-        ("temperature_window", temperatures, heads),
-        ("temperature_memory", temperatures and not policy.exact_slots, heads),
+        ("query_scale_window", scales, heads),
+        ("query_scale_memory", scales and not policy.sinks_only, heads),
     ):
         tensor: Tensor | None = getattr(parameters, name)
         if (tensor is not None) != needed:

@@ -1,0 +1,307 @@
+"""The pass: for each step, plan, fold, read; over all rows, heads and tokens of a chunk at once."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit.engine.backward import Inputs, Passed, attend_as_one_node
+from memkit.engine.decode import decode
+from memkit.engine.inputs import AttendInputs, Plan
+from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
+from memkit.engine.plan import follow, place, record, shared, span
+from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
+from memkit.engine.schedule import LeavingChunk, Schedule, Step, on_device
+from memkit.memory import Memory, held
+from memkit.memory.slots import Chunk, SlotRules, SlotStore, SlotView, memory_keys, parameter_versions
+from memkit.memory.window import SLACK, Streams, Timeline, columns, room_for
+from memkit.pieces.chunk import Assignment
+
+__all__ = ["attend", "plan"]
+
+TOGETHER = {"cpu": 2048, "cuda": 4096}
+"""Queries that are read together, per kind of device; elsewhere one chunk's at a time."""
+
+UNEQUAL_SLOTS = {"cuda"}
+"""Where chunks with unequal numbers of slots are read together too: the mask costs less than another call."""
+
+
+def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
+    """Outputs [b, h, t, v] and the memory after the call.
+
+    Without gradients the memory's tensors are taken over; one made in inference mode is copied first, outside of it.
+    With gradients an additive rule's pass is one node of the graph with a backward of its own (see `backward`); another
+    rule's pass is recorded operation by operation.
+    """
+    memory = inputs.memory
+    if memory is not None and memory.frozen:
+        memory = memory.fork()
+        inputs = inputs.with_memory(memory)
+    if inputs.differentiable:
+        run = Pass(inputs)
+        output = run.as_one_node() if inputs.policy.merging.additive else run.with_graph()
+        return run.padded(output), run.memory()
+    if memory is not None and memory.requires_grad:  # another graph may still need these tensors: leave them alone
+        memory = memory.detach()
+        inputs = inputs.with_memory(memory)
+    with torch.no_grad(), nullcontext() if memory is None else memory.taken_over():
+        if (decoded := decode(inputs)) is not None:
+            return decoded
+        run = Pass(inputs)
+        return run.padded(run.read(run.queries())[0]), run.memory()
+
+
+@torch.no_grad()
+def plan(inputs: AttendInputs) -> Plan:
+    """The plan that `attend` would follow."""
+    run = Pass(inputs)
+    for step in run.schedule.steps:
+        run.absorb(step)
+    return record(run.schedule, inputs.keys.shape[1], inputs.keys.device, run.done)
+
+
+class Pass:
+    """One call in progress: when chunks leave (schedule), the tokens there are (timeline), and the slots (store).
+
+    done: what has been assigned so far.
+    """
+
+    def __init__(self, inputs: AttendInputs) -> None:
+        self.inputs, self.policy, self.device = inputs, inputs.policy, inputs.keys.device
+        rows, _, tokens, width = inputs.keys.shape
+        seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
+        self.schedule = Schedule(inputs.policy, seen, inputs.row_lengths, tokens)
+        self.rules = SlotRules(
+            inputs.policy, width, inputs.keys.dtype, inputs.key_norm, inputs.rotation, inputs.values is not None
+        )
+        self.next_positions: Tensor | None = None
+        self.timeline = self._open_timeline()
+        self.store = self._open_store()
+        self.done: list[tuple[LeavingChunk, Assignment]] = []
+
+    # The steps
+
+    def read(self, queries: Queries) -> tuple[Tensor, Tensor]:
+        """For each step: plan, fold, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph."""
+        key_sets = self.key_sets()
+        rows, heads, tokens, _ = queries.windowed.shape
+        # Heads next to each other for each token: so the kernels return them, and so the output projection wants them.
+        output = key_sets.values.new_empty(rows, tokens, heads, key_sets.values.shape[-1]).transpose(1, 2)
+        lse = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
+        for steps in self._groups():
+            span = slice(steps[0].start, steps[-1].stop)
+            if len(steps) == 1:
+                self.absorb(steps[0])
+                met = key_sets.of(steps[0], queries, self.slots(steps[0]))
+                _, lse[:, :, span] = attend_key_sets(met, self.inputs.scale, out=output[:, :, span])
+                continue
+            snapshots = Snapshots(len(steps), steps[-1].most_slots)
+            for number, step in enumerate(steps):
+                self.absorb(step)
+                if step.most_slots:
+                    snapshots.take(number, self.store.read(self.rules))
+            together, of_steps = attend_key_sets(key_sets.of_many(steps, queries, snapshots), self.inputs.scale)
+            for whole, part in ((output, together), (lse, of_steps)):
+                whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
+        output[:, :, int(self.inputs.row_lengths.max(initial=0)) :] = 0
+        return output, lse
+
+    def absorb(self, step: Step) -> None:
+        """PLAN and FOLD the chunk that leaves before a step, if one does."""
+        if (leaving := step.leaving) is None:
+            return
+        chunk = self._chunk(leaving)
+        if self.inputs.plan is None:
+            assignment = place(self.rules, leaving, chunk, self.store)
+        else:
+            assignment = follow(leaving, self.inputs.plan, self.policy.chunk, self.device)
+        self.done.append((leaving, assignment))
+        self.store.add(self.rules, assignment, chunk)
+
+    def slots(self, step: Step) -> SlotView | None:
+        """The slots as a step reads them; None where none is live."""
+        return self.store.read(self.rules) if step.most_slots else None
+
+    def _groups(self) -> list[list[Step]]:
+        """The steps, those together that are read together: consecutive ones that are alike."""
+        steps = self.schedule.steps
+        together, unequal_slots = TOGETHER.get(self.device.type, 0), self.device.type in UNEQUAL_SLOTS
+        if not together or not self.inputs.even or self.policy.window.band is not None:
+            return [[step] for step in steps]
+        groups: list[list[Step]] = []
+        for step in steps:
+            last = groups[-1] if groups else []
+            if last and step.stop - last[0].start <= together and readable_together(last[0], step, unequal_slots):
+                last.append(step)
+            else:
+                groups.append([step])
+        return groups
+
+    # With gradients
+
+    def as_one_node(self) -> Tensor:
+        """The outputs of `read`, as one node of autograd's graph."""
+        inputs, timeline = self.inputs, self.timeline
+        given = Inputs(
+            self.queries(), timeline.keys, timeline.values, timeline.get("weights"), self.store.sums, self.store.numbers
+        )
+        facts = (self.rules, self.schedule, inputs.scale, timeline.get("positions"), inputs.memory is None)
+        output, self.store.sums, self.store.numbers = attend_as_one_node(self._without_graph, given, *facts)
+        return output
+
+    def _without_graph(self, given: Inputs) -> Passed:
+        """The pass itself; what undoing each fold takes is kept."""
+        store = SlotStore(given.sums.clone(), given.numbers.clone(), undo=[])
+        outer, self.store = self.store, store
+        output, lse = self.read(given.queries)
+        self.store = outer
+        return Passed(output, lse, store.sums, store.numbers, store.read(self.rules), store.undo or [])
+
+    def with_graph(self) -> Tensor:
+        """The outputs of `read`, recorded operation by operation."""
+        key_sets, queries, outputs = self.key_sets(), self.queries(), list[Tensor]()
+        for step in self.schedule.steps:
+            self.absorb(step)
+            met: list[KeySet] = key_sets.of(step, queries, self.slots(step))
+            outputs.append(differentiable_key_sets(met, self.inputs.scale))
+        missing = self.inputs.keys.shape[2] - int(self.inputs.row_lengths.max(initial=0))
+        if missing or not outputs:
+            shape = (*queries.windowed.shape[:2], missing, key_sets.values.shape[-1])
+            outputs.append(queries.windowed.new_zeros(shape))
+        return torch.cat(outputs, dim=2)
+
+    # What goes in
+
+    def _open_timeline(self) -> Timeline:
+        inputs, memory, old = self.inputs, self.inputs.memory, self.schedule.old
+        new = self._new_tokens()
+        window = None if memory is None else memory.window
+        in_place = False
+        if memory is not None and not inputs.differentiable and inputs.values is not None and inputs.even:
+            tokens = inputs.keys.shape[2]
+            if not memory.window.fits(tokens) and old + tokens <= memory.window.room:
+                memory.about_to_write()
+                memory.window.move_to_front(old)
+            in_place = memory.window.fits(tokens)
+        return Timeline.of(window, old, new, in_place)
+
+    def _new_tokens(self) -> Streams:
+        """What this call's tokens carry; 0 in the padding, so that nothing there may reach a gradient."""
+        inputs = self.inputs
+        found: dict[str, Tensor | None] = {"keys": inputs.keys, "values": inputs.values, "weights": inputs.weights}
+        if not inputs.even:
+            padding = ~self._own_columns()[:, None]
+            for name, tensor in found.items():
+                if tensor is not None:
+                    found[name] = tensor.masked_fill(padding.unsqueeze(-1) if tensor.ndim == 4 else padding, 0)
+        if "weights" in self.policy.streams and inputs.weights is None:
+            found["weights"] = inputs.keys.new_ones(inputs.keys.shape[:3])
+        if "positions" in self.policy.streams:
+            found["positions"] = self._positions()
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def _positions(self) -> Tensor:
+        """Positions of this call's tokens, [b, 1, t] float64; notes where they go on."""
+        inputs, rotation = self.inputs, self.inputs.rotation
+        assert rotation is not None
+        rows, tokens = inputs.keys.shape[0], inputs.keys.shape[2]
+        begin = None if inputs.memory is None else inputs.memory.next_positions
+        if begin is None:
+            begin = torch.zeros(rows, device=self.device, dtype=torch.float64)
+        if rotation.positions is not None:
+            positions = rotation.positions.to(self.device).double()
+        else:
+            positions = begin[:, None] + torch.arange(tokens, device=self.device)
+        ends = torch.cat((begin[:, None], positions + 1), dim=1)
+        self.next_positions = ends.gather(1, on_device(inputs.row_lengths, self.device)[:, None])[:, 0]
+        return positions[:, None]
+
+    def _own_columns(self) -> Tensor:
+        """[b, t]: whether a column of this call is one of the row's own tokens, or padding."""
+        tokens = torch.arange(self.inputs.keys.shape[2], device=self.device)
+        return tokens < on_device(self.inputs.row_lengths, self.device)[:, None]
+
+    def _open_store(self) -> SlotStore:
+        inputs, memory = self.inputs, self.inputs.memory
+        room = int(self.schedule.slots_after.max(initial=0))
+        if memory is None:
+            rows, heads, _, width = inputs.keys.shape
+            width += 0 if inputs.values is None else inputs.values.shape[-1]
+            shape = (rows, heads, room, width)
+            return SlotStore.empty(self.policy, shape, inputs.keys, in_place=not inputs.differentiable)
+        sums, numbers, view = memory.store.sums, memory.store.numbers, None
+        if inputs.values is None:  # a plan only reads the memory, and only its keys
+            sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
+        elif inputs.differentiable:  # the memory that is returned shares nothing with this one
+            sums, numbers = sums.clone(), numbers.clone()
+        elif self.timeline.in_place:
+            view = memory.store.view
+            if view is not None and view.made_with != parameter_versions(inputs.parameters):
+                view = None
+        store = SlotStore(sums, numbers, view, in_place=not inputs.differentiable, before_writing=memory.about_to_write)
+        if room > store.room:
+            # Decoding makes room for half as many again, if the schedule will ever grant so many.
+            store.grow(min(room * 3 // 2, self._slots_ahead()) if self.timeline.in_place else room)
+        return store
+
+    def _slots_ahead(self) -> int:
+        return self.policy.slots_after(2 * (int(self.schedule.after.max()) + self.policy.chunk))
+
+    def _chunk(self, leaving: LeavingChunk) -> Chunk:
+        """The tokens that leave. Rows that keep theirs get some tokens too, which the plan then drops."""
+        where = span(leaving, leaving.begin + self.schedule.shift, self.policy.chunk, self.device)
+        streams = {name: columns(stream, where) for name, stream in self.timeline.streams.items()}
+        chunk = Chunk(
+            keys=streams["keys"],
+            values=streams.get("values"),
+            weights=streams.get("weights"),
+            positions=streams.get("positions"),
+            first=shared(leaving.begin == 0, leaving.leaves, self.device) != 0,
+            where=where,
+        )
+        chunk.memory_keys = memory_keys(self.rules, chunk)
+        return chunk
+
+    def queries(self) -> Queries:
+        """The call's queries."""
+        queries = self.inputs.queries
+        assert queries is not None
+        if not self.inputs.even:
+            queries = queries.masked_fill(~self._own_columns()[:, None, :, None], 0)
+        positions = self.timeline.get("positions")
+        if positions is not None:
+            positions = positions[:, :, positions.shape[2] - queries.shape[2] :]
+        return Queries.of(self.policy, queries, self.inputs.parameters, self.inputs.rotation, positions)
+
+    def key_sets(self) -> KeySets:
+        """The key sets of every step."""
+        return KeySets(self.schedule, self.timeline.keys, self.timeline.values)
+
+    # What comes out
+
+    def padded(self, output: Tensor) -> Tensor:
+        """The outputs, 0 where a row has no token."""
+        return output if self.inputs.even else output.masked_fill(~self._own_columns()[:, None, :, None], 0)
+
+    def memory(self) -> Memory:
+        """The memory after the call."""
+        store, before = self.store, self.inputs.memory
+        store = SlotStore(store.sums, store.numbers)
+        if self.timeline.in_place:
+            assert before is not None
+            store.view, window = self.store.view, before.window
+            window.end += self.inputs.keys.shape[2]
+            if store.view is not None:
+                store.view.made_with = parameter_versions(self.inputs.parameters)
+        else:
+            keep = int(held(self.policy, self.schedule.after).max(initial=0))
+            decodes = before is not None and self.inputs.keys.shape[2] <= SLACK
+            room = keep if self.inputs.differentiable else room_for(self.policy, keep, decodes)
+            ends = None
+            if not self.inputs.even:
+                ends = on_device(self.schedule.old + self.inputs.row_lengths, self.device)
+            window = self.timeline.window(keep, room, ends)
+        return Memory(self.policy, self.schedule.after, window, store, self.next_positions)

@@ -1,0 +1,77 @@
+"""What `attend` and `plan` are given: made once, checked once, and handed on whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from memkit.memory import Memory
+from memkit.parameters import PolicyParameters
+from memkit.pieces.rotary import Rotation
+from memkit.policy import Policy
+
+__all__ = ["AttendInputs", "Plan"]
+
+
+@dataclass
+class AttendInputs:
+    """The arguments of a call, as `memkit.attend` takes them; queries and values are None where only a plan is wanted.
+
+    Known once they are checked: row_lengths [b]: valid tokens of each row; scale: a number; differentiable: whether
+    gradients are wanted.
+    """
+
+    policy: Policy
+    queries: Tensor | None
+    keys: Tensor
+    values: Tensor | None
+    weights: Tensor | None
+    parameters: PolicyParameters | None
+    rotation: Rotation | None
+    scale: float | None
+    memory: Memory | None
+    lengths: Tensor | Sequence[int] | None
+    plan: Plan | None
+    row_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    differentiable: bool = False
+
+    @property
+    def key_norm(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of the memory-key LayerNorm; None for 1 and 0."""
+        return None if self.parameters is None else self.parameters.key_norm
+
+    @property
+    def even(self) -> bool:
+        """Whether every row has as many tokens as the call has columns."""
+        return bool((self.row_lengths == self.keys.shape[2]).all())
+
+    def with_memory(self, memory: Memory | None) -> AttendInputs:
+        """The same arguments with another memory."""
+        return dataclasses.replace(self, memory=memory)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each token that leaves the window during one call goes.
+
+    Column j of row r is the token at position begin[r] + j, for j < length[r]; later columns are padding.
+
+    slot [b, g, n] int64: the slot it founded or joined, −1 for dropped tokens and padding;
+    founded [b, g, n] bool: whether it founded that slot;
+    begin, length [b] int64: first token that leaves in this call, and how many do;
+    slots [b, chunks] int64: slots there are after each chunk that leaves (the last number repeats in shorter rows).
+    """
+
+    slot: Tensor
+    founded: Tensor
+    begin: np.ndarray
+    length: np.ndarray
+    slots: np.ndarray
+
+    def __repr__(self) -> str:
+        rows, heads, tokens = self.slot.shape
+        return f"Plan({rows} rows × {heads} heads, {tokens} tokens leave, slots after each chunk {self.slots.tolist()})"

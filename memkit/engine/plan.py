@@ -1,0 +1,127 @@
+"""PLAN: where the tokens of a leaving chunk go: score → admit → assign. No gradient flows through it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit.engine.inputs import Plan
+from memkit.engine.schedule import LeavingChunk, Schedule, common, on_device
+from memkit.memory.slots import Chunk, SlotRules, SlotStore, read_tokens
+from memkit.memory.window import Columns, columns
+from memkit.pieces.chunk import Assignment, ChunkContext, maximum
+from memkit.policy import Policy
+
+__all__ = ["assign", "follow", "place", "record", "shared", "span"]
+
+
+@torch.no_grad()
+def place(rules: SlotRules, leaving: LeavingChunk, chunk: Chunk, store: SlotStore) -> Assignment:
+    """Each token's slot, and whether it founds it."""
+    policy, device = rules.policy, chunk.keys.device
+    before, new, sink_tokens = (
+        shared(numbers, leaving.leaves, device)
+        for numbers in (leaving.slots_before, leaving.new_slots, leaving.sink_tokens)
+    )
+    most = int(leaving.slots_before[leaving.leaves].max())
+    compares = policy.routing.compares or (policy.admission is not None and policy.admission.compares)
+    assert chunk.memory_keys is not None
+    context = ChunkContext(
+        keys=chunk.memory_keys,
+        values=chunk.values,
+        slots=store.read(rules).route[:, :, :most] if compares and most else chunk.memory_keys[:, :, :0],
+        slots_before=before,
+        sinks=policy.sinks,
+        sink_tokens=sink_tokens,
+        new_slots=new,
+        joins=policy.merging.joins,
+        similarity=policy.routing.similarity,
+        alone=lambda: read_tokens(rules, chunk),
+        most_new=int(leaving.new_slots[leaving.leaves].max()),
+    )
+    return _only(leaving, assign(policy, context))
+
+
+def assign(policy: Policy, chunk: ChunkContext) -> Assignment:
+    """Score → admit → assign: who founds a slot, and which slot the others join."""
+    if isinstance(chunk.new_slots, int) and chunk.new_slots == chunk.keys.shape[2]:
+        everyone = chunk.keys.new_ones(chunk.shape, dtype=torch.bool)
+        return Assignment((chunk.slots_before + chunk.offsets).expand(chunk.shape), everyone, drops=False)
+    founded = _admitted(policy, chunk) if chunk.max_new_slots else None
+    if chunk.joins:
+        slot = policy.routing.targets(chunk, founded).expand(chunk.shape)
+    else:
+        slot = torch.full(chunk.shape, -1, device=chunk.keys.device)
+    if founded is None:
+        nobody = torch.zeros(chunk.shape, dtype=torch.bool, device=chunk.keys.device)
+        return Assignment(slot, nobody, drops=not chunk.joins, founds=False)
+    slot = torch.where(founded, chunk.slots_before + founded.cumsum(-1) - 1, slot)
+    return Assignment(slot, founded, drops=not chunk.joins)
+
+
+def _admitted(policy: Policy, chunk: ChunkContext) -> Tensor:
+    """Which tokens found: sinks, then the highest scores, the earliest on ties; bool [b, g, c]."""
+    admission = policy.admission
+    if admission is None:
+        return policy.routing.founders(chunk).expand(chunk.shape)
+    first = chunk.sink_tokens
+    if admission.compares:  # with what is there; in an empty memory token 0 is
+        first = maximum(first, chunk.is_first)
+    score = admission.score(chunk).expand(chunk.shape).to(chunk.keys.dtype)
+    score = score.masked_fill(chunk.offsets < first, torch.inf)
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < chunk.new_slots
+
+
+def follow(leaving: LeavingChunk, plan: Plan, size: int, device: torch.device) -> Assignment:
+    """Each token's slot as a given plan says."""
+    where = span(leaving, leaving.begin - plan.begin, size, device)
+    return _only(leaving, Assignment(*(columns(tensor.to(device), where) for tensor in (plan.slot, plan.founded))))
+
+
+def record(schedule: Schedule, heads: int, device: torch.device, done: list[tuple[LeavingChunk, Assignment]]) -> Plan:
+    """What has been assigned, as a plan."""
+    policy = schedule.policy
+    slot = torch.full((len(schedule.seen), heads, schedule.most_leaving), -1, device=device)
+    founded = torch.zeros_like(slot, dtype=torch.bool)
+    for leaving, assignment in done:
+        rows = on_device(np.flatnonzero(leaving.leaves), device)
+        begin = on_device((leaving.begin - schedule.left_before)[leaving.leaves], device)
+        where = begin[:, None] + torch.arange(policy.chunk, device=device)
+        where = where[:, None].expand(-1, heads, -1)
+        slot[rows] = slot[rows].scatter(2, where, assignment.slot[rows])
+        founded[rows] = founded[rows].scatter(2, where, assignment.founded[rows])
+    chunk = policy.chunk or 1
+    left = schedule.left_before[:, None] + chunk * (1 + np.arange(schedule.most_leaving // chunk))
+    left = np.minimum(left, schedule.left_after[:, None])
+    counts = [[policy.slots_after_chunk(tokens // chunk - 1) for tokens in row] for row in left.tolist()]
+    return Plan(
+        slot=slot,
+        founded=founded,
+        begin=schedule.left_before,
+        length=schedule.left_after - schedule.left_before,
+        slots=np.array(counts, dtype=np.int64).reshape(left.shape),
+    )
+
+
+def span(leaving: LeavingChunk, begin: np.ndarray, size: int, device: torch.device) -> Columns:
+    """The chunk's `size` columns from `begin` [b] on: one slice where the leaving rows agree, else numbers [b, c]."""
+    if (first := common(begin, leaving.leaves)) is not None:
+        return slice(first, first + size)
+    return on_device(np.where(leaving.leaves, begin, 0), device)[:, None] + torch.arange(size, device=device)
+
+
+def shared(numbers: np.ndarray, among: np.ndarray, device: torch.device) -> int | Tensor:
+    """What the rows in `among` have in common, as one number; else one per row, [b, 1, 1]."""
+    one = common(numbers, among)
+    return one if one is not None else on_device(numbers * among, device)[:, None, None]
+
+
+def _only(leaving: LeavingChunk, assignment: Assignment) -> Assignment:
+    """The assignment, with the tokens of rows that keep theirs dropped."""
+    if leaving.leaves.all():
+        return assignment
+    leaves = on_device(leaving.leaves, assignment.slot.device)[:, None, None]
+    slot, founded = torch.where(leaves, assignment.slot, -1), assignment.founded & leaves
+    return Assignment(slot, founded, founds=assignment.founds)

@@ -1,0 +1,142 @@
+"""The window: tokens seen exactly, and the streams they carry, on one axis of columns for all rows.
+
+The rows of a batch may be at unequal positions. A call's tokens stand at the same columns in every row, and what the
+windows already hold stands right-aligned before them: appending is then one slice for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memkit.policy import Policy
+
+__all__ = ["Columns", "Streams", "Timeline", "Window", "columns", "room_for"]
+
+SLACK = 64
+"""Tokens a decoding window takes beyond its most before it is moved to the front of its buffer."""
+
+Streams = dict[str, Tensor]
+"""What each token carries, by name, [b, g, n, …]; positions [b, 1, n]. The policy says which (`Policy.streams`)."""
+
+Columns = slice | Tensor
+"""Columns of an axis: one slice for all rows, or numbers per row, [b, c]."""
+
+
+@dataclass
+class Window:
+    """Tokens seen exactly. Those of a row are the columns before `end`, newest last, as many as the row holds.
+
+    streams: [b, g, room, …] each, with room behind `end` for tokens to come.
+    """
+
+    streams: Streams
+    end: int
+
+    @property
+    def room(self) -> int:
+        """Columns there are."""
+        return self.streams["keys"].shape[2]
+
+    def last(self, count: int) -> Streams:
+        """The newest columns, views of the window's own."""
+        return {name: stream.narrow(2, self.end - count, count) for name, stream in self.streams.items()}
+
+    def append(self, new: Streams) -> None:
+        """Write tokens behind the window; they must fit."""
+        for name, stream in new.items():
+            self.streams[name].narrow(2, self.end, stream.shape[2]).copy_(stream)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether so many more tokens can be written behind the window."""
+        return self.end + tokens <= self.room
+
+    def move_to_front(self, count: int) -> None:
+        """Move the newest columns to the front of the buffer, and forget the others."""
+        for stream in self.streams.values():
+            stream.narrow(2, 0, count).copy_(stream.narrow(2, self.end - count, count).clone())
+        self.end = count
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Window:
+        """A window of changed streams."""
+        return Window({name: change(stream) for name, stream in self.streams.items()}, self.end)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The windows and a call's tokens, on one axis.
+
+    in_place: the new tokens were written behind the window in its own buffers, of which the streams are views.
+    """
+
+    streams: Streams
+    in_place: bool
+
+    @classmethod
+    def of(cls, window: Window | None, old: int, new: Streams, in_place: bool) -> Timeline:
+        """The `old` newest columns of a window, and the new tokens behind them."""
+        if window is None:
+            return cls(new, False)
+        tokens = new["keys"].shape[2]
+        if in_place:
+            window.append(new)
+            streams = {name: window.streams[name].narrow(2, window.end - old, old + tokens) for name in new}
+            return cls(streams, True)
+        held = window.last(old)
+        return cls({name: torch.cat((held[name], stream), dim=2) for name, stream in new.items()}, False)
+
+    @property
+    def keys(self) -> Tensor:
+        """[b, g, n, d]."""
+        return self.streams["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """[b, g, n, v]; not there where only a plan is made."""
+        return self.streams["values"]
+
+    def get(self, name: str) -> Tensor | None:
+        """A stream, or None where the policy has none of this name."""
+        return self.streams.get(name)
+
+    def window(self, keep: int, room: int, ends: Tensor | None) -> Window:
+        """The last `keep` tokens of each row, right-aligned, in buffers with room for `room`.
+
+        ends [b]: the column behind each row's last token; None: behind the last column.
+        """
+        streams: Streams = {}
+        for name, stream in self.streams.items():
+            if ends is None:
+                newest = stream[:, :, stream.shape[2] - keep :]
+            else:
+                where = ends[:, None] - keep + torch.arange(keep, device=stream.device)
+                newest = columns(stream, where.clamp(min=0))
+            if room == keep:
+                streams[name] = newest.clone()
+                continue
+            streams[name] = stream.new_zeros(*stream.shape[:2], room, *stream.shape[3:])
+            streams[name][:, :, :keep] = newest
+        return Window(streams, keep)
+
+
+def room_for(policy: Policy, held: int, decodes: bool = False) -> int:
+    """Columns for which a call that leaves `held` tokens in the window makes room.
+
+    A quarter more than it holds, at most what it can hold, and some slack. A window of all tokens takes more room when
+    it decodes, not before.
+    """
+    capacity, grown = policy.window.capacity, held + held // 4
+    if capacity is None:
+        return grown + SLACK if decodes else held
+    return min(capacity, grown) + SLACK
+
+
+def columns(stream: Tensor, where: Columns) -> Tensor:
+    """Columns of [b, g, n, …]."""
+    if isinstance(where, slice):
+        return stream[:, :, where]
+    index = where.reshape(where.shape[0], 1, where.shape[1], *[1] * (stream.ndim - 3))
+    return stream.gather(2, index.expand(-1, stream.shape[1], -1, *stream.shape[3:]))

@@ -1,0 +1,111 @@
+"""A chunk that leaves the window, as admission and routing see it. Nothing here carries a gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memkit.pieces.similarity import Count, Found, Similarity, search, similarities
+
+__all__ = ["Assignment", "ChunkContext", "Count"]
+
+
+@dataclass(frozen=True)
+class ChunkContext:
+    """A chunk that leaves the window, and the memory as it is before that.
+
+    keys [b, g, c, d]: memory keys, float32 or float64; values [b, g, c, v], None where only a plan is made.
+    slots [b, g, m, d]: the slots' keys as read, not rotated, where anybody compares.
+    slots_before: slots that exist (m of them at most); sinks: how many of all slots are sinks, which are no targets.
+    sink_tokens: tokens at the chunk's front that are sinks, and found in any case; new_slots ≥ sink_tokens: tokens that
+    found.
+    joins: whether tokens that found nothing join a slot, or are dropped. similarity: what "alike" means.
+    alone(): the tokens' keys as slots of their own would be read, [b, g, c, d].
+    most_new: the most tokens that found in any row, where the caller knows; asking a tensor would wait for the device.
+    """
+
+    keys: Tensor
+    slots: Tensor
+    slots_before: Count
+    sinks: int
+    sink_tokens: Count
+    new_slots: Count
+    joins: bool
+    alone: Callable[[], Tensor]
+    values: Tensor | None = None
+    similarity: Similarity = "dot"
+    most_new: int | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[b, g, c]."""
+        return self.keys.shape[:3]
+
+    @functools.cached_property
+    def offsets(self) -> Tensor:
+        """Each token's place in the chunk, [c]."""
+        return torch.arange(self.keys.shape[2], device=self.keys.device)
+
+    @property
+    def max_new_slots(self) -> int:
+        """The most tokens that found in any row."""
+        if self.most_new is not None:
+            return self.most_new
+        return self.new_slots if isinstance(self.new_slots, int) else int(self.new_slots.max())
+
+    @functools.cached_property
+    def found(self) -> Found:
+        """For each token the slot most like it."""
+        return search(self.similarity, self.keys, self.slots, self.slots_before, self.sinks)
+
+    @functools.cached_property
+    def is_first(self) -> bool | Tensor:
+        """Whether token 0 founds the memory's first slot, and the others are compared with it; a bool, or [b, 1, 1]."""
+        return (self.slots_before == 0) & (self.new_slots > 0)
+
+    @functools.cached_property
+    def redundancy(self) -> Tensor:
+        """Each token's best similarity to the slots there are, sinks included, [b, g, c]."""
+        best = self.found.best
+        if isinstance(self.is_first, Tensor) or self.is_first:
+            first = self.alike(self.alone()[:, :, :1])[..., 0]
+            best = torch.where(as_tensor(self.is_first, best), first, best)
+        return best
+
+    def alike(self, slots: Tensor) -> Tensor:
+        """Similarity of the tokens to slots [b, g, m, d]: [b, g, c, m]."""
+        return similarities(self.similarity, self.keys, slots)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c].
+
+    drops: whether any slot may be −1; founds: whether any token may found. Who knows better saves the fold some work.
+    """
+
+    slot: Tensor
+    founded: Tensor
+    drops: bool = True
+    founds: bool = True
+
+    @property
+    def founders(self) -> Tensor | None:
+        """`founded`, or None where nobody is known to."""
+        return self.founded if self.founds else None
+
+
+def as_tensor(condition: Count | bool, like: Tensor) -> Tensor:
+    """A condition for all rows as a tensor."""
+    return condition if isinstance(condition, Tensor) else torch.full((), bool(condition), device=like.device)
+
+
+def maximum(one: Count, other: Count | bool) -> Count:
+    """The larger of two counts."""
+    if isinstance(other, Tensor):
+        return torch.maximum(other.long(), one) if isinstance(one, Tensor) else other.long().clamp(min=one)
+    return one.clamp(min=int(other)) if isinstance(one, Tensor) else max(one, int(other))
