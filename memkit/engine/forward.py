@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from memkit.engine.backward import Inputs, Passed, attend_as_one_node
+from memkit.engine.carry import close, open_store, open_timeline, without_padding
 from memkit.engine.decode import decode
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
 from memkit.engine.plan import follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
-from memkit.engine.schedule import LeavingChunk, Schedule, Step, on_device
-from memkit.memory import Memory, held
-from memkit.memory.slots import Chunk, SlotRules, SlotStore, SlotView, memory_keys, parameter_versions
-from memkit.memory.window import SLACK, Streams, Timeline, columns, room_for
+from memkit.engine.schedule import LeavingChunk, Schedule, Step
+from memkit.memory import Memory
+from memkit.memory.slots import Chunk, SlotRules, SlotStore, SlotView, memory_keys
+from memkit.memory.window import columns
 from memkit.pieces.chunk import Assignment
 
 __all__ = ["attend", "plan"]
@@ -77,9 +78,8 @@ class Pass:
         self.rules = SlotRules(
             inputs.policy, width, inputs.keys.dtype, inputs.key_norm, inputs.rotation, inputs.values is not None
         )
-        self.next_positions: Tensor | None = None
-        self.timeline = self._open_timeline()
-        self.store = self._open_store()
+        self.timeline, self.next_positions = open_timeline(inputs, self.schedule)
+        self.store = open_store(inputs, self.schedule, self.timeline)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
 
     # The steps
@@ -173,82 +173,7 @@ class Pass:
             outputs.append(queries.windowed.new_zeros(shape))
         return torch.cat(outputs, dim=2)
 
-    # What goes in
-
-    def _open_timeline(self) -> Timeline:
-        inputs, memory, old = self.inputs, self.inputs.memory, self.schedule.old
-        new = self._new_tokens()
-        window = None if memory is None else memory.window
-        in_place = False
-        if memory is not None and not inputs.differentiable and inputs.values is not None and inputs.even:
-            tokens = inputs.keys.shape[2]
-            if not memory.window.fits(tokens) and old + tokens <= memory.window.room:
-                memory.about_to_write()
-                memory.window.move_to_front(old)
-            in_place = memory.window.fits(tokens)
-        return Timeline.of(window, old, new, in_place)
-
-    def _new_tokens(self) -> Streams:
-        """What this call's tokens carry; 0 in the padding, so that nothing there may reach a gradient."""
-        inputs = self.inputs
-        found: dict[str, Tensor | None] = {"keys": inputs.keys, "values": inputs.values, "weights": inputs.weights}
-        if not inputs.even:
-            padding = ~self._own_columns()[:, None]
-            for name, tensor in found.items():
-                if tensor is not None:
-                    found[name] = tensor.masked_fill(padding.unsqueeze(-1) if tensor.ndim == 4 else padding, 0)
-        if "weights" in self.policy.streams and inputs.weights is None:
-            found["weights"] = inputs.keys.new_ones(inputs.keys.shape[:3])
-        if "positions" in self.policy.streams:
-            found["positions"] = self._positions()
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def _positions(self) -> Tensor:
-        """Positions of this call's tokens, [b, 1, t] float64; notes where they go on."""
-        inputs, rotation = self.inputs, self.inputs.rotation
-        assert rotation is not None
-        rows, tokens = inputs.keys.shape[0], inputs.keys.shape[2]
-        begin = None if inputs.memory is None else inputs.memory.next_positions
-        if begin is None:
-            begin = torch.zeros(rows, device=self.device, dtype=torch.float64)
-        if rotation.positions is not None:
-            positions = rotation.positions.to(self.device).double()
-        else:
-            positions = begin[:, None] + torch.arange(tokens, device=self.device)
-        ends = torch.cat((begin[:, None], positions + 1), dim=1)
-        self.next_positions = ends.gather(1, on_device(inputs.row_lengths, self.device)[:, None])[:, 0]
-        return positions[:, None]
-
-    def _own_columns(self) -> Tensor:
-        """[b, t]: whether a column of this call is one of the row's own tokens, or padding."""
-        tokens = torch.arange(self.inputs.keys.shape[2], device=self.device)
-        return tokens < on_device(self.inputs.row_lengths, self.device)[:, None]
-
-    def _open_store(self) -> SlotStore:
-        inputs, memory = self.inputs, self.inputs.memory
-        room = int(self.schedule.slots_after.max(initial=0))
-        if memory is None:
-            rows, heads, _, width = inputs.keys.shape
-            width += 0 if inputs.values is None else inputs.values.shape[-1]
-            shape = (rows, heads, room, width)
-            return SlotStore.empty(self.policy, shape, inputs.keys, in_place=not inputs.differentiable)
-        sums, numbers, view = memory.store.sums, memory.store.numbers, None
-        if inputs.values is None:  # a plan only reads the memory, and only its keys
-            sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
-        elif inputs.differentiable:  # the memory that is returned shares nothing with this one
-            sums, numbers = sums.clone(), numbers.clone()
-        elif self.timeline.in_place:
-            view = memory.store.view
-            if view is not None and view.made_with != parameter_versions(inputs.parameters):
-                view = None
-        store = SlotStore(sums, numbers, view, in_place=not inputs.differentiable, before_writing=memory.about_to_write)
-        if room > store.room:
-            # Decoding makes room for half as many again, if the schedule will ever grant so many.
-            store.grow(min(room * 3 // 2, self._slots_ahead()) if self.timeline.in_place else room)
-        return store
-
-    def _slots_ahead(self) -> int:
-        return self.policy.slots_after(2 * (int(self.schedule.after.max()) + self.policy.chunk))
+    # What the steps are about
 
     def _chunk(self, leaving: LeavingChunk) -> Chunk:
         """The tokens that leave. Rows that keep theirs get some tokens too, which the plan then drops."""
@@ -267,41 +192,22 @@ class Pass:
 
     def queries(self) -> Queries:
         """The call's queries."""
-        queries = self.inputs.queries
-        assert queries is not None
-        if not self.inputs.even:
-            queries = queries.masked_fill(~self._own_columns()[:, None, :, None], 0)
+        inputs = self.inputs
+        assert inputs.queries is not None
+        queries = without_padding(inputs, inputs.queries)
         positions = self.timeline.get("positions")
         if positions is not None:
             positions = positions[:, :, positions.shape[2] - queries.shape[2] :]
-        return Queries.of(self.policy, queries, self.inputs.parameters, self.inputs.rotation, positions)
+        return Queries.of(self.policy, queries, inputs.parameters, inputs.rotation, positions)
 
     def key_sets(self) -> KeySets:
         """The key sets of every step."""
         return KeySets(self.schedule, self.timeline.keys, self.timeline.values)
 
-    # What comes out
-
     def padded(self, output: Tensor) -> Tensor:
         """The outputs, 0 where a row has no token."""
-        return output if self.inputs.even else output.masked_fill(~self._own_columns()[:, None, :, None], 0)
+        return without_padding(self.inputs, output)
 
     def memory(self) -> Memory:
         """The memory after the call."""
-        store, before = self.store, self.inputs.memory
-        store = SlotStore(store.sums, store.numbers)
-        if self.timeline.in_place:
-            assert before is not None
-            store.view, window = self.store.view, before.window
-            window.end += self.inputs.keys.shape[2]
-            if store.view is not None:
-                store.view.made_with = parameter_versions(self.inputs.parameters)
-        else:
-            keep = int(held(self.policy, self.schedule.after).max(initial=0))
-            decodes = before is not None and self.inputs.keys.shape[2] <= SLACK
-            room = keep if self.inputs.differentiable else room_for(self.policy, keep, decodes)
-            ends = None
-            if not self.inputs.even:
-                ends = on_device(self.schedule.old + self.inputs.row_lengths, self.device)
-            window = self.timeline.window(keep, room, ends)
-        return Memory(self.policy, self.schedule.after, window, store, self.next_positions)
+        return close(self.inputs, self.schedule, self.timeline, self.store, self.next_positions)

@@ -1,0 +1,113 @@
+"""What a call takes over from the memory it is given, and what it hands on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkit.engine.inputs import AttendInputs
+from memkit.engine.schedule import Schedule, on_device
+from memkit.memory import Memory, held
+from memkit.memory.slots import SlotStore, parameter_versions
+from memkit.memory.window import SLACK, Streams, Timeline, room_for
+
+__all__ = ["close", "open_store", "open_timeline", "without_padding"]
+
+
+def open_timeline(inputs: AttendInputs, schedule: Schedule) -> tuple[Timeline, Tensor | None]:
+    """The window and the call's tokens on one axis, and where positions go on, [b] (None without rotation)."""
+    memory, old, tokens = inputs.memory, schedule.old, inputs.keys.shape[2]
+    new, following = _new_tokens(inputs)
+    if memory is None:
+        return Timeline.of(None, old, new, in_place=False), following
+    window, in_place = memory.window, False
+    if not inputs.differentiable and inputs.values is not None and inputs.even:
+        if not window.fits(tokens) and old + tokens <= window.room:
+            memory.about_to_write()
+            window.move_to_front(old)
+        in_place = window.fits(tokens)
+    return Timeline.of(window, old, new, in_place), following
+
+
+def _new_tokens(inputs: AttendInputs) -> tuple[Streams, Tensor | None]:
+    """What this call's tokens carry, 0 in the padding; and where positions go on."""
+    policy, following = inputs.policy, None
+    given: dict[str, Tensor | None] = {"keys": inputs.keys, "values": inputs.values, "weights": inputs.weights}
+    found = {name: without_padding(inputs, tensor) for name, tensor in given.items() if tensor is not None}
+    if "weights" in policy.streams and inputs.weights is None:
+        found["weights"] = inputs.keys.new_ones(inputs.keys.shape[:3])
+    if "positions" in policy.streams:
+        found["positions"], following = _positions(inputs)
+    return found, following
+
+
+def _positions(inputs: AttendInputs) -> tuple[Tensor, Tensor]:
+    """Positions of this call's tokens, [b, 1, t] float64, and where they go on, [b]."""
+    rotation, device = inputs.rotation, inputs.keys.device
+    assert rotation is not None
+    rows, tokens = inputs.keys.shape[0], inputs.keys.shape[2]
+    begin = None if inputs.memory is None else inputs.memory.next_positions
+    if begin is None:
+        begin = torch.zeros(rows, device=device, dtype=torch.float64)
+    if rotation.positions is not None:
+        positions = rotation.positions.to(device).double()
+    else:
+        positions = begin[:, None] + torch.arange(tokens, device=device)
+    ends = torch.cat((begin[:, None], positions + 1), dim=1)
+    return positions[:, None], ends.gather(1, on_device(inputs.row_lengths, device)[:, None])[:, 0]
+
+
+def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> SlotStore:
+    """The slots, with room for those that the call founds."""
+    policy, memory = inputs.policy, inputs.memory
+    room = int(schedule.slots_after.max(initial=0))
+    if memory is None:
+        rows, heads, _, width = inputs.keys.shape
+        width += 0 if inputs.values is None else inputs.values.shape[-1]
+        return SlotStore.empty(policy, (rows, heads, room, width), inputs.keys, in_place=not inputs.differentiable)
+    sums, numbers, view = memory.store.sums, memory.store.numbers, None
+    if inputs.values is None:  # a plan only reads the memory, and only its keys
+        sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
+    elif inputs.differentiable:  # the memory that is returned shares nothing with this one
+        sums, numbers = sums.clone(), numbers.clone()
+    elif timeline.in_place:
+        view = memory.store.view
+        if view is not None and view.made_with != parameter_versions(inputs.parameters):
+            view = None
+    store = SlotStore(sums, numbers, view, in_place=not inputs.differentiable, before_writing=memory.about_to_write)
+    if room > store.room:
+        if timeline.in_place:  # decoding makes room for half as many again, if the schedule will ever grant so many
+            ahead = policy.slots_after(2 * (int(schedule.after.max()) + policy.chunk))
+            room = min(room * 3 // 2, ahead)
+        store.grow(room)
+    return store
+
+
+def close(
+    inputs: AttendInputs, schedule: Schedule, timeline: Timeline, store: SlotStore, next_positions: Tensor | None
+) -> Memory:
+    """The memory after the call."""
+    policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
+    store = SlotStore(store.sums, store.numbers, store.view if timeline.in_place else None)
+    if timeline.in_place:
+        assert before is not None
+        window = before.window
+        window.end += tokens
+        if store.view is not None:
+            store.view.made_with = parameter_versions(inputs.parameters)
+    else:
+        keep = int(held(policy, schedule.after).max(initial=0))
+        decodes = before is not None and tokens <= SLACK
+        room = keep if inputs.differentiable else room_for(policy, keep, decodes)
+        ends = None if inputs.even else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
+        window = timeline.window(keep, room, ends)
+    return Memory(policy, schedule.after, window, store, next_positions)
+
+
+def without_padding(inputs: AttendInputs, tensor: Tensor) -> Tensor:
+    """[b, h, t, …] with 0 in the padding, so that nothing there may reach a gradient."""
+    if inputs.even:
+        return tensor
+    columns = torch.arange(inputs.keys.shape[2], device=inputs.keys.device)
+    padding = columns >= on_device(inputs.row_lengths, inputs.keys.device)[:, None]
+    return tensor.masked_fill(padding.view(len(padding), 1, -1, *[1] * (tensor.ndim - 3)), 0)
