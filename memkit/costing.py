@@ -276,6 +276,11 @@ def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
     room = room_for(policy, tokens - int(policy.window.begin(tokens - 1)))
     weighs = Need.MERGE_WEIGHTS in policy.needs
     window = heads * room * (width + weighs) * dtype.itemsize
+    if policy.observes:
+        wide = torch.promote_types(dtype, torch.float32).itemsize
+        slots += heads * policy.slots_after(tokens) * 3 * wide
+        queries = shape.layers * shape.rows * shape.heads * policy.observation.queries
+        window += heads * room * 3 * wide + queries * shape.head_width * dtype.itemsize
     if Need.ROTATION in policy.needs:  # positions of the window's tokens, and the next one
         window += shape.layers * shape.rows * (room + 1) * FLOAT64_BYTES
     return slots, window

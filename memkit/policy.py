@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, PrivateAttr, model_validator
@@ -17,6 +17,7 @@ from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
 from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
 from memkit.pieces.merging import Drop, MeanSpec, Merging, MergingSpec
 from memkit.pieces.needs import Need
+from memkit.pieces.observation import ObservationSpec
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import AnyOf, Spec
 from memkit.pieces.rotary import KeepSpec, Rotary, RotarySpec
@@ -48,6 +49,12 @@ class PolicySpec(Spec):
     )
     admission: Annotated[AdmissionSpec, AnyOf("admission")] = Field(
         default=NoveltySpec(), description="which tokens found a slot"
+    )
+    observe: ObservationSpec = Field(default=ObservationSpec(), description="which queries tell what rows are worth")
+    eviction: Literal["never", "weakest"] = Field(
+        default="never",
+        description="never: a slot is for ever; weakest: slots and leaving tokens compete for the budget by score, and "
+        "a slot that loses is treated like a token that founds nothing",
     )
     routing: Annotated[RoutingSpec, AnyOf("routing")] = Field(
         default=NearestSpec(), description="which slot every other token joins"
@@ -104,7 +111,16 @@ class PolicySpec(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicySpec:
-        for rule in (_growth_needs_a_window, _founding, _joining, _weights, _radius):
+        for rule in (
+            _growth_needs_a_window,
+            _founding,
+            _joining,
+            _weights,
+            _mass_bias,
+            _radius,
+            _observing,
+            _competing,
+        ):
             rule(self)
         return self
 
@@ -175,6 +191,16 @@ def _weights(spec: PolicySpec) -> None:
         )
 
 
+def _mass_bias(spec: PolicySpec) -> None:
+    merging = spec.merging.build()
+    weighs = type(merging).weight is not Merging.weight and not merging.by_share
+    if spec.readout.bias == "mass" and (weighs or not merging.additive):
+        raise ValueError(
+            "readout.bias: mass needs weights that no gradient flows through (merging mean, or weight: share), "
+            f"got merging {spec.merging.kind}; use bias: count"
+        )
+
+
 def _radius(spec: PolicySpec) -> None:
     if (
         spec.readout.value == "birth-radius"
@@ -184,6 +210,52 @@ def _radius(spec: PolicySpec) -> None:
         raise ValueError(
             f"readout.value: birth-radius needs slots founded by one token, and routing {spec.routing.kind} founds "
             "them by runs; use value: mean-norm, or routing: {kind: nearest}"
+        )
+
+
+def _observing(spec: PolicySpec) -> None:
+    admission = spec.admission.build()
+    if spec.observe.queries == 0:
+        for field, needed in (
+            (f"admission: {spec.admission.kind}", admission is not None and admission.needs_evidence),
+            ("merging.weight: share", spec.merging.build().by_share),
+        ):
+            if needed and not isinstance(spec.growth, NoGrowthSpec):
+                raise ValueError(
+                    f"{field} judges by what queries attend to, but observe.queries is 0; "
+                    "set observe: {queries: 16}, or as many as a chunk has tokens"
+                )
+        return
+    size = spec.chunker.build().size
+    if isinstance(spec.growth, NoGrowthSpec):
+        raise ValueError("observe: with growth none there is nothing to judge; leave observe out, or choose a growth")
+    if spec.observe.queries > size:
+        raise ValueError(
+            f"observe.queries must be at most a chunk's {size} tokens, got {spec.observe.queries}; "
+            f"set observe.queries: {size} to observe all"
+        )
+    if not spec.merging.build().additive:
+        raise ValueError(
+            f"observe: merging {spec.merging.kind} is not additive, and what readers tell of rows could not be kept "
+            "with it; use merging mean, weighted-mean or drop"
+        )
+
+
+def _competing(spec: PolicySpec) -> None:
+    if spec.eviction == "never" or isinstance(spec.growth, NoGrowthSpec):
+        return
+    admission, merging = spec.admission.build(), spec.merging.build()
+    if admission is None or not admission.rates_slots:
+        raise ValueError(
+            f"eviction: weakest needs an admission that rates slots as it rates tokens, got {spec.admission.kind}; "
+            "use admission: {kind: output-error}, attention, key-norm, key-difference or recency"
+        )
+    if not merging.additive:
+        raise ValueError(f"eviction: weakest needs an additive merge rule or drop, got {spec.merging.kind}")
+    if merging.joins and isinstance(spec.routing, NearestSpec) and not spec.routing.new_slots:
+        raise ValueError(
+            "eviction: weakest needs routing.new_slots: true, for rows that lose join rows that stay; "
+            "set it, or write merging: {kind: drop}"
         )
 
 
@@ -202,6 +274,7 @@ class Policy:
         self.sinks = spec.sinks
         self.growth = spec.growth.build()
         self.sinks_only = self.growth is None
+        self.observation = spec.observe.build()
         self.admission: Admission | None = None
         self.routing: Routing = Discard()
         self.merging: Merging = Drop()
@@ -235,7 +308,23 @@ class Policy:
     @functools.cached_property
     def weighted(self) -> bool:
         """Whether a token's mass can differ from 1, so that slots keep their mass apart from their count."""
-        return type(self.merging).weight is not Merging.weight or not self.merging.additive
+        own_weights = type(self.merging).weight is not Merging.weight
+        return own_weights or not self.merging.additive
+
+    @functools.cached_property
+    def observes(self) -> bool:
+        """Whether queries are observed: then the plan waits for what has been read."""
+        return self.observation.queries > 0 and not self.sinks_only
+
+    @functools.cached_property
+    def sequential(self) -> bool:
+        """Whether a pass with gradients is recorded operation by operation: what it sums is no plain sum of tokens."""
+        return not self.merging.additive or self.observes or self.competes
+
+    @functools.cached_property
+    def competes(self) -> bool:
+        """Whether slots compete with leaving tokens for the budget."""
+        return self.spec.eviction == "weakest" and not self.sinks_only
 
     @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -248,8 +337,12 @@ class Policy:
     @functools.cached_property
     def streams(self) -> tuple[str, ...]:
         """What each token in the window carries."""
-        extra = {"weights": Need.MERGE_WEIGHTS, "positions": Need.ROTATION}
-        return ("keys", "values", *(name for name, need in extra.items() if need in self.needs))
+        extra = {
+            "weights": Need.MERGE_WEIGHTS in self.needs,
+            "positions": Need.ROTATION in self.needs,
+            "evidence": self.observes,
+        }
+        return ("keys", "values", *(name for name, needed in extra.items() if needed))
 
     @functools.cached_property
     def needs(self) -> frozenset[Need]:

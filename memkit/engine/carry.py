@@ -36,6 +36,8 @@ def _new_tokens(inputs: AttendInputs) -> tuple[Streams, Tensor | None]:
     found = {name: without_padding(inputs, tensor) for name, tensor in given.items() if tensor is not None}
     if "weights" in policy.streams and inputs.weights is None:
         found["weights"] = inputs.keys.new_ones(inputs.keys.shape[:3])
+    if "evidence" in policy.streams:
+        found["evidence"] = inputs.keys.new_zeros(*inputs.keys.shape[:3], 3, dtype=_wide(inputs.keys.dtype))
     if "positions" in policy.streams:
         found["positions"], following = _positions(inputs)
     return found, following
@@ -65,16 +67,17 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         rows, heads, _, width = inputs.keys.shape
         width += 0 if inputs.values is None else inputs.values.shape[-1]
         return SlotStore.empty(policy, (rows, heads, room, width), inputs.keys, in_place=not inputs.differentiable)
-    sums, numbers, view = memory.store.sums, memory.store.numbers, None
+    sums, numbers, evidence, view = memory.store.sums, memory.store.numbers, memory.store.evidence, None
     if inputs.values is None:  # a plan only reads the memory, and only its keys
         sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
     elif inputs.differentiable:  # the memory that is returned shares nothing with this one
-        sums, numbers = sums.clone(), numbers.clone()
+        sums, numbers, evidence = sums.clone(), numbers.clone(), None if evidence is None else evidence.clone()
     elif timeline.in_place:
         view = memory.store.view
         if view is not None and view.made_with != parameter_versions(inputs.parameters):
             view = None
-    store = SlotStore(sums, numbers, view, in_place=not inputs.differentiable, before_writing=memory.about_to_write)
+    in_place = not inputs.differentiable
+    store = SlotStore(sums, numbers, view, evidence, in_place=in_place, before_writing=memory.about_to_write)
     if room > store.room:
         if timeline.in_place:  # decoding makes room for half as many again, if the schedule will ever grant so many
             ahead = policy.slots_after(2 * (int(schedule.after.max()) + policy.chunk))
@@ -88,7 +91,7 @@ def close(
 ) -> Memory:
     """The memory after the call."""
     policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
-    store = SlotStore(store.sums, store.numbers, store.view if timeline.in_place else None)
+    store = SlotStore(store.sums, store.numbers, store.view if timeline.in_place else None, store.evidence)
     if timeline.in_place:
         assert before is not None
         window = before.window
@@ -102,6 +105,10 @@ def close(
         ends = None if inputs.even else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
         window = timeline.window(keep, room, ends)
     return Memory(policy, schedule.after, window, store, next_positions)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def without_padding(inputs: AttendInputs, tensor: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ def check(given: AttendInputs) -> AttendInputs:
     lengths = _check_lengths(keys, given.lengths)
     if given.memory is not None:
         _check_memory(policy, keys, values, given.memory)
+    if (policy.observes or policy.competes) and (queries is None or given.plan is not None):
+        raise InputError(
+            "a plan is made from keys alone, and this policy's rows are judged by queries or compete for their slots; "
+            "leave plan out, and read memory.counts to see what became of the slots"
+        )
     if given.plan is not None:
         _check_plan(policy, keys, given.plan, given.memory, lengths)
     scale = default_scale(keys.shape[-1]) if given.scale is None else given.scale

@@ -89,6 +89,8 @@ def _one_more(memory: Memory, given: AttendInputs) -> tuple[Tensor, Memory]:
     window.streams["keys"].narrow(2, end, 1).copy_(given.keys)
     window.streams["values"].narrow(2, end, 1).copy_(given.values)
     following = _append(memory, given.weights)
+    if memory.observed is not None:
+        _wait(memory, queries)
     if buffer.query_scale is not None:
         queries = queries * buffer.query_scale
     begin = buffer.begin
@@ -116,10 +118,21 @@ def _append(memory: Memory, weights: Tensor | None) -> Tensor | None:
     if "weights" in streams:
         newest = streams["weights"].narrow(2, end, 1)
         newest.fill_(1) if weights is None else newest.copy_(weights)
+    if memory.observed is not None:
+        streams["evidence"].narrow(2, end, 1).zero_()
     if "positions" not in streams or memory.next_positions is None:
         return memory.next_positions
     streams["positions"][:, 0, end] = memory.next_positions
     return memory.next_positions + 1
+
+
+def _wait(memory: Memory, queries: Tensor) -> None:
+    """Keep the token's query if it is one that is observed."""
+    policy, observed = memory.policy, memory.observed
+    offset = int(memory.seen_rows[0]) % policy.chunk
+    offsets = policy.observation.offsets(policy.chunk)
+    if observed is not None and offset in offsets:
+        observed[:, :, offsets.index(offset)] = queries[:, :, 0]
 
 
 def _applies(inputs: AttendInputs, memory: Memory) -> bool:
@@ -128,7 +141,7 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
     plain = inputs.keys.shape[2] == 1 and inputs.plan is None and not memory.keys.requires_grad
     if not plain or not memory.window.fits(1) or memory.sums.requires_grad:
         return False
-    if position == 0 or _leaves(policy, position):
+    if position == 0 or _leaves(policy, position) or (policy.observes and _leaves(policy, position + 1)):
         return False
     if type(policy.rotary).memory_queries is not Rotary.memory_queries:
         return False
@@ -171,7 +184,9 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
         streams = {"keys": keys[:, :, slots:], "values": values[:, :, slots:]}
         for name in memory.window.streams.keys() - streams.keys():
             stream = memory.window.streams[name]
-            streams[name] = torch.cat((newest[name], stream.new_empty(*stream.shape[:2], room - held)), dim=2)
+            streams[name] = torch.cat(
+                (newest[name], stream.new_empty(*stream.shape[:2], room - held, *stream.shape[3:])), dim=2
+            )
         store = dataclasses.replace(memory.store, view=None, before_writing=None)
         moved = dataclasses.replace(memory, window=Window(streams, held), store=store)
     end = moved.window.end
@@ -179,7 +194,8 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
     if band is not None and seen < band:
         until, band = min(room, end + band - seen), 0
     elif band is None and policy.chunk:
-        until = min(room, end + policy.chunk - seen % policy.chunk)
+        # The last token of a chunk, after which its queries are observed, goes the long way.
+        until = min(room, end + policy.chunk - seen % policy.chunk - policy.observes)
     scale = None if inputs.parameters is None else inputs.parameters.query_scale_window
     moved.buffer = DecodeBuffer(
         slots=slots,

@@ -13,9 +13,10 @@ from memkit.engine.carry import close, open_store, open_timeline, without_paddin
 from memkit.engine.decode import decode
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
-from memkit.engine.plan import follow, place, record, shared, span
+from memkit.engine.observe import Observer, alike_rows
+from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
-from memkit.engine.schedule import LeavingChunk, Schedule, Step
+from memkit.engine.schedule import LeavingChunk, Schedule, Step, on_device
 from memkit.memory import Memory
 from memkit.memory.slots import Chunk, SlotRules, SlotStore, SlotView, memory_keys
 from memkit.memory.window import columns
@@ -43,7 +44,7 @@ def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
         inputs = inputs.with_memory(memory)
     if inputs.differentiable:
         run = Pass(inputs)
-        output = run.as_one_node() if inputs.policy.merging.additive else run.with_graph()
+        output = run.with_graph() if inputs.policy.sequential else run.as_one_node()
         return run.padded(output), run.memory()
     if memory is not None and memory.requires_grad:  # another graph may still need these tensors: leave them alone
         memory = memory.detach()
@@ -80,6 +81,7 @@ class Pass:
         )
         self.timeline, self.next_positions = open_timeline(inputs, self.schedule)
         self.store = open_store(inputs, self.schedule, self.timeline)
+        self.observer = Observer(inputs, self.schedule) if inputs.policy.observes else None
         self.done: list[tuple[LeavingChunk, Assignment]] = []
 
     # The steps
@@ -97,6 +99,7 @@ class Pass:
                 self.absorb(steps[0])
                 met = key_sets.of(steps[0], queries, self.slots(steps[0]))
                 _, lse[:, :, span] = attend_key_sets(met, self.inputs.scale, out=output[:, :, span])
+                self.observe(steps[0])
                 continue
             snapshots = Snapshots(len(steps), steps[-1].most_slots)
             for number, step in enumerate(steps):
@@ -114,12 +117,40 @@ class Pass:
         if (leaving := step.leaving) is None:
             return
         chunk = self._chunk(leaving)
+        if self.policy.competes:
+            self._compete(leaving, chunk)
+            return
         if self.inputs.plan is None:
             assignment = place(self.rules, leaving, chunk, self.store)
         else:
             assignment = follow(leaving, self.inputs.plan, self.policy.chunk, self.device)
         self.done.append((leaving, assignment))
-        self.store.add(self.rules, assignment, chunk)
+        if not self.policy.observes:
+            self.store.add(self.rules, assignment, chunk)
+            return
+        live = int(leaving.slots_before[leaving.leaves].max())
+        self.store.replace(self.rules, assignment, chunk, live, live)
+
+    def _compete(self, leaving: LeavingChunk, chunk: Chunk) -> None:
+        """PLAN and FOLD where slots and tokens compete, for rows of the batch with equal numbers at a time."""
+        facts = (leaving.slots_before, leaving.new_slots, leaving.sink_tokens)
+        for rows in alike_rows(leaving.leaves, *facts):
+            first = int(np.flatnonzero(leaving.leaves)[0]) if rows is None else int(rows[0])
+            live, new, sink_tokens = (int(fact[first]) for fact in facts)
+            kept = min(live, self.policy.sinks)
+            store, some = self.store, chunk
+            at = None if rows is None else on_device(rows, self.device)
+            if at is not None:
+                store, some = store.of_rows(at), chunk.of_rows(at)
+            assignment = compete(self.rules, some, store, kept, live, live + new - kept, sink_tokens)
+            store.replace(self.rules, assignment, some, kept, live)
+            if at is not None:
+                self.store.put_rows(at, store)
+
+    def observe(self, step: Step) -> None:
+        """OBSERVE, where the policy does and a chunk is complete."""
+        if self.observer is not None:
+            self.observer.observe(step, self.rules, self.timeline, self.store)
 
     def slots(self, step: Step) -> SlotView | None:
         """The slots as a step reads them; None where none is live."""
@@ -129,7 +160,7 @@ class Pass:
         """The steps, those together that are read together: consecutive ones that are alike."""
         steps = self.schedule.steps
         together, unequal_slots = TOGETHER.get(self.device.type, 0), self.device.type in UNEQUAL_SLOTS
-        if not together or not self.inputs.even or self.policy.window.band is not None:
+        if not together or not self.inputs.even or self.policy.window.band is not None or self.policy.observes:
             return [[step] for step in steps]
         groups: list[list[Step]] = []
         for step in steps:
@@ -167,6 +198,7 @@ class Pass:
             self.absorb(step)
             met: list[KeySet] = key_sets.of(step, queries, self.slots(step))
             outputs.append(differentiable_key_sets(met, self.inputs.scale))
+            self.observe(step)
         missing = self.inputs.keys.shape[2] - int(self.inputs.row_lengths.max(initial=0))
         if missing or not outputs:
             shape = (*queries.windowed.shape[:2], missing, key_sets.values.shape[-1])
@@ -184,6 +216,7 @@ class Pass:
             values=streams.get("values"),
             weights=streams.get("weights"),
             positions=streams.get("positions"),
+            evidence=streams.get("evidence"),
             first=shared(leaving.begin == 0, leaving.leaves, self.device) != 0,
             where=where,
         )
@@ -210,4 +243,7 @@ class Pass:
 
     def memory(self) -> Memory:
         """The memory after the call."""
-        return close(self.inputs, self.schedule, self.timeline, self.store, self.next_positions)
+        memory = close(self.inputs, self.schedule, self.timeline, self.store, self.next_positions)
+        if self.observer is not None:
+            memory.observed = self.observer.waiting()
+        return memory

@@ -11,9 +11,10 @@ from memkit.engine.schedule import LeavingChunk, Schedule, common, on_device
 from memkit.memory.slots import Chunk, SlotRules, SlotStore, read_tokens
 from memkit.memory.window import Columns, columns
 from memkit.pieces.chunk import Assignment, ChunkContext, maximum
+from memkit.pieces.observation import Evidence
 from memkit.policy import Policy
 
-__all__ = ["assign", "follow", "place", "record", "shared", "span"]
+__all__ = ["assign", "compete", "follow", "place", "record", "shared", "span"]
 
 
 @torch.no_grad()
@@ -30,6 +31,7 @@ def place(rules: SlotRules, leaving: LeavingChunk, chunk: Chunk, store: SlotStor
     context = ChunkContext(
         keys=chunk.memory_keys,
         values=chunk.values,
+        evidence=None if chunk.evidence is None else Evidence.of(chunk.evidence),
         slots=store.read(rules).route[:, :, :most] if compares and most else chunk.memory_keys[:, :, :0],
         slots_before=before,
         sinks=policy.sinks,
@@ -41,6 +43,45 @@ def place(rules: SlotRules, leaving: LeavingChunk, chunk: Chunk, store: SlotStor
         most_new=int(leaving.new_slots[leaving.leaves].max()),
     )
     return _only(leaving, assign(policy, context))
+
+
+@torch.no_grad()
+def compete(
+    rules: SlotRules, chunk: Chunk, store: SlotStore, kept: int, live: int, new_slots: int, sink_tokens: int
+) -> Assignment:
+    """Where the candidates go: slots kept … live − 1, and behind them the chunk's tokens; [b, g, live − kept + c].
+
+    new_slots: how many of them have a slot afterwards. For rows of the batch that have all these numbers in common.
+    """
+    policy = rules.policy
+    assert chunk.memory_keys is not None and chunk.values is not None
+    keys, values, evidence = chunk.memory_keys, chunk.values, chunk.evidence
+    view = store.read(rules).first(live) if live else None
+    slots = keys[:, :, :0] if view is None else view.route[:, :, :kept]
+    if view is not None:
+        keys = torch.cat((view.route[:, :, kept:], keys), dim=2)
+        values = torch.cat((view.values[:, :, kept:], values), dim=2)
+        if evidence is not None and store.evidence is not None:
+            evidence = torch.cat((store.evidence[:, :, kept:live], evidence), dim=2)
+
+    def alone() -> Tensor:
+        read = read_tokens(rules, chunk)
+        return read if view is None else torch.cat((view.route[:, :, kept:], read), dim=2)
+
+    context = ChunkContext(
+        keys=keys,
+        values=values,
+        evidence=None if evidence is None else Evidence.of(evidence),
+        slots=slots,
+        slots_before=kept,
+        sinks=policy.sinks,
+        sink_tokens=sink_tokens,
+        new_slots=new_slots,
+        joins=policy.merging.joins,
+        similarity=policy.routing.similarity,
+        alone=alone,
+    )
+    return assign(policy, context)
 
 
 def assign(policy: Policy, chunk: ChunkContext) -> Assignment:
@@ -55,9 +96,9 @@ def assign(policy: Policy, chunk: ChunkContext) -> Assignment:
         slot = torch.full(chunk.shape, -1, device=chunk.keys.device)
     if founded is None:
         nobody = torch.zeros(chunk.shape, dtype=torch.bool, device=chunk.keys.device)
-        return Assignment(slot, nobody, drops=not chunk.joins, founds=False)
+        return Assignment(slot, nobody, drops=policy.routing.drops or not chunk.joins, founds=False)
     slot = torch.where(founded, chunk.slots_before + founded.cumsum(-1) - 1, slot)
-    return Assignment(slot, founded, drops=not chunk.joins)
+    return Assignment(slot, founded, drops=policy.routing.drops or not chunk.joins)
 
 
 def _admitted(policy: Policy, chunk: ChunkContext) -> Tensor:

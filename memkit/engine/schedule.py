@@ -124,7 +124,7 @@ class Schedule:
             return None
         before = np.array([self._slots(int(tokens)) for tokens in left], dtype=np.int64)
         after = np.array([self._slots(int(tokens) + chunk) for tokens in left], dtype=np.int64)
-        if not policy.merging.joins:  # a chunk of which nothing is kept changes nothing
+        if not policy.merging.joins and not policy.competes:  # a chunk of which nothing is kept changes nothing
             leaves = leaves & (after > before)
             if not leaves.any():
                 return None

@@ -72,6 +72,7 @@ class Memory:
 
     window: the tokens seen exactly; store: the slots, of which `live_rows` are live, the sinks first; seen_rows [b]:
     tokens of each row so far; next_positions [b]: where positions continue, None where the policy rotates nothing;
+    observed [b, h, n, d]: the observed queries of each row's incomplete chunk, None where none are observed;
     buffer: slots and window side by side, while decoding.
 
     taken: a later call has taken this memory over; written: the call that is about to has begun to change it; lost: the
@@ -86,6 +87,7 @@ class Memory:
     window: Window
     store: SlotStore
     next_positions: Tensor | None = None
+    observed: Tensor | None = None
     buffer: DecodeBuffer | None = None
     taken: bool = False
     written: bool = False
@@ -217,8 +219,9 @@ class Memory:
             policy=policy,
             seen_rows=tensors["seen"].numpy(),
             window=Window({name: tensors[name] for name in policy.streams}, facts["end"]),
-            store=SlotStore(tensors["sums"], tensors["numbers"]),
+            store=SlotStore(tensors["sums"], tensors["numbers"], evidence=tensors.get("slot_evidence")),
             next_positions=tensors.get("next_positions"),
+            observed=tensors.get("observed"),
         )
 
     def __copy__(self) -> Memory:
@@ -297,19 +300,24 @@ class Memory:
 
     def _saved(self) -> dict[str, Tensor]:
         """What a file holds, by name."""
-        found = {**self.window.streams, "sums": self.store.sums, "numbers": self.store.numbers}
-        return found if self.next_positions is None else {**found, "next_positions": self.next_positions}
+        rest = {
+            "sums": self.store.sums,
+            "numbers": self.store.numbers,
+            "slot_evidence": self.store.evidence,
+            "next_positions": self.next_positions,
+            "observed": self.observed,
+        }
+        return self.window.streams | {name: tensor for name, tensor in rest.items() if tensor is not None}
 
     def tensors(self) -> list[Tensor]:
         """All tensors held, working copies included."""
-        rest = [] if self.next_positions is None else [self.next_positions]
+        rest = [tensor for tensor in (self.next_positions, self.observed) if tensor is not None]
         copies = [] if self.buffer is None else self.buffer.tensors()
         return [*self.window.streams.values(), *self.store.tensors(), *rest, *copies]
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Memory:
-        following = None if self.next_positions is None else change(self.next_positions)
-        window, store = self.window.mapped(change), self.store.mapped(change)
-        return Memory(self.policy, self.seen_rows.copy(), window, store, following)
+        rest = [None if tensor is None else change(tensor) for tensor in (self.next_positions, self.observed)]
+        return Memory(self.policy, self.seen_rows.copy(), self.window.mapped(change), self.store.mapped(change), *rest)
 
     def __repr__(self) -> str:
         rows, heads = self.keys.shape[:2]

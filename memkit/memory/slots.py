@@ -16,6 +16,7 @@ from torch import Tensor
 from memkit.memory.window import Columns
 from memkit.parameters import PolicyParameters
 from memkit.pieces.chunk import Assignment
+from memkit.pieces.observation import SHARE, Evidence
 from memkit.pieces.rotary import Rotation
 from memkit.pieces.statistics import COUNT, MASS, POSITION, Numbers, Tokens
 from memkit.policy import Policy
@@ -35,13 +36,18 @@ __all__ = [
 ]
 
 
+SHARE_EPS = 1e-9
+"""Added to a row's share where it is a weight: nobody weighs nothing."""
+
+
 @dataclass
 class Chunk:
     """Tokens that leave the window together.
 
     keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
     first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its columns of the timeline;
-    memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet.
+    memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet; evidence [b, g, c, 3]: what observed
+    queries have told of them.
     """
 
     keys: Tensor
@@ -51,6 +57,18 @@ class Chunk:
     first: bool | Tensor
     where: Columns
     memory_keys: Tensor | None = None
+    evidence: Tensor | None = None
+
+    def of_rows(self, rows: Tensor) -> Chunk:
+        """The tokens of some rows of the batch."""
+        first = self.first[rows] if isinstance(self.first, Tensor) else self.first
+        where = self.where[rows] if isinstance(self.where, Tensor) else self.where
+        tensors = (self.keys, self.values, self.weights, self.positions, self.memory_keys, self.evidence)
+        keys, values, weights, positions, memory_keys, evidence = (
+            None if tensor is None else tensor[rows] for tensor in tensors
+        )
+        assert keys is not None
+        return Chunk(keys, values, weights, positions, first, where, memory_keys, evidence)
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,8 @@ class SlotStore:
     """The slots of a memory, with room past the live ones.
 
     sums [b, g, M, d + v]: key sum and value sum, float32 or float64; numbers [b, g, M, s]: the policy's statistics,
-    float64; view: how they are read, where that is at hand.
+    float64; view: how they are read, where that is at hand; evidence [b, g, M, 3]: what observed queries have told of
+    them (see `pieces.observation`), None where none are observed.
     in_place: whether adding may write into these tensors, or makes new ones, so that autograd can follow.
     undo: every fold so far, where asked for. before_writing: called before tensors are changed in place.
     """
@@ -122,6 +141,7 @@ class SlotStore:
     sums: Tensor
     numbers: Tensor
     view: SlotView | None = None
+    evidence: Tensor | None = None
     in_place: bool = True
     undo: list[Fold] | None = None
     before_writing: Callable[[], None] | None = None
@@ -130,7 +150,9 @@ class SlotStore:
     def empty(cls, policy: Policy, shape: tuple[int, int, int, int], like: Tensor, in_place: bool) -> SlotStore:
         """Room [b, g, M, d + v] with no slot in it, for tokens like these."""
         sums = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
-        return cls(sums, like.new_zeros(*shape[:3], len(policy.statistics), dtype=torch.float64), in_place=in_place)
+        numbers = like.new_zeros(*shape[:3], len(policy.statistics), dtype=torch.float64)
+        evidence = sums.new_zeros(*shape[:3], 3) if policy.observes else None
+        return cls(sums, numbers, evidence=evidence, in_place=in_place)
 
     @property
     def room(self) -> int:
@@ -140,12 +162,13 @@ class SlotStore:
     def tensors(self) -> list[Tensor]:
         """All tensors held, the working copy's included."""
         view = self.view
-        copies = () if view is None else (view.route, view.keys, view.values, view.bias)
+        copies = (self.evidence,) if view is None else (self.evidence, view.route, view.keys, view.values, view.bias)
         return [self.sums, self.numbers, *(tensor for tensor in copies if tensor is not None)]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> SlotStore:
         """A store of changed tensors, without a working copy."""
-        return SlotStore(change(self.sums), change(self.numbers))
+        evidence = None if self.evidence is None else change(self.evidence)
+        return SlotStore(change(self.sums), change(self.numbers), evidence=evidence)
 
     def read(self, rules: SlotRules) -> SlotView:
         """The slots as they are read."""
@@ -157,9 +180,11 @@ class SlotStore:
         """Make room for at least so many slots."""
         missing = room - self.room
         if missing > 0:
-            self.sums, self.numbers = (
-                torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], missing, tensor.shape[-1])), dim=2)
-                for tensor in (self.sums, self.numbers)
+            self.sums, self.numbers, self.evidence = (
+                None
+                if tensor is None
+                else torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], missing, tensor.shape[-1])), dim=2)
+                for tensor in (self.sums, self.numbers, self.evidence)
             )
             self.view = None
 
@@ -173,15 +198,80 @@ class SlotStore:
         if rules.policy.merging.additive:
             if assignment.drops:
                 rows, numbers = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, numbers))
-            self._about_to_write()
+            self.about_to_write()
             self.sums, self.numbers = self._added(self.sums, target, rows), self._added(self.numbers, target, numbers)
         else:
             self._add_in_turn(rules, target.view(stored.shape), stored, assignment.founded, rows, numbers)
         self._read_anew(rules, assignment, chunk, target)
 
-    def _about_to_write(self) -> None:
+    def about_to_write(self) -> None:
+        """To be called before these tensors, or those of the window beside them, are changed in place."""
         if self.in_place and self.before_writing is not None:
             self.before_writing()
+
+    def replace(self, rules: SlotRules, assignment: Assignment, chunk: Chunk, kept: int, live: int) -> None:
+        """FOLD where slots and tokens compete, or are weighed by what their readers told.
+
+        Slots 0 … kept − 1 stay. The candidates, slots kept … live − 1 and then the chunk's tokens, go where the
+        assignment says: a founder takes a slot as it is; one that joins adds its sums, scaled to its weight.
+        """
+        policy, width, competing = rules.policy, rules.width, live - kept
+        founded, stored = assignment.founded, assignment.slot >= 0
+        rows, numbers = contributions(rules, chunk, founded[:, :, competing:])
+        rows = torch.cat((self.sums[:, :, :live], rows.to(self.sums.dtype)), dim=2)
+        numbers = torch.cat((self.numbers[:, :, :live], numbers), dim=2)
+        # All rows from here on: those that stay are founders of their own slots.
+        own = torch.arange(kept, device=rows.device).expand(*rows.shape[:2], -1)
+        stays = torch.ones_like(own, dtype=torch.bool)
+        slot = torch.cat((own, assignment.slot), dim=2)
+        founded, stored = torch.cat((stays, founded), dim=2), torch.cat((stays, stored), dim=2)
+        target = flat_slots(slot, self.room)
+        evidence = None
+        if self.evidence is not None and chunk.evidence is not None:
+            evidence = torch.cat((self.evidence[:, :, :live], chunk.evidence), dim=2)
+            rate = Evidence.of(evidence).share + SHARE_EPS
+            if policy.merging.by_share:
+                taken = (stored & ~founded).to(rate.dtype).unsqueeze(-1)
+                taken = self._summed(target, taken)[target].view_as(rate) > 0  # where nobody joins nothing changes
+                rows, numbers = _weighed(rules, rows, numbers, torch.where(taken, rate, 0))
+            total = self._summed(target, (rate * stored).unsqueeze(-1))[target].view_as(rate)
+            evidence = evidence.clone()
+            evidence[..., SHARE] *= total / rate
+        joins = (stored & ~founded).unsqueeze(-1)
+        if policy.merging.of == "values":
+            rows = torch.cat((rows[..., :width].masked_fill(joins, 0), rows[..., width:]), dim=-1)
+        founders_own = [statistic.founders_own(policy.merging.of) for statistic in policy.statistics]
+        numbers = numbers.masked_fill(joins & torch.tensor(founders_own, device=rows.device), 0)
+        rows, numbers = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, numbers))
+        self.about_to_write()
+        self.sums = self._summed(target, rows).view(*self.sums.shape)
+        self.numbers = self._summed(target, numbers).view(*self.numbers.shape)
+        if evidence is not None and self.evidence is not None:
+            evidence = evidence.masked_fill(~founded.unsqueeze(-1), 0)
+            self.evidence = self._summed(target, evidence).view(*self.evidence.shape)
+        self.view = None
+
+    def _summed(self, target: Tensor, rows: Tensor) -> Tensor:
+        """Rows [b, g, n, s] summed per slot, [b·g·M, s]."""
+        sums = rows.new_zeros(self.sums.shape[0] * self.sums.shape[1] * self.room, rows.shape[-1])
+        flat = rows.flatten(0, 2)
+        if sums.device.type == "cuda":  # sorts and reduces by segment: the same order every time
+            return sums.index_put((target,), flat, accumulate=True)
+        return sums.index_add(0, target, flat)
+
+    def of_rows(self, rows: Tensor) -> SlotStore:
+        """The slots of some rows of the batch."""
+        evidence = None if self.evidence is None else self.evidence[rows]
+        return SlotStore(self.sums[rows], self.numbers[rows], evidence=evidence, in_place=False)
+
+    def put_rows(self, rows: Tensor, store: SlotStore) -> None:
+        """Replace the slots of some rows of the batch."""
+        self.about_to_write()
+        self.sums = self.sums.index_copy(0, rows, store.sums)
+        self.numbers = self.numbers.index_copy(0, rows, store.numbers)
+        if self.evidence is not None and store.evidence is not None:
+            self.evidence = self.evidence.index_copy(0, rows, store.evidence)
+        self.view = None
 
     def _added(self, sums: Tensor, target: Tensor, rows: Tensor) -> Tensor:
         flat, rows = sums.flatten(0, 2), rows.flatten(0, 2).to(sums.dtype)
@@ -217,7 +307,7 @@ class SlotStore:
             both = torch.cat((both[:, :width], torch.where(added, (held + token)[:, width:], both[:, width:])), dim=-1)
             state = state.index_copy(0, where, both)
         sums, numbers = state[:, :width].to(self.sums.dtype).view_as(self.sums), state[:, width:].view_as(self.numbers)
-        self._about_to_write()
+        self.about_to_write()
         if self.in_place:
             self.sums.copy_(sums)
             self.numbers.copy_(numbers)
@@ -260,6 +350,21 @@ def flat_slots(slot: Tensor, room: int) -> Tensor:
     return (slot.clamp(min=0) + base).flatten()
 
 
+def _weighed(rules: SlotRules, rows: Tensor, numbers: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as if their tokens had a weight [b, g, n] in all: scaled by weight / mass; as they are where it is 0."""
+    policy = rules.policy
+    mass = numbers[..., policy.statistics.index(MASS)]
+    factor = torch.where((mass > 0) & (weight > 0), weight / torch.where(mass > 0, mass, 1), 1).unsqueeze(-1)
+    scaled = torch.tensor([statistic.weighed for statistic in policy.statistics], device=rows.device)
+    if policy.merging.of == "values":  # keys are their founder's, whatever it weighs
+        keys, values = rows[..., : rules.width], rows[..., rules.width :]
+        rows = torch.cat((keys, values * factor.to(rows.dtype)), dim=-1)
+        scaled = scaled & torch.tensor([not statistic.of_keys for statistic in policy.statistics], device=rows.device)
+    else:
+        rows = rows * factor.to(rows.dtype)
+    return rows, torch.where(scaled, numbers * factor, numbers)
+
+
 def memory_keys(rules: SlotRules, chunk: Chunk) -> Tensor:
     """What slots sum of a chunk's keys: [b, g, c, d], float32 or float64."""
     keys = chunk.keys.to(torch.promote_types(chunk.keys.dtype, torch.float32))
@@ -288,7 +393,10 @@ def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> tup
         # In the first chunk the radius stays that of the plain value, even where its sums are weighed.
         for_radius = for_values if chunk.first is False else torch.where(_tensor(chunk.first, ones), 1, for_values)
     mass = for_values if weighs.values else for_keys
-    tokens = Tokens(keys, values, founded, chunk.positions, for_keys, for_values, for_radius, mass)
+    if policy.merging.of == "values":
+        for_keys = torch.zeros_like(ones) if founded is None else founded.to(dtype)
+    key_mass = for_keys if policy.merging.of == "values" else mass
+    tokens = Tokens(keys, values, founded, chunk.positions, for_keys, for_values, for_radius, mass, key_mass)
     numbers = torch.stack([statistic.of(tokens).double() for statistic in policy.statistics], dim=-1)
     if for_keys is for_values:
         rows = torch.cat((keys, values), dim=-1)
@@ -301,9 +409,12 @@ def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor) -> SlotView:
     policy, width, dtype = rules.policy, rules.width, rules.dtype
     keys, values = sums[..., :width], sums[..., width:]
     named = by_statistic(policy, numbers)
-    route = keys = policy.readout.key(keys, named, rules.key_norm)
+    of_keys = named
+    if policy.merging.of == "values":  # a slot's key is its founder's
+        of_keys = {**named, MASS: (named[COUNT] > 0).to(numbers.dtype)}
+    route = keys = policy.readout.key(keys, of_keys, rules.key_norm)
     if policy.rotary.rotates_slots:
-        mass = named[MASS]
+        mass = of_keys[MASS]
         keys = policy.rotary.slot_keys(keys, rules.rotation, named[POSITION] / torch.where(mass > 0, mass, 1))
     if not rules.valued:
         return SlotView(route, route, values, None)

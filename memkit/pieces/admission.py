@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import avg_pool1d, cosine_similarity, normalize
 
 from memkit.pieces.chunk import ChunkContext, Count
 from memkit.pieces.registry import FamilySpec, register
@@ -18,8 +20,12 @@ from memkit.pieces.registry import FamilySpec, register
 __all__ = [
     "Admission",
     "AdmissionSpec",
+    "AttentionSpec",
+    "KeyDifferenceSpec",
+    "KeyNormSpec",
     "NoAdmissionSpec",
     "NoveltySpec",
+    "OutputErrorSpec",
     "RecencySpec",
     "StrideSpec",
 ]
@@ -31,6 +37,11 @@ class Admission(ABC):
     compares: ClassVar[bool] = False
     """Whether the score looks at the slots. In an empty memory token 0 then founds the first slot, and the rest are
     compared with it."""
+
+    rates_slots: ClassVar[bool] = False
+    """Whether the score means something for slots too, so that they can compete with tokens (`eviction: weakest`)."""
+    needs_evidence: ClassVar[bool] = False
+    """Whether the score looks at what observed queries told (`chunk.evidence`)."""
 
     @abstractmethod
     def score(self, chunk: ChunkContext) -> Tensor:
@@ -82,6 +93,8 @@ class RecencySpec(AdmissionSpec):
 class Recency(Admission):
     """score_j = j."""
 
+    rates_slots = True
+
     def score(self, chunk: ChunkContext) -> Tensor:
         return chunk.offsets
 
@@ -104,6 +117,104 @@ class Stride(Admission):
         size = _at_least_one(chunk.keys.shape[2] - chunk.sink_tokens)
         turn = -(-offsets * new // size)  # the first i with ⌊i·C/g⌋ ≥ offset
         return (turn * size // _at_least_one(new) == offsets).long()
+
+
+@register
+class OutputErrorSpec(AdmissionSpec):
+    """The rows without which the observed queries' outputs would change most (CAOTE, arXiv 2504.14051)."""
+
+    kind: Literal["output-error"] = "output-error"
+
+    def build(self) -> OutputError:
+        return OutputError()
+
+
+class OutputError(Admission):
+    """score_j = mean_r p_rj²·‖v_j − o_r‖², over the row's life."""
+
+    rates_slots = needs_evidence = True
+
+    def score(self, chunk: ChunkContext) -> Tensor:
+        assert chunk.evidence is not None
+        return chunk.evidence.error
+
+
+@register
+class AttentionSpec(AdmissionSpec):
+    """The rows that queries attend to most (H2O, arXiv 2306.14048; SnapKV, 2404.14469; TOVA, 2401.06104)."""
+
+    kind: Literal["attention"] = "attention"
+    value_norm: bool = Field(default=False, description="whether the share is multiplied by the value's norm")
+    pool: int = Field(
+        default=1,
+        ge=1,
+        le=2**10,
+        description="mean over so many neighbouring rows, odd, zeros beyond the ends; 1: none",
+    )
+
+    @model_validator(mode="after")
+    def _odd(self) -> AttentionSpec:
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool must be odd, for a row stands in the middle of its neighbours, got {self.pool}")
+        return self
+
+    def build(self) -> Attention:
+        return Attention(self.value_norm, self.pool)
+
+
+class Attention(Admission):
+    """score_j = share_j (· ‖v_j‖), smoothed over neighbouring rows."""
+
+    rates_slots = needs_evidence = True
+
+    def __init__(self, value_norm: bool, pool: int) -> None:
+        self.value_norm, self.pool = value_norm, pool
+
+    def score(self, chunk: ChunkContext) -> Tensor:
+        assert chunk.evidence is not None and chunk.values is not None
+        score = chunk.evidence.share
+        if self.pool > 1:
+            score = avg_pool1d(score, self.pool, stride=1, padding=self.pool // 2)
+        return score * chunk.values.norm(dim=-1) if self.value_norm else score
+
+
+@register
+class KeyNormSpec(AdmissionSpec):
+    """The rows with the shortest keys (arXiv 2406.11430)."""
+
+    kind: Literal["key-norm"] = "key-norm"
+
+    def build(self) -> KeyNorm:
+        return KeyNorm()
+
+
+class KeyNorm(Admission):
+    """score_j = −‖k_j‖."""
+
+    rates_slots = True
+
+    def score(self, chunk: ChunkContext) -> Tensor:
+        return -chunk.keys.norm(dim=-1)
+
+
+@register
+class KeyDifferenceSpec(AdmissionSpec):
+    """The rows whose keys point away from the others' (KeyDiff, arXiv 2504.15364)."""
+
+    kind: Literal["key-difference"] = "key-difference"
+
+    def build(self) -> KeyDifference:
+        return KeyDifference()
+
+
+class KeyDifference(Admission):
+    """score_j = −cosine(k_j, mean_i k_i / ‖k_i‖)."""
+
+    rates_slots = True
+
+    def score(self, chunk: ChunkContext) -> Tensor:
+        mean = normalize(chunk.keys, dim=-1).mean(dim=2, keepdim=True)
+        return -cosine_similarity(chunk.keys, mean, dim=-1)
 
 
 @register

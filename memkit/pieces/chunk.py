@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memkit.pieces.observation import Evidence
 from memkit.pieces.similarity import Count, Found, Similarity, search, similarities
 
 __all__ = ["Assignment", "ChunkContext", "Count"]
@@ -18,11 +19,15 @@ __all__ = ["Assignment", "ChunkContext", "Count"]
 class ChunkContext:
     """A chunk that leaves the window, and the memory as it is before that.
 
+    Where slots compete with tokens (`eviction: weakest`), "tokens" are both: the slots that are no sinks come first, in
+    the order of their age, and `slots` are the sinks alone.
+
     keys [b, g, c, d]: memory keys, float32 or float64; values [b, g, c, v], None where only a plan is made.
     slots [b, g, m, d]: the slots' keys as read, not rotated, where anybody compares.
     slots_before: slots that exist (m of them at most); sinks: how many of all slots are sinks, which are no targets.
     sink_tokens: tokens at the chunk's front that are sinks, and found in any case; new_slots ≥ sink_tokens: tokens that
     found.
+    evidence: what observed queries told of the tokens, None where none are observed.
     joins: whether tokens that found nothing join a slot, or are dropped. similarity: what "alike" means.
     alone(): the tokens' keys as slots of their own would be read, [b, g, c, d].
     most_new: the most tokens that found in any row, where the caller knows; asking a tensor would wait for the device.
@@ -37,6 +42,7 @@ class ChunkContext:
     joins: bool
     alone: Callable[[], Tensor]
     values: Tensor | None = None
+    evidence: Evidence | None = None
     similarity: Similarity = "dot"
     most_new: int | None = None
 

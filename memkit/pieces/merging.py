@@ -19,6 +19,9 @@ from memkit.pieces.registry import FamilySpec, Spec, register
 __all__ = ["DropSpec", "MeanSpec", "Merging", "MergingSpec", "Weigh", "WeightedMeanSpec"]
 
 
+Of = Literal["both", "values"]
+
+
 class Weigh(Spec):
     """Where a token's weight counts; elsewhere its weight is 1."""
 
@@ -42,6 +45,10 @@ class Merging:
     """Whether a token that founds nothing joins a slot (else it is dropped)."""
     weighs: Weigh = Weigh()
     """Where the weights count."""
+    of: Of = "both"
+    """What is merged: `both`, or `values` alone; then a slot's key and position are its founder's."""
+    by_share: bool = False
+    """Whether rows weigh what observed queries give them (`Observation`), slots and tokens alike."""
     learned: bool = False
     """Whether the weights are given to `attend` (learned by the layer)."""
 
@@ -77,9 +84,17 @@ class MeanSpec(MergingSpec):
     """Plain sums: each token weighs 1."""
 
     kind: Literal["mean"] = "mean"
+    of: Of = Field(default="both", description="values: a slot keeps its founder's key and position")
 
-    def build(self) -> Merging:
-        return Merging()
+    def build(self) -> Mean:
+        return Mean(self.of)
+
+
+class Mean(Merging):
+    """Each token weighs 1."""
+
+    def __init__(self, of: Of) -> None:
+        self.of = of
 
 
 @register
@@ -103,20 +118,24 @@ class WeightedMeanSpec(MergingSpec):
     """Weighted sums."""
 
     kind: Literal["weighted-mean"] = "weighted-mean"
-    weight: Literal["learned", "key-norm"] = Field(
-        description="learned: the weights ≥ 0 given with the keys; key-norm: the key's Euclidean norm"
+    weight: Literal["learned", "key-norm", "share"] = Field(
+        description="learned: the weights ≥ 0 given with the keys; key-norm: the key's Euclidean norm; "
+        "share: what observed queries give a row, slots and tokens alike"
     )
+    of: Of = Field(default="both", description="values: a slot keeps its founder's key and position")
     weigh: Weigh = Field(default=Weigh(), description="where the weight counts")
 
     def build(self) -> WeightedMean:
-        return WeightedMean(self.weight == "learned", self.weigh)
+        return WeightedMean(self.weight, self.weigh, self.of)
 
 
 class WeightedMean(Merging):
     """Each token enters with its weight where `weighs` says so."""
 
-    def __init__(self, learned: bool, weighs: Weigh) -> None:
-        self.learned, self.weighs = learned, weighs
+    def __init__(self, by: str, weighs: Weigh, of: Of) -> None:
+        self.learned, self.by_share, self.weighs, self.of = by == "learned", by == "share", weighs, of
 
     def weight(self, keys: Tensor, weights: Tensor | None) -> Tensor | None:
+        if self.by_share:  # 1 until they are merged
+            return None
         return weights if self.learned else keys.norm(dim=-1)

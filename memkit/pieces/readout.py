@@ -13,16 +13,16 @@ A slot's sums K = Σ w·k̄ and V = Σ w·v become a key and a value:
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
 from memkit.pieces.needs import Need
 from memkit.pieces.registry import Spec
-from memkit.pieces.statistics import COUNT, KEY_NORM, MASS, RADIUS, VALUE_NORM, Numbers, Statistic
+from memkit.pieces.statistics import COUNT, FOUNDER_MASS, KEY_NORM, MASS, RADIUS, VALUE_NORM, Numbers, Statistic
 
 __all__ = ["LAYER_NORM_EPS", "Readout", "ReadoutSpec"]
 
@@ -36,14 +36,24 @@ class ReadoutSpec(Spec):
     value: Literal["mean", "count-mean", "birth-radius", "mean-norm"] = Field(
         default="mean", description="how a value sum is read"
     )
-    count_bias: bool = Field(
-        default=False,
-        description="whether log(tokens in the slot) is added to a slot's score; 0 for sinks and single tokens",
+    bias: Literal["none", "count", "mass"] = Field(
+        default="none",
+        description="what is added to a slot's score: log(tokens in it), or log(its mass / its founder's); 0 for sinks "
+        "and single tokens",
     )
     temperatures: bool = Field(
         default=False,
         description="whether queries have learned factors per head, one for the window and one for the memory",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_bias(cls, data: Any) -> Any:
+        """`count_bias: true`, as it was written before there were others."""
+        if isinstance(data, dict) and isinstance(data.get("count_bias"), bool) and "bias" not in data:
+            rest = {name: value for name, value in data.items() if name != "count_bias"}
+            return {**rest, "bias": "count" if data["count_bias"] else "none"}
+        return data
 
     def build(self) -> Readout:
         return Readout(self)
@@ -56,6 +66,7 @@ class Readout:
         self.spec = spec
         self.layer_norm = spec.key == "layer-norm"
         self.divides_by_mass = spec.key in ("mean", "mean-norm") or spec.value in ("mean", "mean-norm")
+        self.divides_by_mass = self.divides_by_mass or spec.bias == "mass"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -70,6 +81,7 @@ class Readout:
             RADIUS: self.spec.value == "birth-radius",
             KEY_NORM: self.spec.key == "mean-norm",
             VALUE_NORM: self.spec.value == "mean-norm",
+            FOUNDER_MASS: self.spec.bias == "mass",
         }
         return tuple(statistic for statistic, needed in wanted.items() if needed)
 
@@ -100,7 +112,14 @@ class Readout:
 
     def bias(self, numbers: Numbers) -> Tensor | None:
         """What is added to the slots' scores, [..., m]; None for nothing."""
-        return numbers[COUNT].clamp(min=1).log() if self.spec.count_bias else None
+        match self.spec.bias:
+            case "count":
+                return numbers[COUNT].clamp(min=1).log()
+            case "mass":
+                founder = numbers[FOUNDER_MASS]
+                return torch.where(founder > 0, numbers[MASS] / torch.where(founder > 0, founder, 1), 1).log()
+            case "none":
+                return None
 
 
 def _mean(sums: Tensor, mass: Tensor) -> Tensor:

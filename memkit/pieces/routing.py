@@ -26,6 +26,8 @@ class Routing(ABC):
     """Whether the routing can itself say who founds (`founders`), where the policy's admission is `none`."""
     compares: ClassVar[bool] = False
     """Whether it looks at slot keys."""
+    drops: bool = False
+    """Whether it may send a token nowhere (−1), though the merge rule would let it join."""
     similarity: Similarity = "dot"
     """What "alike" means, to it and to an admission that compares."""
 
@@ -64,8 +66,13 @@ class NearestSpec(RoutingSpec):
         default=True, description="whether a token may join a slot founded in the same step (KVM yes, OVQ no)"
     )
 
+    least: float | None = Field(
+        default=None,
+        description="below this similarity a token joins no slot and is dropped; left out: it always joins",
+    )
+
     def build(self) -> Nearest:
-        return Nearest(self.similarity, self.new_slots)
+        return Nearest(self.similarity, self.new_slots, self.least)
 
 
 class Nearest(Routing):
@@ -73,15 +80,17 @@ class Nearest(Routing):
 
     compares = True
 
-    def __init__(self, similarity: Similarity, new_slots: bool) -> None:
-        self.similarity, self.new_slots = similarity, new_slots
+    def __init__(self, similarity: Similarity, new_slots: bool, least: float | None = None) -> None:
+        self.similarity, self.new_slots, self.least = similarity, new_slots, least
+        self.drops = least is not None
 
     def targets(self, chunk: ChunkContext, founded: Tensor | None) -> Tensor:
-        target = chunk.found.slot
-        if founded is None:
-            return target
-        fresh, score = best_slot(self._to_founders(chunk, founded), 0)
-        return torch.where(score > chunk.found.score, fresh + chunk.slots_before, target)
+        target, best = chunk.found.slot, chunk.found.score
+        if founded is not None:
+            fresh, score = best_slot(self._to_founders(chunk, founded), 0)
+            target = torch.where(score > best, fresh + chunk.slots_before, target)
+            best = torch.maximum(score, best)
+        return target if self.least is None else torch.where(best < self.least, -1, target)
 
     def _to_founders(self, chunk: ChunkContext, founded: Tensor) -> Tensor:
         """Similarity to the slots founded in this step, in token order, [b, g, c, max new]; −∞: not a target."""

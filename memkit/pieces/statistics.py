@@ -13,16 +13,29 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["COUNT", "KEY_NORM", "MASS", "POSITION", "RADIUS", "VALUE_NORM", "Numbers", "Statistic", "Tokens"]
+__all__ = [
+    "COUNT",
+    "FOUNDER_MASS",
+    "KEY_NORM",
+    "MASS",
+    "POSITION",
+    "RADIUS",
+    "VALUE_NORM",
+    "Numbers",
+    "Statistic",
+    "Tokens",
+]
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Tokens on their way into slots.
 
-    keys [b, g, c, d]: memory keys; values [b, g, c, v], of no width where only a plan is made; founded [b, g, c], None
-    where no token founds; positions [b, 1, c], None where nobody rotates; key_weight, value_weight [b, g, c]: what each
-    token's key and value are multiplied by; radius_weight [b, g, c]: likewise for a founder's radius; mass [b, g, c].
+    keys [b, g, c, d]: memory keys; values [b, g, c, v], of no width where only a plan is made;
+    founded [b, g, c], None where no token founds; positions [b, 1, c], None where nobody rotates;
+    key_weight, value_weight [b, g, c]: what each token's key and value are multiplied by; radius_weight [b, g, c]:
+    likewise for a founder's radius;
+    mass [b, g, c]; key_mass [b, g, c]: by which keys and positions are divided.
     """
 
     keys: Tensor
@@ -33,6 +46,7 @@ class Tokens:
     value_weight: Tensor
     radius_weight: Tensor
     mass: Tensor
+    key_mass: Tensor
 
 
 class Statistic(ABC):
@@ -42,9 +56,20 @@ class Statistic(ABC):
     by_rule: ClassVar[bool] = True
     """Whether a merge rule that is not additive combines it like the sums; else it is added, whatever the rule."""
 
+    weighed: ClassVar[bool] = True
+    """Whether it grows with its tokens' weights."""
+    of_keys: ClassVar[bool] = False
+    """Whether it says something of keys, so that it is the founder's alone where values alone are merged."""
+    of_founder: ClassVar[bool] = False
+    """Whether only a founder brings it."""
+
     @abstractmethod
     def of(self, tokens: Tokens) -> Tensor:
         """What each token brings, [b, g, c]."""
+
+    def founders_own(self, of: str) -> bool:
+        """Whether it stays as it is when a row joins, where `both` or `values` are merged."""
+        return self.of_founder or (of == "values" and self.of_keys)
 
     def __repr__(self) -> str:
         return self.name
@@ -53,6 +78,7 @@ class Statistic(ABC):
 class _Count(Statistic):
     name = "count"
     by_rule = False
+    weighed = False
 
     def of(self, tokens: Tokens) -> Tensor:
         return torch.ones_like(tokens.mass)
@@ -67,6 +93,7 @@ class _Mass(Statistic):
 
 class _KeyNorm(Statistic):
     name = "key_norm"
+    of_keys = True
 
     def of(self, tokens: Tokens) -> Tensor:
         return tokens.keys.norm(dim=-1) * tokens.key_weight
@@ -84,6 +111,8 @@ class _Radius(Statistic):
 
     name = "radius"
     by_rule = False
+    weighed = False
+    of_founder = True
 
     def of(self, tokens: Tokens) -> Tensor:
         if tokens.founded is None:
@@ -91,23 +120,30 @@ class _Radius(Statistic):
         return torch.where(tokens.founded, tokens.values.norm(dim=-1) * tokens.radius_weight, 0)
 
 
+class _FounderMass(Statistic):
+    """The founder's part of the mass."""
+
+    name = "founder_mass"
+    by_rule = False
+    of_founder = True
+
+    def of(self, tokens: Tokens) -> Tensor:
+        return torch.zeros_like(tokens.mass) if tokens.founded is None else torch.where(tokens.founded, tokens.mass, 0)
+
+
 class _Position(Statistic):
     name = "position"
+    of_keys = True
 
     def of(self, tokens: Tokens) -> Tensor:
         assert tokens.positions is not None
-        return tokens.positions * tokens.mass.double()
+        return tokens.positions * tokens.key_mass.double()
 
 
-COUNT, MASS, KEY_NORM, VALUE_NORM, RADIUS, POSITION = (
-    _Count(),
-    _Mass(),
-    _KeyNorm(),
-    _ValueNorm(),
-    _Radius(),
-    _Position(),
-)
-"""Tokens, Σ weight, Σ weight·position; Σ weight·‖k̄‖, Σ weight·‖v‖, the founder's ‖v‖."""
+COUNT, MASS, POSITION = _Count(), _Mass(), _Position()
+KEY_NORM, VALUE_NORM = _KeyNorm(), _ValueNorm()
+RADIUS, FOUNDER_MASS = _Radius(), _FounderMass()
+"""Tokens, Σ weight, Σ weight·position; Σ weight·‖k̄‖, Σ weight·‖v‖; the founder's ‖v‖, the founder's weight."""
 
 Numbers = dict[Statistic, Tensor]
 """A slot's numbers, each [..., m], float64; the mass is the count where every token weighs 1."""

@@ -1,0 +1,108 @@
+"""OBSERVE: once a chunk has been read, its observed queries say what every row was worth to them.
+
+Queries of the incomplete chunk wait in the memory, so that a text may be split anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit.engine.inputs import AttendInputs
+from memkit.engine.keysets import Queries, scaled
+from memkit.engine.schedule import Schedule, Step, on_device
+from memkit.memory.slots import SlotRules, SlotStore
+from memkit.memory.window import Timeline
+from memkit.pieces.observation import softmax_evidence
+
+__all__ = ["Observer", "alike_rows"]
+
+
+class Observer:
+    """The observed queries of a call, those that waited included, and what is made of them."""
+
+    def __init__(self, inputs: AttendInputs, schedule: Schedule) -> None:
+        assert inputs.queries is not None
+        self.inputs, self.policy, self.schedule, self.device = inputs, inputs.policy, schedule, inputs.keys.device
+        self.offsets = np.array(self.policy.observation.offsets(self.policy.chunk), dtype=np.int64)
+        waiting = None if inputs.memory is None else inputs.memory.observed
+        new = inputs.queries.detach()
+        self.queries = new if waiting is None else torch.cat((waiting, new), dim=2)
+        self.waited = 0 if waiting is None else waiting.shape[2]
+
+    def _at(self, chunk_begin: np.ndarray) -> Tensor:
+        """The observed queries [b, h, n, d] of the chunks that begin there; any where one has not come yet."""
+        positions = chunk_begin[:, None] + self.offsets
+        new = positions - self.schedule.seen[:, None]
+        where = np.where(new >= 0, new + self.waited, np.arange(len(self.offsets)))
+        index = on_device(where.clip(max=self.queries.shape[2] - 1), self.device)[:, None, :, None]
+        return self.queries.gather(2, index.expand(-1, self.queries.shape[1], -1, self.queries.shape[3]))
+
+    def waiting(self) -> Tensor:
+        """The observed queries of each row's incomplete chunk, [b, h, n, d], for the memory."""
+        after = self.schedule.after
+        return self._at(after // self.policy.chunk * self.policy.chunk).clone()
+
+    @torch.no_grad()
+    def observe(self, step: Step, rules: SlotRules, timeline: Timeline, store: SlotStore) -> None:
+        """Give every row its evidence, for the rows of the batch whose chunk is complete after a step."""
+        schedule, chunk = self.schedule, self.policy.chunk
+        end = schedule.seen + step.stop
+        complete = step.active & (schedule.lengths >= step.stop) & (end % chunk == 0)
+        if not complete.any():
+            return
+        queries, column = self._at(end - chunk), schedule.old + step.stop
+        older = column - chunk - step.first  # columns of the window before the chunk
+        for rows in alike_rows(complete, older, step.slots):
+            first = int(np.flatnonzero(complete)[0]) if rows is None else int(rows[0])
+            begin, slots = column - chunk - int(older[first]), int(step.slots[first])
+            at = slice(None) if rows is None else on_device(rows, self.device)
+            held = {name: stream[at, :, begin:column] for name, stream in timeline.streams.items()}
+            positions = held.get("positions")
+            if positions is not None:
+                offsets = on_device(self.offsets, self.device) + int(older[first])
+                positions = positions[:, :, offsets]
+            asked = Queries.of(self.policy, queries[at], self.inputs.parameters, self.inputs.rotation, positions)
+            scores = self._scores(asked.windowed, asked.window_scale, held["keys"])
+            own = torch.arange(column - begin, device=self.device) - int(older[first])
+            later = own > on_device(self.offsets, self.device)[:, None]
+            scores = scores.masked_fill(later.repeat(scores.shape[2] // len(self.offsets), 1), -torch.inf)
+            values = held["values"].to(scores.dtype)
+            if slots:
+                view = store.read(rules).first(slots)
+                of_slots = self._scores(asked.remembering, asked.memory_scale, view.keys[at])
+                if view.bias is not None:
+                    of_slots = of_slots + view.bias[at, :, None].to(scores.dtype)
+                scores = torch.cat((of_slots, scores), dim=-1)
+                values = torch.cat((view.values[at].to(scores.dtype), values), dim=2)
+            error, share = softmax_evidence(scores, values)
+            added = self.policy.observation.added
+            store.about_to_write()
+            evidence = timeline.streams["evidence"]
+            evidence[at, :, begin:column] = added(evidence[at, :, begin:column], error[..., slots:], share[..., slots:])
+            if slots:
+                assert store.evidence is not None
+                before = store.evidence[at, :, :slots]
+                store.evidence[at, :, :slots] = added(before, error[..., :slots], share[..., :slots])
+
+    def _scores(self, queries: Tensor, scale: Tensor | None, keys: Tensor) -> Tensor:
+        """Scores of queries [b, h, n, d], a group's in a row, against keys [b, g, m, d]: [b, g, r·n, m]."""
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        queries = scaled(queries.to(wide), scale)
+        grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
+        assert self.inputs.scale is not None
+        return grouped @ keys.to(wide).mT * self.inputs.scale
+
+
+def alike_rows(among: np.ndarray, *facts: np.ndarray) -> Iterator[np.ndarray | None]:
+    """The rows of a batch in groups of equal facts; None for all rows at once."""
+    if among.all() and all((fact == fact[0]).all() for fact in facts):
+        yield None
+        return
+    chosen = np.flatnonzero(among)
+    keys = np.stack([fact[chosen] for fact in facts], axis=1)
+    for key in np.unique(keys, axis=0):
+        yield chosen[(keys == key).all(axis=1)]
