@@ -72,7 +72,7 @@ def attend_as_one_node(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, sums and numbers of a pass, with a gradient.
 
-    positions [b, n]: those of the timeline; fresh: whether there was no memory, so that nothing was read at first.
+    positions [b, 1, n]: those of the timeline; fresh: whether there was no memory, so that nothing was read at first.
     """
     queries = inputs.queries
     facts = (rules, schedule, scale, positions, fresh)
@@ -174,7 +174,7 @@ class _Kept:
     """What a pass leaves for its backward pass besides its inputs and its output.
 
     read: how slots read at last; started: the sums and numbers they started from, None where there was no memory;
-    room: slots there is room for; positions [b, n] of the timeline; frequencies of the rotation.
+    room: slots there is room for; positions [b, 1, n] of the timeline; frequencies of the rotation.
     """
 
     read: tuple[Tensor, Tensor, Tensor | None]
@@ -343,7 +343,7 @@ class _Backward:
             keys=columns(self.key_sets.keys, fold.where),
             values=columns(self.key_sets.values, fold.where),
             weights=None if self.weights is None else columns(self.weights, fold.where),
-            positions=None if positions is None else columns(positions[:, None], fold.where),
+            positions=None if positions is None else columns(positions, fold.where),
             first=fold.first,
             where=fold.where,
         )
