@@ -194,7 +194,8 @@ class _Course:
 
     def __init__(self, policy: Policy, tokens: int) -> None:
         self.policy = policy
-        self.compares = not policy.sinks_only and policy.routing.compares
+        admits = policy.admission is not None and policy.admission.compares
+        self.compares = not policy.sinks_only and (policy.routing.compares or admits)
         chunks = 0 if policy.sinks_only else int(policy.window.begin(tokens)) // policy.chunk + 1
         # Slots once so many chunks have left; without growth there may be a chunk per token, and none is needed.
         self.table = np.array([policy.slots_after_chunk(index - 1) for index in range(chunks + 1)], dtype=np.int64)
@@ -223,6 +224,8 @@ class _Course:
             return 0
         live, after = self.table[first:stop], self.table[first + 1 : stop + 1]
         chooses = after - live < self.policy.chunk  # where all found, there is nothing to choose
+        if not self.policy.routing.compares:  # but the admission does, where it admits anybody
+            return self.policy.chunk * int(live[chooses & (after > live)].sum())
         return self.policy.chunk * int((after if self.policy.merging.joins else live)[chooses].sum())
 
 

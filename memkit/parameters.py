@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from memkit.pieces.needs import Need
 from memkit.policy import Policy
 
 __all__ = ["PolicyParameters"]
+
+FORMER_NAMES = {"temperature_window": "query_scale_window", "temperature_memory": "query_scale_memory"}
+"""Names that tensors had in models saved before, and what they are called now."""
 
 
 class PolicyParameters(nn.Module):
@@ -36,6 +41,7 @@ class PolicyParameters(nn.Module):
         scaled = Need.QUERY_SCALES in policy.needs
         self.query_scale_window = nn.Parameter(torch.ones(heads)) if scaled else None
         self.query_scale_memory = nn.Parameter(torch.ones(heads)) if scaled and not policy.sinks_only else None
+        self.register_load_state_dict_pre_hook(_rename)
 
     @property
     def key_norm(self) -> tuple[Tensor, Tensor] | None:
@@ -48,3 +54,10 @@ class PolicyParameters(nn.Module):
         """Those there are."""
         every = (self.key_norm_weight, self.key_norm_bias, self.query_scale_window, self.query_scale_memory)
         return [tensor for tensor in every if tensor is not None]
+
+
+def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: what it calls by a former name."""
+    for name, now in FORMER_NAMES.items():
+        if prefix + name in state:
+            state[prefix + now] = state.pop(prefix + name)

@@ -143,14 +143,7 @@ def _growth_needs_a_window(spec: PolicySpec) -> None:
 def _founding(spec: PolicySpec) -> None:
     if isinstance(spec.growth, NoGrowthSpec):
         return
-    founds = spec.routing.build().founds
-    admits_nobody = isinstance(spec.admission, NoAdmissionSpec)
-    if founds and not admits_nobody:
-        raise ValueError(
-            f"admission: routing {spec.routing.kind} founds slots itself and needs admission none, "
-            f"got {spec.admission.kind}; write admission: {{kind: none}}"
-        )
-    if admits_nobody and not founds:
+    if isinstance(spec.admission, NoAdmissionSpec) and not spec.routing.build().founds:
         raise ValueError(
             f"admission: none lets nobody found a slot under routing {spec.routing.kind}; "
             "use routing: {kind: segment}, or admission: {kind: novelty}"
@@ -205,11 +198,11 @@ def _radius(spec: PolicySpec) -> None:
     if (
         spec.readout.value == "birth-radius"
         and not isinstance(spec.growth, NoGrowthSpec)
-        and spec.routing.build().founds
+        and isinstance(spec.admission, NoAdmissionSpec)
     ):
         raise ValueError(
-            f"readout.value: birth-radius needs slots founded by one token, and routing {spec.routing.kind} founds "
-            "them by runs; use value: mean-norm, or routing: {kind: nearest}"
+            "readout.value: birth-radius needs slots founded by one token, and with admission none routing "
+            f"{spec.routing.kind} founds them by runs; use value: mean-norm, or admission: {{kind: novelty}}"
         )
 
 

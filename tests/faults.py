@@ -16,14 +16,16 @@ import numpy as np
 import torch
 
 from memkit import Memory, PolicySpec
-from memkit.engine import backward, fold, parts, schedule, timeline
-from memkit.engine import torch as engine
+from memkit.engine import backward, forward, keysets, schedule
+from memkit.memory import slots
 from memkit.pieces import Merging, Readout, ReadoutSpec
 from memkit.pieces.admission import Admission, Novelty
+from memkit.pieces.chunk import Assignment, maximum
 from memkit.pieces.growth import FixedGrowthSpec, Growth, SqrtGrowthSpec
 from memkit.pieces.merging import WeightedMeanSpec
 from memkit.pieces.rotary import RerotateSpec, Zero, ZeroSpec
-from memkit.pieces.routing import Nearest, Placement, Segment
+from memkit.pieces.routing import Nearest, Segment
+from memkit.pieces.statistics import COUNT, MASS, POSITION
 from memkit.pieces.window import BlockWindow
 from memkit.policy import Policy
 from memkit.testing import Law, laws
@@ -200,15 +202,15 @@ class Wobbles(Growth):
 class NearestAdmitted(Novelty):
     """Admits what the memory stands for best."""
 
-    def priority(self, offsets, free, grant, redundancy: Any):
-        return -redundancy
+    def score(self, chunk):
+        return chunk.redundancy
 
 
 class LatestOfEquals(Novelty):
     """Of equally new tokens, admits the last."""
 
-    def priority(self, offsets, free, grant, redundancy: Any):
-        return redundancy - 1e-9 * offsets
+    def score(self, chunk):
+        return 1e-9 * chunk.offsets - chunk.redundancy
 
 
 class ByPlace(Admission):
@@ -217,8 +219,8 @@ class ByPlace(Admission):
     compares = True
     novel = False
 
-    def priority(self, offsets, free, grant, redundancy: Any):
-        return redundancy * 0 + offsets
+    def score(self, chunk):
+        return chunk.redundancy * 0 - chunk.offsets
 
 
 class JoinsSinks(Nearest):
@@ -227,8 +229,8 @@ class JoinsSinks(Nearest):
     def __init__(self):
         super().__init__("dot", True)
 
-    def place(self, chunk, priority, redundancy):
-        return super().place(replace(chunk, sinks=0), priority, redundancy)
+    def targets(self, chunk, founded):
+        return super().targets(replace(chunk, sinks=0), founded)
 
 
 class Farthest(Nearest):
@@ -237,28 +239,22 @@ class Farthest(Nearest):
     def __init__(self):
         super().__init__("dot", True)
 
-    def place(self, chunk, priority, redundancy):
-        return super().place(replace(chunk, keys=-chunk.keys), priority, redundancy)
+    def targets(self, chunk, founded):
+        return super().targets(replace(chunk, keys=-chunk.keys), founded)
 
 
-class OneTooFew(Nearest):
-    """Admits one token fewer than granted."""
+class OneTooFew(Segment):
+    """Founds one slot fewer than granted."""
 
-    def __init__(self):
-        super().__init__("dot", True)
-
-    def place(self, chunk, priority, redundancy):
-        grant = max(chunk.grant - 1, 0) if isinstance(chunk.grant, int) else (chunk.grant - 1).clamp(min=0)
-        return super().place(replace(chunk, grant=grant), priority, redundancy)
+    def founders(self, chunk):
+        return super().founders(replace(chunk, new_slots=maximum(chunk.new_slots - 1, chunk.sink_tokens)))
 
 
-class Backwards(Segment):
-    """Gives new slots to its tokens in reverse order."""
+class OneTooFar(Segment):
+    """Sends tokens to the slot after the newest one."""
 
-    def place(self, chunk, priority, redundancy):
-        placed = super().place(chunk, priority, redundancy)
-        turned = torch.where(placed.founded, 2 * chunk.live + chunk.grant - 1 - placed.slot, placed.slot)
-        return Placement(turned, placed.founded, placed.drops)
+    def targets(self, chunk, founded):
+        return super().targets(chunk, founded) + 1
 
 
 class FlipsCoins(Nearest):
@@ -267,8 +263,9 @@ class FlipsCoins(Nearest):
     def __init__(self):
         super().__init__("dot", True)
 
-    def similarity(self, keys, slots):
-        return torch.tensor([random.random() for _ in range(slots.shape[2])], dtype=keys.dtype) + 0 * (keys @ slots.mT)
+    def targets(self, chunk, founded):
+        there = range(chunk.sinks, max(chunk.slots_before + chunk.new_slots, chunk.sinks + 1))
+        return torch.tensor([random.choice(there) for _ in range(chunk.keys.shape[2])])
 
 
 # Readout
@@ -280,8 +277,8 @@ class BiasOnSinks(Readout):
     def __init__(self):
         super().__init__(ReadoutSpec(count_bias=True))
 
-    def bias(self, scalars):
-        return (scalars[COUNT] + 1).log()
+    def bias(self, numbers):
+        return (numbers[COUNT] + 1).log()
 
 
 class ReadsSums(Readout):
@@ -290,7 +287,7 @@ class ReadsSums(Readout):
     def __init__(self):
         super().__init__(ReadoutSpec())
 
-    def value(self, sums, scalars):
+    def value(self, sums, numbers):
         return sums
 
 
@@ -300,51 +297,51 @@ class DividesByZero(Readout):
     def __init__(self):
         super().__init__(ReadoutSpec())
 
-    def value(self, sums, scalars):
-        return sums / scalars[MASS].unsqueeze(-1)
+    def value(self, sums, numbers):
+        return sums / numbers[MASS].unsqueeze(-1)
 
 
 # Mistakes in memkit itself: each patches a function while the law is verified over random policies
 
 
 def _weights_twice(right):
-    def contributions(call, chunk, *rest):
-        rows, scalars = right(call, chunk, *rest)
-        return (rows if chunk.weights is None else rows * chunk.weights.to(rows.dtype).unsqueeze(-1)), scalars
+    def contributions(rules, chunk, *rest):
+        rows, numbers = right(rules, chunk, *rest)
+        return (rows if chunk.weights is None else rows * chunk.weights.to(rows.dtype).unsqueeze(-1)), numbers
 
     return contributions
 
 
 def _no_gradient_of_weights(right):
-    def contributions(call, chunk, *rest):
+    def contributions(rules, chunk, *rest):
         weights = None if chunk.weights is None else chunk.weights.detach() + 0 * chunk.weights
-        return right(call, replace(chunk, weights=weights), *rest)
+        return right(rules, replace(chunk, weights=weights), *rest)
 
     return contributions
 
 
 def _sink_overwritten(right):
-    def place(call, *rest):
-        placement = right(call, *rest)
-        joins = ~placement.founded & (placement.slot >= 0)
-        return Placement(placement.slot.masked_fill(joins & (call.policy.sinks > 0), 0), placement.founded)
+    def place(rules, *rest):
+        assignment = right(rules, *rest)
+        joins = ~assignment.founded & (assignment.slot >= 0)
+        return Assignment(assignment.slot.masked_fill(joins & (rules.policy.sinks > 0), 0), assignment.founded)
 
     return place
 
 
 def _last_token_lost(right):
     def place(*arguments):
-        placement = right(*arguments)
-        last = torch.arange(placement.slot.shape[2]) == placement.slot.shape[2] - 1
-        return Placement(placement.slot.masked_fill(last & ~placement.founded, -1), placement.founded)
+        assignment = right(*arguments)
+        last = torch.arange(assignment.slot.shape[2]) == assignment.slot.shape[2] - 1
+        return Assignment(assignment.slot.masked_fill(last & ~assignment.founded, -1), assignment.founded)
 
     return place
 
 
 def _heads_mixed_up(right):
-    def flat(self, slot):
-        rows, heads, room = self.sums.shape[:3]
-        return (slot + torch.arange(rows * heads).view(rows, heads, 1).flip(1) * room).flatten()
+    def flat(slot, room):
+        rows, heads = slot.shape[:2]
+        return (slot.clamp(min=0) + torch.arange(rows * heads).view(rows, heads, 1).flip(1) * room).flatten()
 
     return flat
 
@@ -373,25 +370,28 @@ def _sees_what_follows(right):
 
 
 def _positions_halved(right):
-    def read(call, sums, scalars):
-        scalars = scalars.clone()
-        if "position" in call.policy.statistics:
-            scalars[..., call.policy.statistics.index("position")] *= 0.5
-        return right(call, sums, scalars)
+    def read(rules, sums, numbers):
+        numbers = numbers.clone()
+        if POSITION in rules.policy.statistics:
+            numbers[..., rules.policy.statistics.index(POSITION)] *= 0.5
+        return right(rules, sums, numbers)
 
     return read
 
 
 def _radius_of_all(right):
-    return lambda call, chunk, founded: right(call, chunk, torch.ones_like(founded))
+    return lambda rules, chunk, founded: right(rules, chunk, torch.ones(chunk.keys.shape[:3], dtype=torch.bool))
 
 
-def _window_temperature_for_all(right):
-    return lambda self, span: right(replace(self, memory_heat=self.window_heat), span)
+def _window_scale_for_all(right):
+    return lambda self, span: right(replace(self, memory_scale=self.window_scale), span)
 
 
 def _saved_in_half(right):
-    return lambda self, path: right(replace(self, sums=self.sums.half().to(self.sums.dtype)), path)
+    def halved(tensor):
+        return tensor.half().to(tensor.dtype)
+
+    return lambda self, path: right(replace(self, store=replace(self.store, sums=halved(self.sums))), path)
 
 
 def _takes_any_policy(right):
@@ -411,11 +411,11 @@ def _undoes_nothing(right):
 
 
 def _noisy(right):
-    def attend_parts(*arguments, **named):
+    def attend_key_sets(*arguments, **named):
         output, lse = right(*arguments, **named)
         return output.mul_(1 + 1e-3 * torch.rand(1)), lse
 
-    return attend_parts
+    return attend_key_sets
 
 
 @dataclass(frozen=True)
@@ -452,7 +452,7 @@ def _in_policies(law: Law, wrong: Callable[[Any], Any], *places: tuple[Any, str]
 
 WEIGHTED = WeightedMeanSpec(weight="learned")
 GROWS = FixedGrowthSpec(slots=4)
-CONTRIBUTIONS = ((fold, "contributions"), (backward, "contributions"))
+CONTRIBUTIONS = ((slots, "contributions"), (backward, "contributions"))
 
 FAULTS = (
     Fault(laws.conservation, ForgetsMass),
@@ -477,22 +477,22 @@ FAULTS = (
     Fault(laws.sinks_are_no_targets, JoinsSinks),
     Fault(laws.nearest_slot, Farthest),
     Fault(laws.exactly_granted, OneTooFew),
-    Fault(laws.new_slots_in_order, Backwards),
+    Fault(laws.new_slots_in_order, OneTooFar),
     Fault(laws.routing_is_pure, FlipsCoins),
     Fault(laws.bias_of_single_tokens, BiasOnSinks),
     Fault(laws.values_keep_their_size, ReadsSums),
     Fault(laws.finite_reading, DividesByZero),
     _in_policies(laws.conservation_in_memory, _weights_twice, *CONTRIBUTIONS, merging=WEIGHTED),
     _in_policies(laws.same_plan_same_answer, _no_gradient_of_weights, *CONTRIBUTIONS, merging=WEIGHTED),
-    _in_policies(laws.sinks, _sink_overwritten, (engine, "place"), growth=GROWS, sinks=1),
-    _in_policies(laws.conservation_in_memory, _last_token_lost, (engine, "place"), growth=GROWS),
-    _in_policies(laws.batch_invariance, _heads_mixed_up, (fold.Slots, "flat"), growth=GROWS),
+    _in_policies(laws.sinks, _sink_overwritten, (forward, "place"), growth=GROWS, sinks=1),
+    _in_policies(laws.conservation_in_memory, _last_token_lost, (forward, "place"), growth=GROWS),
+    _in_policies(laws.batch_invariance, _heads_mixed_up, (slots, "flat_slots"), growth=GROWS),
     _in_policies(laws.budget, _one_slot_more, (Policy, "budget"), growth=GROWS),
-    _in_policies(laws.batch_invariance, _padding_counted, (timeline.Timeline, "own_columns")),
-    _in_policies(laws.split_equals_whole, _one_chunk_late, (schedule.Schedule, "_exit"), growth=GROWS),
+    _in_policies(laws.batch_invariance, _padding_counted, (forward.Pass, "_own_columns")),
+    _in_policies(laws.split_equals_whole, _one_chunk_late, (schedule.Schedule, "_leaving"), growth=GROWS),
     _in_policies(laws.same_plan_same_answer, _window_too_long, (BlockWindow, "begin")),
-    _in_policies(laws.causality, _sees_what_follows, (parts.Parts, "of")),
-    _in_policies(laws.limits, _positions_halved, (fold, "read_slots"), rotary=RerotateSpec()),
+    _in_policies(laws.causality, _sees_what_follows, (keysets.KeySets, "of")),
+    _in_policies(laws.limits, _positions_halved, (slots, "read_slots"), rotary=RerotateSpec()),
     _in_policies(
         laws.same_plan_same_answer,
         _radius_of_all,
@@ -502,8 +502,8 @@ FAULTS = (
     ),
     _in_policies(
         laws.same_plan_same_answer,
-        _window_temperature_for_all,
-        (parts.Queries, "for_slots"),
+        _window_scale_for_all,
+        (keysets.Queries, "for_slots"),
         growth=GROWS,
         readout=ReadoutSpec(temperatures=True),
     ),
@@ -513,6 +513,6 @@ FAULTS = (
     _in_policies(
         laws.same_plan_same_answer, _rotates_one_channel_less, (Zero, "rotated_width"), rotary=ZeroSpec(width=1)
     ),
-    _in_policies(laws.same_plan_same_answer, _undoes_nothing, (fold.Slots, "restore"), growth=GROWS),
-    _in_policies(laws.determinism, _noisy, (engine, "attend_parts")),
+    _in_policies(laws.same_plan_same_answer, _undoes_nothing, (backward._Backward, "_restore"), growth=GROWS),
+    _in_policies(laws.determinism, _noisy, (forward, "attend_key_sets")),
 )

@@ -170,6 +170,24 @@ def test_only_what_the_policy_learns_is_there():
     assert kvm["learned.query_scale_memory"].shape == (HEADS,)
 
 
+def test_weights_saved_under_former_names_load():
+    made, other = layer(small("kvm-sqrt-16")), layer(small("kvm-sqrt-16"))
+    with torch.no_grad():
+        for tensor in made.learned.parameters():
+            tensor.uniform_(0.5, 2)
+    former = {
+        name.replace("learned.query_scale_", "learned.temperature_"): each for name, each in made.state_dict().items()
+    }
+    assert {"learned.temperature_window", "learned.temperature_memory"} <= former.keys()
+    other.load_state_dict(former)
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    assert {"learned.temperature_window", "learned.temperature_memory"} <= former.keys()  # the caller's own
+    other = memkit.PolicyParameters(made.policy, HEADS, made.head_width)
+    other.load_state_dict({name.removeprefix("learned."): each for name, each in former.items() if "learned" in name})
+    assert torch.equal(other.query_scale_memory, made.learned.query_scale_memory)
+
+
 def test_merge_weights_are_one_plus_elu_of_the_gate():
     made, x = layer(small("kvm-sqrt-16")), inputs()
     one = layer(small("kvm-sqrt-16"))

@@ -35,10 +35,6 @@ def spec(**families: Any) -> PolicySpec:
             "window: nothing ever leaves a window of all tokens, so growth must be none, got fixed; use window:",
         ),
         (
-            {"routing": {"kind": "segment"}},
-            "admission: routing segment founds slots itself and needs admission none, got novelty; write admission:",
-        ),
-        (
             {"admission": {"kind": "none"}},
             "admission: none lets nobody found a slot under routing nearest; use routing: {kind: segment}, or",
         ),
@@ -77,8 +73,8 @@ def spec(**families: Any) -> PolicySpec:
                 "admission": {"kind": "none"},
                 "readout": {"key": "layer-norm", "value": "birth-radius"},
             },
-            "readout.value: birth-radius needs slots founded by one token, and routing segment founds them by runs; "
-            "use value: mean-norm, or routing: {kind: nearest}",
+            "readout.value: birth-radius needs slots founded by one token, and with admission none routing segment "
+            "founds them by runs; use value: mean-norm, or admission: {kind: novelty}",
         ),
     ],
 )
@@ -97,6 +93,12 @@ def test_rules_that_span_pieces(families: dict[str, Any], message: str):
         {"routing": {"kind": "nearest", "new_slots": False}},
         {"routing": {"kind": "nearest", "new_slots": False}, "sinks": 1, "growth": FIXED | {"first_chunk": "whole"}},
         {"routing": {"kind": "segment"}, "admission": {"kind": "none"}},
+        {"routing": {"kind": "segment"}, "admission": {"kind": "novelty"}},
+        {
+            "routing": {"kind": "segment"},
+            "admission": {"kind": "recency"},
+            "readout": {"key": "layer-norm", "value": "birth-radius"},
+        },
         {
             "merging": {"kind": "weighted-mean", "weight": "learned", "weigh": {"keys": False}},
             "readout": {"key": "layer-norm", "value": "birth-radius"},

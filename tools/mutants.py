@@ -1,4 +1,4 @@
-"""Mutation testing of the code that decides: growth, admission, routing, merging, placing and schedule.
+"""Mutation testing of the code that decides: growth, admission, routing, merging, plan and schedule.
 
 Changes one operator, comparison, constant or call at a time, runs the tests against each change, and prints the share
 that some test notices. A mutant never touches the working tree: a child process compiles the changed source in place
@@ -51,9 +51,11 @@ TARGETS = {
         [LAWS],
         PLANS,
     ],
+    "memkit/pieces/chunk.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Novelty"], [LAWS], PLANS],
+    "memkit/pieces/similarity.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Novelty"], [LAWS], PLANS],
     "memkit/pieces/routing.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Segment"], [LAWS], PLANS],
     "memkit/pieces/merging.py": [["tests/pieces/test_merging_and_readout.py"], [AGREE], [FAMILY, "-k", "Mean or Drop"]],
-    "memkit/engine/placing.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
+    "memkit/engine/plan.py": [[CHOICES], [WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
     "memkit/engine/schedule.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
 }
 """What is mutated, and the tests that judge it, the quickest first."""

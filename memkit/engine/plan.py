@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,9 +12,10 @@ from memkit.engine.inputs import Plan
 from memkit.engine.schedule import LeavingChunk, Schedule, common, on_device
 from memkit.memory.slots import Chunk, SlotRules, SlotStore, read_tokens
 from memkit.memory.window import Columns, columns
+from memkit.pieces.admission import Admission
 from memkit.pieces.chunk import Assignment, ChunkContext, maximum
 from memkit.pieces.observation import Evidence
-from memkit.policy import Policy
+from memkit.pieces.routing import Routing
 
 __all__ = ["assign", "compete", "follow", "place", "record", "shared", "span"]
 
@@ -43,6 +46,16 @@ def place(rules: SlotRules, leaving: LeavingChunk, chunk: Chunk, store: SlotStor
         most_new=int(leaving.new_slots[leaving.leaves].max()),
     )
     return _only(leaving, assign(policy, context))
+
+
+class Chooses(Protocol):
+    """What of a policy says where tokens go."""
+
+    @property
+    def admission(self) -> Admission | None: ...
+
+    @property
+    def routing(self) -> Routing: ...
 
 
 @torch.no_grad()
@@ -84,7 +97,7 @@ def compete(
     return assign(policy, context)
 
 
-def assign(policy: Policy, chunk: ChunkContext) -> Assignment:
+def assign(policy: Chooses, chunk: ChunkContext) -> Assignment:
     """Score → admit → assign: who founds a slot, and which slot the others join."""
     if isinstance(chunk.new_slots, int) and chunk.new_slots == chunk.keys.shape[2]:
         everyone = chunk.keys.new_ones(chunk.shape, dtype=torch.bool)
@@ -101,7 +114,7 @@ def assign(policy: Policy, chunk: ChunkContext) -> Assignment:
     return Assignment(slot, founded, drops=policy.routing.drops or not chunk.joins)
 
 
-def _admitted(policy: Policy, chunk: ChunkContext) -> Tensor:
+def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
     """Which tokens found: sinks, then the highest scores, the earliest on ties; bool [b, g, c]."""
     admission = policy.admission
     if admission is None:

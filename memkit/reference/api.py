@@ -40,8 +40,12 @@ def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
                 for head in row:
                     head.arrive(head.seen + i)
                 for h in range(queries.shape[1]):
-                    head = row[h // group]
-                    outputs.append(head.read(queries[r, h, i].double(), h, head.seen + i))
+                    head, query = row[h // group], queries[r, h, i].double()
+                    outputs.append(head.read(query, h, head.seen + i))
+                    if head.observing is not None:
+                        head.observing.hear(query.detach(), h, head.seen + i)
+                for head in row:
+                    head.observe(head.seen + i)
         shape = (queries.shape[0], queries.shape[2], queries.shape[1], len(silence))
         output = stacked(outputs, silence).reshape(shape).transpose(1, 2).to(queries.dtype)
         return output, written(rules, inputs, heads)
@@ -123,8 +127,20 @@ def written(rules: Rules, inputs: AttendInputs, heads: list[list[Head]]) -> Memo
         streams["positions"] = window(lambda head: definitely(head.places), torch.float64)[:, :1]
         next_positions = torch.stack([going_on(inputs, head, r) for r, head in enumerate(first)])
     sums = rows[..., :sums_width].to(torch.promote_types(keys.dtype, torch.float32))
-    store = SlotStore(sums, rows[..., sums_width:])
-    return Memory(rules.policy, seen, Window(streams, keep), store, next_positions)
+    store, observed = SlotStore(sums, rows[..., sums_width:]), None
+    if rules.policy.observes:
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        streams["evidence"] = window(lambda head: definitely(head.observing).held(head.origin, len(head.keys)), wide)
+        store.evidence = torch.stack(
+            [torch.stack([definitely(head.observing).slots_filled(most) for head in row]) for row in heads]
+        ).to(wide)
+        observed = torch.stack([heard(row, int(seen[r])) for r, row in enumerate(heads)]).to(keys.dtype)
+    return Memory(rules.policy, seen, Window(streams, keep), store, next_positions, observed)
+
+
+def heard(heads: list[Head], seen: int) -> Tensor:
+    """A row's observed queries of its incomplete chunk, [h, n, d]."""
+    return torch.cat([definitely(head.observing).waiting(seen) for head in heads])
 
 
 def going_on(inputs: AttendInputs, head: Head, row: int) -> Tensor:

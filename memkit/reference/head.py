@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
 from memkit.pieces.needs import Need
+from memkit.reference.observing import Observing, compete, mean
 from memkit.reference.placing import Placed, place
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token
@@ -30,6 +31,7 @@ class Head:
         self.slots: list[Slot] = []
         self.record: list[Placed] = []
         self.as_read: tuple[Tensor, Tensor, Tensor] | None = None
+        self.observing = Observing(rules, inputs, row, head, self.seen) if rules.policy.observes else None
 
         new = slice(0, int(inputs.row_lengths[row]))
         keys, values = inputs.keys[row, head, new].double(), None
@@ -81,7 +83,19 @@ class Head:
         rules, begin, before = self.rules, self.left, len(self.slots)
         chunk = [self.token(position) for position in range(begin, begin + rules.chunk)]
         granted = rules.slots(begin + rules.chunk) - rules.slots(begin)
-        placed = self.from_plan(begin) if self.given is not None else place(rules, chunk, self.slots, granted)
+        if rules.policy.competes:
+            placed = []
+        else:
+            of_tokens = None
+            if self.observing is not None:
+                of_tokens = [mean(self.observing.tokens[token.position]) for token in chunk]
+            placed = (
+                self.from_plan(begin) if self.given is not None else place(rules, chunk, self.slots, granted, of_tokens)
+            )
+        if self.observing is not None or rules.policy.competes:
+            self.slots = compete(rules, chunk, self.slots, granted, None if self.given else placed, self.observing)
+            self.left, self.as_read = begin + rules.chunk, None
+            return
         weights = rules.weights(chunk)
         self.slots += [self.nothing()] * granted
         # Founders first, so that a token may join a slot whose founder stands behind it in the chunk.
@@ -123,7 +137,24 @@ class Head:
         return self.as_read
 
     def read(self, query: Tensor, head: int, position: int) -> Tensor:
-        """The answer [v] to query head `head` at `position`: one softmax over slots and visible tokens.
+        """The answer [v] to query head `head` at `position`."""
+        shares, values = self.shares(query, head, position)
+        return shares @ values
+
+    def observe(self, position: int) -> None:
+        """After a chunk's last token its observed queries judge every row."""
+        if self.observing is None or (position + 1) % self.rules.chunk:
+            return
+        first = self.rules.sees_from(position)
+        self.observing.judge(
+            [(*self.shares(query, head, at), at) for query, head, at in self.observing.asked(position)],
+            len(self.slots),
+            range(first, position + 1),
+        )
+
+    def shares(self, query: Tensor, head: int, position: int) -> tuple[Tensor, Tensor]:
+        """Of query head `head`'s query at `position`: its softmax over slots and visible tokens [m + n], and the values
+        [m + n, v] of these.
 
         scale · τ_mem · q·K_i + bias_i for slots, scale · τ_win · q·k_j for tokens; sinks of a policy without growth
         are tokens wherever they stand.
@@ -141,8 +172,7 @@ class Head:
         keys, values, biases = self.memory()
         of_slots = rules.scale * (keys @ remembering) + biases
         of_tokens = rules.scale * (self.keys[visible] @ windowed)
-        shares = torch.cat((of_slots, of_tokens)).softmax(0)
-        return shares @ torch.cat((values, self.values[visible]))
+        return torch.cat((of_slots, of_tokens)).softmax(0), torch.cat((values, self.values[visible]))
 
 
 def new_places(rules: Rules, inputs: AttendInputs, row: int) -> Tensor | None:

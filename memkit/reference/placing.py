@@ -5,30 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memkit.pieces.admission import AttentionSpec, KeyDifferenceSpec, KeyNormSpec, OutputErrorSpec, RecencySpec
 from memkit.pieces.chunk import ChunkContext
 from memkit.pieces.routing import NearestSpec, SegmentSpec
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token, compared
-from memkit.reference.words import TINY, in_order
+from memkit.reference.words import TINY, direction, in_order
 
-__all__ = ["Placed", "place"]
+__all__ = ["Placed", "nearest_of", "place", "ratings"]
 
 Placed = tuple[int, bool]
 """A token's slot (−1: dropped) and whether it founded it."""
 
 
-def place(rules: Rules, chunk: list[Token], slots: list[Slot], granted: int) -> list[Placed]:
+def place(
+    rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, evidence: list[Tensor] | None = None
+) -> list[Placed]:
     """All of a chunk is placed before any sum changes. The first S tokens of a row found in any case."""
     forced = min(max(rules.spec.sinks - chunk[0].position, 0), len(chunk))
     if rules.sinks_are_tokens:
         return [(token.position, True) if token.position < rules.spec.sinks else (-1, False) for token in chunk]
-    founders = admitted(rules, chunk, slots, granted, forced)
+    founders = admitted(rules, chunk, slots, granted, forced, evidence)
     home = {j: len(slots) + i for i, j in enumerate(founders)}
     others = joined(rules, chunk, slots, granted, forced, home)
     return [(home[j], True) if j in home else (others[j], False) for j in range(len(chunk))]
 
 
-def admitted(rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, forced: int) -> list[int]:
+def admitted(
+    rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, forced: int, evidence: list[Tensor] | None
+) -> list[int]:
     """Offsets of the tokens that found, in order: the sinks, then the highest scores, ties to the earliest."""
     if granted == len(chunk):
         return list(range(granted))
@@ -50,6 +55,10 @@ def admitted(rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, 
             chosen = free[len(free) - wanted :]
         case "stride":
             chosen = [free[i * len(free) // wanted] for i in range(wanted)]
+        case "output-error" | "attention" | "key-norm" | "key-difference":
+            fresh = [rules.alone(t, weight, True) for t, weight in zip(chunk, rules.weights(chunk), strict=True)]
+            scores = ratings(rules, fresh, [token.memory_key for token in chunk], evidence or [])
+            chosen = [free[i] for i in in_order([-scores[j] for j in free])[:wanted]]
         case _:
             admission = rules.policy.admission
             assert admission is not None
@@ -113,12 +122,41 @@ def nearest(
             targets.append((home[j], rules.alone(chunk[j], weights[j], True)))
     if not targets:
         return [-1] * len(chunk)
-    there = compared([slot for _, slot in targets], chunk[0].memory_key.detach())
-    found: list[int] = []
-    for token in chunk:
-        scores = similarities(rules, token.memory_key.detach(), there)
-        found.append(targets[scores.index(max(scores))][0])
-    return found
+    return [nearest_of(rules, token.memory_key.detach(), dict(targets)) for token in chunk]
+
+
+def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tensor]) -> list[float]:
+    """How much each row deserves a slot. keys: as they are compared; told: (mean error, mean share) of each row."""
+    admission = rules.spec.admission
+    match admission:
+        case OutputErrorSpec(kind="output-error"):
+            return [float(each[0]) for each in told]
+        case AttentionSpec(kind="attention", value_norm=value_norm, pool=pool):
+            reach = pool // 2
+            shares = [float(each[1]) for each in told]
+            pooled = [sum(shares[max(0, j - reach) : j + reach + 1]) / pool for j in range(len(shares))]
+            norms = [float(row.answer.norm()) if value_norm else 1.0 for row in rows]
+            return [share * norm for share, norm in zip(pooled, norms, strict=True)]
+        case KeyNormSpec(kind="key-norm"):
+            return [-float(key.norm()) for key in keys]
+        case KeyDifferenceSpec(kind="key-difference"):
+            mean = torch.stack([direction(key) for key in keys]).mean(0)
+            return [-float(direction(key) @ direction(mean)) for key in keys]
+        case RecencySpec(kind="recency"):
+            return [float(j) for j in range(len(rows))]
+        case _:
+            raise AssertionError(f"no rating by {admission.kind}")
+
+
+def nearest_of(rules: Rules, key: Tensor, slots: dict[int, Slot]) -> int:
+    """Of numbered slots the one most like a key, the lowest on ties; −1 where there is none, or none alike enough."""
+    if isinstance(rules.spec.routing, SegmentSpec) or not slots:
+        return -1
+    there = compared(list(slots.values()), key)
+    scores = similarities(rules, key, there)
+    best = max(scores)
+    least = getattr(rules.spec.routing, "least", None)
+    return -1 if least is not None and best < least else list(slots)[scores.index(best)]
 
 
 def context(rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, forced: int) -> ChunkContext:

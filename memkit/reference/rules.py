@@ -27,6 +27,9 @@ from memkit.reference.words import as_double, definitely, written_as
 
 __all__ = ["Rules"]
 
+NAMES = ("radius", "key_norm", "value_norm", "position", "founder_mass")
+"""The numbers of a slot that are 0 where they are not stored."""
+
 
 class Rules:
     """A policy's fields, worked out."""
@@ -117,6 +120,8 @@ class Rules:
         match self.spec.merging:
             case MeanSpec(kind="mean") | DropSpec(kind="drop"):
                 return [one] * len(chunk)
+            case WeightedMeanSpec(kind="weighted-mean", weight="share"):
+                return [one] * len(chunk)  # until they are merged
             case WeightedMeanSpec(kind="weighted-mean", weight="key-norm"):
                 return [token.key.norm() for token in chunk]
             case WeightedMeanSpec(kind="weighted-mean", weight="learned"):
@@ -154,6 +159,7 @@ class Rules:
             key_norm=for_key * key.norm(),
             value_norm=for_value * token.value.norm(),
             position=torch.zeros_like(mass) if token.place is None else mass * token.place,
+            founder_mass=mass if founds else torch.zeros_like(mass),
         )
 
     def joined(self, slot: Slot, token: Slot) -> Slot:
@@ -183,5 +189,8 @@ class Rules:
             value=row[width : len(row) - len(names)],
             count=count,
             mass=numbers.get("mass", count),
-            **{name: numbers.get(name, zero) for name in ("radius", "key_norm", "value_norm", "position")},
+            **{
+                name: numbers.get(name, zero)
+                for name in ("radius", "key_norm", "value_norm", "position", "founder_mass")
+            },
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -19,7 +19,7 @@ class Slot:
     """Sums over tokens with weights w; a token alone is one too.
 
     key [d] = Σ w·k̄, value [v] = Σ w·v, count = Σ 1, mass = Σ w, key_norm = Σ w·‖k̄‖, value_norm = Σ w·‖v‖,
-    position = Σ w·position; radius: ‖v‖ of the founder.
+    position = Σ w·position; radius: ‖v‖ of the founder; founder_mass: w of the founder.
     """
 
     treatment: Treatment
@@ -31,20 +31,41 @@ class Slot:
     key_norm: Tensor
     value_norm: Tensor
     position: Tensor
+    founder_mass: Tensor
 
     def plus(self, token: Slot) -> Slot:
-        """The slot with one more token. Its radius is its founder's for ever."""
-        return Slot(
-            treatment=self.treatment,
-            key=self.key + token.key,
+        """The slot with one more token, or another slot. Its radius is its founder's for ever; where values alone are
+        merged, so are its key and position."""
+        both = self.treatment.policy.merging.of == "both"
+        return replace(
+            self,
+            key=self.key + token.key if both else self.key,
             value=self.value + token.value,
             count=self.count + token.count,
             mass=self.mass + token.mass,
-            radius=self.radius,
-            key_norm=self.key_norm + token.key_norm,
+            key_norm=self.key_norm + token.key_norm if both else self.key_norm,
             value_norm=self.value_norm + token.value_norm,
-            position=self.position + token.position,
+            position=self.position + token.position if both else self.position,
         )
+
+    def weighing(self, weight: Tensor) -> Slot:
+        """The slot as if its mass were `weight`: everything that grows with weights, in proportion."""
+        factor = weight / self.mass
+        scaled = replace(
+            self,
+            value=self.value * factor,
+            mass=weight,
+            founder_mass=self.founder_mass * factor,
+            value_norm=self.value_norm * factor,
+        )
+        if self.treatment.policy.merging.of == "values":
+            return scaled
+        return replace(scaled, key=self.key * factor, key_norm=self.key_norm * factor, position=self.position * factor)
+
+    @property
+    def key_mass(self) -> Tensor:
+        """By what key and position are divided: the mass, or 1 where they are the founder's alone."""
+        return self.mass if self.treatment.policy.merging.of == "both" else self.count.clamp(max=1)
 
     @cached_property
     def compared(self) -> Tensor:
@@ -53,22 +74,22 @@ class Slot:
             case "layer-norm":
                 return self.treatment.layer_norm(self.key)
             case "l2":
-                return direction(ratio(self.key, self.mass))
+                return direction(ratio(self.key, self.key_mass))
             case "mean-norm":
-                return direction(ratio(self.key, self.mass)) * ratio(self.key_norm, self.mass)
+                return direction(ratio(self.key, self.key_mass)) * ratio(self.key_norm, self.key_mass)
             case "mean":
-                return ratio(self.key, self.mass)
+                return ratio(self.key, self.key_mass)
 
     @cached_property
     def met(self) -> Tensor:
         """The key as queries meet it."""
         match self.treatment.spec.rotary.kind:
             case "rerotate":
-                return self.treatment.rotated(self.compared, ratio(self.position, self.mass), +1)
+                return self.treatment.rotated(self.compared, ratio(self.position, self.key_mass), +1)
             case "keep" | "zero" | "unrotate":
                 return self.compared
             case _:
-                rotary, mean = self.treatment.policy.rotary, ratio(self.position, self.mass)[None, None, None]
+                rotary, mean = self.treatment.policy.rotary, ratio(self.position, self.key_mass)[None, None, None]
                 if not rotary.rotates_slots:
                     return self.compared
                 return rotary.slot_keys(self.compared[None, None, None], self.treatment.rotation, mean)[0, 0, 0]
@@ -89,8 +110,13 @@ class Slot:
     @property
     def bias(self) -> Tensor:
         """What is added to its scores."""
-        counted = self.treatment.spec.readout.count_bias and self.count > 1
-        return self.count.log() if counted else torch.zeros_like(self.count)
+        match self.treatment.spec.readout.bias:
+            case "count" if self.count > 1:
+                return self.count.log()
+            case "mass" if self.founder_mass > 0:
+                return (self.mass / self.founder_mass).log()
+            case _:
+                return torch.zeros_like(self.count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -271,7 +271,7 @@ class Inputs:
         """One key/value head alone, with its query heads."""
         group = self.queries.shape[1] // self.keys.shape[1]
         mine, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
-        cut = self.mapped(lambda name, tensor: tensor[mine] if name.startswith("temperature") else tensor)
+        cut = self.mapped(lambda name, tensor: tensor[mine] if name.startswith("query_scale") else tensor)
         return dataclasses.replace(
             cut,
             queries=self.queries[:, mine],

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from memkit.pieces.merging import Merging
+from memkit.pieces.routing import Nearest
 
 __all__ = ["CLAIMS", "claimed"]
 
@@ -39,7 +40,7 @@ CLAIMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "order_blind": ("which tokens found does not depend on their order, ties apart", _compares),
     "nearest": (
         "a token joins the most similar slot, by its own `similarity`",
-        lambda piece: hasattr(piece, "similarity"),
+        lambda piece: isinstance(piece, Nearest),
     ),
 }
 """Every claim: what it says, and whether a piece that does not say claims it."""

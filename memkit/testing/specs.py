@@ -84,23 +84,19 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
         remembers = draw(st.integers(0, 5)) > 0
     families: dict[str, Any] = {"chunker": chunker, "merging": merging, "rotary": rotary, "sinks": sinks}
     if not remembers:
-        readout = _readout_for(draw, fixed, merging, founds=False)
+        readout = _readout_for(draw, fixed, merging, by_runs=False)
         window = piece("window")
         return PolicySpec(**families, window=window, growth=NoGrowthSpec(), readout=readout)
 
     window = piece("window")
     if isinstance(window, (AllWindowSpec, SlidingWindowSpec)):
         window = draw(specs("window", "block"))
-    routing = piece("routing")
-    if reads is not None and reads.value == "birth-radius" and routing.build().founds:
-        routing = draw(specs("routing", "nearest"))
-    founds = routing.build().founds
-    if founds:
-        admission = draw(specs("admission", "none"))
-    else:
-        admission = piece("admission")
-        if admission.build() is None:
-            admission = draw(specs("admission", "novelty"))
+    routing, admission = piece("routing"), piece("admission")
+    # Without an admission the routing must found, and does so by runs.
+    founds, radius = routing.build().founds, reads is not None and reads.value == "birth-radius"
+    if admission.build() is None and (radius or not founds):
+        admission = draw(specs("admission", "novelty"))
+    by_runs = admission.build() is None
     growth = fixed["growth"] if "growth" in fixed else draw(_growths(registered))
     if (
         merging.build().joins
@@ -111,7 +107,7 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
         growth = growth.model_copy(update={"first_chunk": "whole"})
         families["sinks"] = sinks = min(sinks, chunker.build().size - 1)
     families |= {"window": window, "routing": routing, "admission": admission}
-    families["readout"] = _readout_for(draw, fixed, merging, founds)
+    families["readout"] = _readout_for(draw, fixed, merging, by_runs)
     if merging.build().joins and growth.floor <= sinks:
         # Raise the floor above the sinks only where the schedule would not get there by itself.
         try:
@@ -133,8 +129,8 @@ def _growths(draw: st.DrawFn, registered: bool) -> Any:
     return draw(specs("growth", draw(st.sampled_from(names)), registered))
 
 
-def _readout_for(draw: st.DrawFn, fixed: dict[str, Any], merging: Any, founds: bool) -> Any:
-    """A readout that this merging and routing can serve."""
+def _readout_for(draw: st.DrawFn, fixed: dict[str, Any], merging: Any, by_runs: bool) -> Any:
+    """A readout that this merging can serve; by_runs: whether slots are founded by runs of tokens, not by one."""
     if "readout" in fixed:
         return fixed["readout"]
     readout = draw(specs("readout"))
@@ -143,7 +139,7 @@ def _readout_for(draw: st.DrawFn, fixed: dict[str, Any], merging: Any, founds: b
     if weighs.keys != weighs.values:
         changes["key"] = "layer-norm" if readout.key not in ("layer-norm", "l2") else readout.key
         changes["value"] = "count-mean" if readout.value not in ("count-mean", "birth-radius") else readout.value
-    if founds and changes.get("value", readout.value) == "birth-radius":
+    if by_runs and changes.get("value", readout.value) == "birth-radius":
         changes["value"] = "count-mean"
     return readout.model_copy(update=changes)
 

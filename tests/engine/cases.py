@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import memkit
+from memkit.engine.checks import check
+from memkit.engine.inputs import AttendInputs
 from memkit.pieces import Need
 from memkit.pieces.growth import GrowthSpec, PowerGrowthSpec
 from memkit.pieces.window import SlidingWindowSpec
@@ -116,12 +118,10 @@ class Case:
     def oracle_plan(self, **options: Any) -> memkit.Plan:
         """The plan that the oracle makes."""
         from memkit import reference
-        from memkit.engine.validation import check_call
 
-        given: dict[str, Any] = dict.fromkeys(("weights", "scale", "memory", "lengths", "plan"))
-        given |= {"parameters": self.parameters(), "rotation": self.rotation}
+        given: dict[str, Any] = {"parameters": self.parameters(), "rotation": self.rotation}
         given |= {"weights": self.tensors.get("weights")} | options
-        return reference.plan(check_call(self.spec.build(), None, self.tensors["keys"], None, **given))
+        return reference.plan(checked_plan_call(self.spec.build(), self.tensors["keys"], **given))
 
     def gradients(self, cotangent: Tensor, **options: Any) -> tuple[Tensor, memkit.Memory, Tensors]:
         """Output, memory, and the gradients of Σ output ⊙ cotangent by name."""
@@ -131,6 +131,12 @@ class Case:
         loss = (output * cotangent).sum() + sum(0 * tensor.sum() for tensor in everything.values())
         found = torch.autograd.grad(loss, list(everything.values()))
         return output.detach(), memory, dict(zip(everything, found, strict=True))
+
+
+def checked_plan_call(policy: memkit.Policy, keys: Tensor, **given: Any) -> AttendInputs:
+    """The arguments of `plan`, checked; None where not given."""
+    names = ("weights", "parameters", "rotation", "scale", "memory", "lengths", "plan")
+    return check(AttendInputs(policy, None, keys, None, **dict.fromkeys(names) | given))
 
 
 def parameters_from(spec: memkit.PolicySpec, learned: Tensors, heads: int) -> memkit.PolicyParameters:
@@ -218,6 +224,6 @@ def assert_same_plan(actual: memkit.Plan, expected: memkit.Plan) -> None:
 
 
 def slots_of(memory: memkit.Memory) -> tuple[Tensor, Tensor]:
-    """Sums and scalars of the live slots."""
+    """Sums and numbers of the live slots."""
     most = int(memory.slots.max())
     return memory.sums[:, :, :most], memory.store.numbers[:, :, :most]

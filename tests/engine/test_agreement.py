@@ -34,7 +34,7 @@ def assert_agrees(case: Case, operations: int = 512) -> None:
         found, held, found_gradients = narrow.gradients(direction.to(dtype), plan=plan)
         assert found.dtype == dtype
         assert_close(found, output, limit, f"{dtype} output")
-        for actual, expected, what in zip(slots_of(held), slots_of(memory), ("sums", "scalars"), strict=True):
+        for actual, expected, what in zip(slots_of(held), slots_of(memory), ("sums", "numbers"), strict=True):
             assert_close(actual, expected, limit, f"{dtype} {what}")
         assert found_gradients.keys() == gradients.keys()
         for name, expected in gradients.items():

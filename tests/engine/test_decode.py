@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import memkit
-from memkit.pieces import Need
+from memkit.engine import decode
+from memkit.pieces import Need, Rotary
+from tests.engine.cases import assert_close, make_case, slots_of, small, tolerance
 
 TOKENS, WIDTH, HEADS = 90, 8, 4
 
@@ -76,7 +78,7 @@ def test_decoding_reads_slots_and_window_in_one_buffer() -> None:
         _, memory = memkit.attend(spec, keys, keys, keys)
         one = keys[:, :, :1]
         _, memory = memkit.attend(spec, one, one, one, memory=memory)
-    side = memory.side_by_side
+    side = memory.buffer
     assert side is not None
     assert side.slots == 8
     assert side.keys.untyped_storage().data_ptr() == memory.keys.untyped_storage().data_ptr()
@@ -118,7 +120,7 @@ def test_a_call_unlike_the_last_one_is_checked() -> None:
 
     with torch.no_grad():
         _, memory = one(after(41))
-        assert memory.side_by_side is not None
+        assert memory.buffer is not None
         with pytest.raises(memkit.InputError, match="weights must be at least 0"):
             one(memory, -1.0)
         with pytest.raises(memkit.InputError, match="widths"):
@@ -135,3 +137,32 @@ def test_a_call_unlike_the_last_one_is_checked() -> None:
         wanted, _ = one(later.fork())
         output, _ = one(later)
         assert (output - wanted).abs().max() <= 16 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_without_the_short_cut_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switched off, single tokens take the way of every other call."""
+    case = make_case(small(name), TOKENS, kv_heads=HEADS)  # query scales are folded in per key/value head
+
+    def decoded() -> tuple[torch.Tensor, memkit.Memory, int]:
+        with torch.no_grad():
+            _, memory = case.part(0, 9).attend()
+            outputs, buffers = [], 0
+            for position in range(9, TOKENS):
+                output, memory = case.part(position, position + 1).attend(memory=memory)
+                outputs.append(output)
+                buffers += memory.buffer is not None
+        return torch.cat(outputs, 2), memory, buffers
+
+    output, memory, buffers = decoded()
+    monkeypatch.setattr(decode, "ENABLED", False)
+    plain, plain_memory, without = decoded()
+    assert without == 0
+    assert (buffers > 0) == (type(case.spec.build().rotary).memory_queries is Rotary.memory_queries)
+    assert_close(output, plain, tolerance(torch.float64), "output")
+    assert torch.equal(memory.counts, plain_memory.counts)
+    held = int(memory.held_rows.max())
+    for stream, tensor in memory.window.last(held).items():
+        assert torch.equal(tensor, plain_memory.window.last(held)[stream]), stream
+    for one, other, what in zip(slots_of(memory), slots_of(plain_memory), ("sums", "numbers"), strict=True):
+        assert_close(one, other, tolerance(torch.float64), what)

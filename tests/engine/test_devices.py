@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import memkit
-import memkit.engine.torch as engine
-from memkit.engine import read
-from memkit.engine.parts import Parts
+from memkit.engine import forward, read
+from memkit.engine.keysets import KeySets
 from memkit.pieces import Need
 
 HEADS, WIDTH = 4, 8
@@ -70,18 +69,18 @@ def test_chunks_read_together_read_the_same(
     name: str, rows: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups: list[int] = []
-    of_many = Parts.of_many
+    of_many = KeySets.of_many
 
-    def counting(self: Parts, steps: Any, *rest: Any) -> Any:
+    def counting(self: KeySets, steps: Any, *rest: Any) -> Any:
         groups.append(len(steps))
         return of_many(self, steps, *rest)
 
-    monkeypatch.setattr(Parts, "of_many", counting)
-    monkeypatch.setattr(engine, "UNEQUAL_SLOTS", {"cpu"})
-    monkeypatch.setattr(engine, "TOGETHER", {})
+    monkeypatch.setattr(KeySets, "of_many", counting)
+    monkeypatch.setattr(forward, "UNEQUAL_SLOTS", {"cpu"})
+    monkeypatch.setattr(forward, "TOGETHER", {})
     apart = _everything(*_given(name, rows, kv_heads, 203))
     assert not groups
-    monkeypatch.setattr(engine, "TOGETHER", {"cpu": 48})
+    monkeypatch.setattr(forward, "TOGETHER", {"cpu": 48})
     together = _everything(*_given(name, rows, kv_heads, 203))
     assert bool(groups) == (_small(name).window.kind == "block")
     assert max(groups, default=6) == 6
@@ -93,10 +92,10 @@ def test_chunks_read_together_read_the_same(
 
 def test_rows_of_one_phase_but_unequal_slots_are_not_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both rows have whole chunks behind them, so that columns agree; slots do not."""
-    monkeypatch.setattr(engine, "UNEQUAL_SLOTS", {"cpu"})
+    monkeypatch.setattr(forward, "UNEQUAL_SLOTS", {"cpu"})
     results: list[Tensor] = []
     for together in ({}, {"cpu": 48}):
-        monkeypatch.setattr(engine, "TOGETHER", together)
+        monkeypatch.setattr(forward, "TOGETHER", together)
         policy, tensors, more = _given("kvm-sqrt-16", 2, 2, 96)
         del more["weights"]
         first, second = ([tensor[:, :, span] for tensor in tensors] for span in (slice(0, 48), slice(48, None)))
@@ -137,8 +136,8 @@ def test_the_kernel_for_gpus_is_called_as_declared(name: str, even: bool, monkey
         return "efficient"
 
     monkeypatch.setattr(read, "_kernel", kernel)
-    monkeypatch.setattr(engine, "TOGETHER", {"meta": 48})
-    monkeypatch.setattr(engine, "UNEQUAL_SLOTS", {"meta"})
+    monkeypatch.setattr(forward, "TOGETHER", {"meta": 48})
+    monkeypatch.setattr(forward, "UNEQUAL_SLOTS", {"meta"})
     policy, tensors, more = _given(name, 2, 2, 44, device="meta", dtype=torch.bfloat16)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     output, _ = memkit.attend(policy, *leaves, lengths=None if even else torch.tensor([44, 31]), **more)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import memkit
+from memkit.pieces.statistics import COUNT, RADIUS
 
 FOLDER = Path(__file__).parents[1] / "golden" / "operator"
 FILES = sorted(FOLDER.glob("*.safetensors"))
@@ -22,8 +23,8 @@ Tensors = dict[str, Tensor]
 PARAMETERS = {
     "key_norm_weight": "state_key_norm_weight",
     "key_norm_bias": "state_key_norm_bias",
-    "query_scale_window": "query_scale_window",
-    "query_scale_memory": "query_scale_memory",
+    "query_scale_window": "temperature_window",
+    "query_scale_memory": "temperature_memory",
 }
 GRADIENTS = {
     "grad_queries": "queries",
@@ -117,8 +118,8 @@ def test_agrees_with_the_authors_code(file: Path, backend: str):
     assert memory.slots.tolist() == [live] * len(memory.slots)
     assert_near(memory.sums[:, :, :live, :width], tensors["memory_key_sum"], 1e-4, "key sums")
     assert_near(memory.sums[:, :, :live, width:], tensors["memory_value_sum"], 1e-4, "value sums")
-    radius = "radius" if spec.readout.value == "birth-radius" else "count"
-    assert_near(memory.scalar(radius)[:, :, :live], tensors["memory_radius"], 1e-4, radius)
+    radius = RADIUS if spec.readout.value == "birth-radius" else COUNT
+    assert_near(memory.number(radius)[:, :, :live], tensors["memory_radius"], 1e-4, radius.name)
 
     (output * tensors["output_cotangent"]).sum().backward()
     sources = inputs | dict(parameters.named_parameters())

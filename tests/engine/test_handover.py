@@ -58,8 +58,8 @@ def test_with_gradients_a_memory_stays_as_it_is(backend: str):
     kept = memory.fork()
     rest.leaves().attend(memory=memory, backend=backend)
     assert not memory.taken
-    for name, tensor in kept._tensors().items():
-        assert torch.equal(getattr(memory, name), tensor), name
+    for name, tensor in kept._saved().items():
+        assert torch.equal(memory._saved()[name], tensor), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -72,8 +72,8 @@ def test_a_memory_with_a_graph_is_left_alone_where_no_gradient_is_wanted(backend
     assert not memory.taken
     assert not after.requires_grad
     assert not output.requires_grad
-    for name, tensor in kept._tensors().items():
-        assert torch.equal(getattr(memory, name), tensor), name
+    for name, tensor in kept._saved().items():
+        assert torch.equal(memory._saved()[name], tensor), name
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_a_memory_from_a_file_goes_on(name: str, tmp_path):
         _, memory = case.part(0, tokens).attend()
         memory.save(tmp_path / "memory.safetensors")
         again = memkit.Memory.load(tmp_path / "memory.safetensors", case.spec)
-        for name_, tensor in memory._tensors().items():
-            assert torch.equal(getattr(again, name_), tensor), name_
+        for name_, tensor in memory._saved().items():
+            assert torch.equal(again._saved()[name_], tensor), name_
         expected, _ = case.part(tokens, 60).attend(memory=memory)
         output, _ = case.part(tokens, 60).attend(memory=again)
         assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12)

@@ -13,13 +13,12 @@ import memkit
 from memkit.pieces import (
     Admission,
     AdmissionSpec,
+    ChunkContext,
     Growth,
     GrowthSpec,
-    Leaving,
     Merging,
     MergingSpec,
     Need,
-    Placement,
     Rotary,
     RotarySpec,
     Routing,
@@ -88,9 +87,8 @@ class Familiar(Admission):
 
     compares = True
 
-    def priority(self, offsets: Tensor, free: Any, grant: Any, redundancy: Tensor | None) -> Tensor:
-        assert redundancy is not None
-        return -redundancy
+    def score(self, chunk: ChunkContext) -> Tensor:
+        return chunk.redundancy
 
 
 class FamiliarSpec(AdmissionSpec):
@@ -103,8 +101,9 @@ class FamiliarSpec(AdmissionSpec):
 class Middle(Admission):
     """The tokens in the middle of those that may be chosen."""
 
-    def priority(self, offsets: Tensor, free: Any, grant: Any, redundancy: Tensor | None) -> Tensor:
-        return (2 * offsets - free + 1).abs()
+    def score(self, chunk: ChunkContext) -> Tensor:
+        size = chunk.keys.shape[2]
+        return -(2 * chunk.offsets - chunk.sink_tokens - size + 1).abs()
 
 
 class MiddleSpec(AdmissionSpec):
@@ -119,12 +118,12 @@ class RoundRobin(Routing):
 
     founds = True
 
-    def place(self, chunk: Leaving, priority: Any, redundancy: bool) -> Placement:
-        shape, offsets = chunk.keys.shape[:3], chunk.offsets
-        founded = offsets < chunk.grant
-        turn = chunk.sinks + (offsets - chunk.grant) % (chunk.live + chunk.grant - chunk.sinks)
-        slot = torch.where(founded, chunk.live + offsets, turn)
-        return Placement(slot.expand(shape), founded.expand(shape))
+    def founders(self, chunk: ChunkContext) -> Tensor:
+        return chunk.offsets < chunk.new_slots
+
+    def targets(self, chunk: ChunkContext, founded: Tensor | None) -> Tensor:
+        slots = chunk.slots_before + chunk.new_slots - chunk.sinks
+        return chunk.sinks + (chunk.offsets - chunk.new_slots) % slots
 
 
 class RoundRobinSpec(RoutingSpec):

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 import memkit
-from memkit.engine.validation import check_call
 from memkit.memory import Memory
 from memkit.reference.rules import Rules
-from tests.engine.cases import WIDTH, Case, assert_same_plan, awkward_lengths, make_case, small
+from tests.engine.cases import WIDTH, Case, assert_same_plan, awkward_lengths, checked_plan_call, make_case, small
 
 NAMES = memkit.policy_names()
 
@@ -181,8 +180,8 @@ def test_a_plan_reads_the_memory_and_leaves_it_alone(name: str):
     kept = memory.fork()
     plan = case.part(41, 70).plan(memory=memory)
     assert not memory.taken
-    for name_, tensor in kept._tensors().items():
-        assert torch.equal(getattr(memory, name_), tensor), name_
+    for name_, tensor in kept._saved().items():
+        assert torch.equal(memory._saved()[name_], tensor), name_
     begin, length = int(plan.begin[0]), int(plan.length[0])
     assert torch.equal(plan.slot, whole.slot[:, :, begin : begin + length])
     assert torch.equal(plan.founded, whole.founded[:, :, begin : begin + length])
@@ -274,8 +273,7 @@ def test_budgets_agree(growth: dict[str, Any], chunk: int):
         merging={"kind": "drop"},
     )
     keys: Tensor = torch.zeros(1, 1, 1, WIDTH)
-    nothing: dict[str, Any] = dict.fromkeys(("weights", "parameters", "rotation", "scale", "memory", "lengths", "plan"))
-    rules = Rules(check_call(spec.build(), None, keys, None, **nothing))
+    rules = Rules(checked_plan_call(spec.build(), keys))
     for left in range(0, 400 * chunk, chunk):
         slots = rules.slots(left)
         assert spec.build().slots_after(left + chunk + 1) == slots, f"after {left} tokens have left"

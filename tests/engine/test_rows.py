@@ -58,7 +58,7 @@ def test_ragged_rows_are_rows_alone(name: str):
         assert memory.slots[r] == alone.slots[0]
         live = int(alone.slots[0])
         assert torch.equal(memory.counts[r, :, :live], alone.counts[0])
-        for one, other, what in zip(slots_of(memory), slots_of(alone), ("sums", "scalars"), strict=True):
+        for one, other, what in zip(slots_of(memory), slots_of(alone), ("sums", "numbers"), strict=True):
             assert_close(one[r : r + 1, :, :live], other, LIMIT, f"{what} of row {r}")
 
 
@@ -143,7 +143,7 @@ def test_heads_are_strangers_too(name: str):
     alone = dataclasses.replace(
         case,
         tensors={name_: tensor[:, tensor.shape[1] // 2 :] for name_, tensor in case.tensors.items()},
-        learned={name_: tensor[2:] if "temperature" in name_ else tensor for name_, tensor in case.learned.items()},
+        learned={name_: tensor[2:] if "query_scale" in name_ else tensor for name_, tensor in case.learned.items()},
     )
     half, half_memory = alone.attend()
     assert_close(half, output[:, 2:], LIMIT, "output")

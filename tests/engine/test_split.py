@@ -37,19 +37,16 @@ def in_pieces(case: Case, cuts: list[int], **options: Any) -> tuple[Tensor, memk
 
 def window_of(memory: memkit.Memory) -> list[Tensor]:
     """What the windows hold, without their buffers' spare room."""
-    begin = memory.end - int(memory.held_rows.max())
-    tensors = [memory.keys, memory.values, memory.weights]
-    held = [tensor[:, :, begin : memory.end] for tensor in tensors if tensor is not None]
-    if memory.positions is not None and memory.next_positions is not None:
-        held += [memory.positions[:, begin : memory.end], memory.next_positions]
-    return held
+    held = list(memory.window.last(int(memory.held_rows.max())).values())
+    assert (memory.next_positions is not None) == ("positions" in memory.window.streams)
+    return held if memory.next_positions is None else [*held, memory.next_positions]
 
 
 def assert_same_memory(actual: memkit.Memory, expected: memkit.Memory) -> None:
     assert actual.seen.tolist() == expected.seen.tolist()
     assert actual.slots.tolist() == expected.slots.tolist()
     assert torch.equal(actual.counts, expected.counts)
-    for one, other, what in zip(slots_of(actual), slots_of(expected), ("sums", "scalars"), strict=True):
+    for one, other, what in zip(slots_of(actual), slots_of(expected), ("sums", "numbers"), strict=True):
         assert_close(one, other, LIMIT, what)
     for one, other in zip(window_of(actual), window_of(expected), strict=True):
         assert torch.equal(one, other)

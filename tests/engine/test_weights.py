@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import memkit
+from memkit.pieces.statistics import MASS
 
 TOKENS, WIDTH = 21, 4
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from memkit import ModelError
 from memkit.interop import kvm_paper
+from memkit.pieces.statistics import COUNT, RADIUS
 
 FOLDER = Path(__file__).parents[1] / "golden" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
@@ -87,10 +88,10 @@ def test_slots(name):
         slots, width = int(memory.slots[0]), memory.head_widths[0]
         expected = [tensors[f"cache.{layer}.kvm_{part}"] for part in ("s_k", "s_v", "s_vlen")]
         assert slots == expected[0].shape[2]
-        column = "radius" if info["config"].get("kvm_use_vlens", 1) else "count"
+        radius = RADIUS if info["config"].get("kvm_use_vlens", 1) else COUNT
         torch.testing.assert_close(memory.sums[:, :, :slots, :width], expected[0], atol=1e-4, rtol=0)
         torch.testing.assert_close(memory.sums[:, :, :slots, width:], expected[1], atol=1e-4, rtol=0)
-        torch.testing.assert_close(memory.scalar(column)[:, :, :slots].float(), expected[2][..., 0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(memory.number(radius)[:, :, :slots].float(), expected[2][..., 0], atol=1e-4, rtol=0)
 
 
 def test_dictionary_slots_of_ovq():

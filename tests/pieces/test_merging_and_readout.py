@@ -6,14 +6,15 @@ from torch.nn.functional import layer_norm
 
 from memkit.pieces.merging import DropSpec, MeanSpec, WeightedMeanSpec
 from memkit.pieces.readout import ReadoutSpec
+from memkit.pieces.statistics import COUNT, KEY_NORM, MASS, RADIUS, VALUE_NORM
 
 SUMS = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-1.0, 2.0]], dtype=torch.float64)
 NUMBERS = {
-    "mass": torch.tensor([2.0, 0.0, 0.5], dtype=torch.float64),
-    "count": torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64),
-    "radius": torch.tensor([7.0, 0.0, 3.0], dtype=torch.float64),
-    "key_norm": torch.tensor([12.0, 0.0, 5.0], dtype=torch.float64),
-    "value_norm": torch.tensor([10.0, 0.0, 6.0], dtype=torch.float64),
+    MASS: torch.tensor([2.0, 0.0, 0.5], dtype=torch.float64),
+    COUNT: torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64),
+    RADIUS: torch.tensor([7.0, 0.0, 3.0], dtype=torch.float64),
+    KEY_NORM: torch.tensor([12.0, 0.0, 5.0], dtype=torch.float64),
+    VALUE_NORM: torch.tensor([10.0, 0.0, 6.0], dtype=torch.float64),
 }
 
 
@@ -78,6 +79,6 @@ def test_count_bias_is_nothing_for_single_tokens_and_empty_slots():
 
 
 def test_slots_keep_only_the_numbers_that_are_read():
-    assert ReadoutSpec().build().columns() == ()
-    assert ReadoutSpec(key="layer-norm", value="birth-radius").build().columns() == ("radius",)
-    assert ReadoutSpec(key="mean-norm", value="mean-norm").build().columns() == ("key_norm", "value_norm")
+    assert ReadoutSpec().build().statistics == ()
+    assert ReadoutSpec(key="layer-norm", value="birth-radius").build().statistics == (RADIUS,)
+    assert ReadoutSpec(key="mean-norm", value="mean-norm").build().statistics == (KEY_NORM, VALUE_NORM)

@@ -7,7 +7,7 @@ from memkit.testing.laws.admission import (
     admission_ties,
     founders_follow_their_tokens,
     novelty,
-    priorities_are_numbers,
+    scores_are_numbers,
 )
 from memkit.testing.laws.growth import (
     GROWTH_LAWS,
@@ -104,12 +104,12 @@ __all__ = [
     "new_slots_in_order",
     "novelty",
     "order_of_tokens",
-    "priorities_are_numbers",
     "reading_gradients",
     "round_trip",
     "routing_batch_invariance",
     "routing_is_pure",
     "same_plan_same_answer",
+    "scores_are_numbers",
     "sinks",
     "sinks_are_no_targets",
     "slots_are_read_apart",
@@ -127,3 +127,4 @@ rows_are_strangers = batch_invariance
 heads_and_slots_are_strangers = merging_batch_invariance
 admission_rows_are_strangers = admission_batch_invariance
 routing_rows_are_strangers = routing_batch_invariance
+priorities_are_numbers = scores_are_numbers

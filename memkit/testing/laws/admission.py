@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memkit.pieces.admission import Admission
+from memkit.pieces.chunk import ChunkContext
 from memkit.testing.agreement import identical, show
 from memkit.testing.law import Broken, law
 from memkit.testing.laws.leaving import Exit
@@ -19,59 +20,68 @@ __all__ = [
     "admission_ties",
     "founders_follow_their_tokens",
     "novelty",
-    "priorities_are_numbers",
+    "scores_are_numbers",
 ]
 
 
-def order(admission: Admission, example: Exit, redundancy: Tensor) -> Tensor:
-    """The admission's priorities, [1, g, c] float64."""
-    offsets = torch.arange(example.size) - example.forced
-    free, grant = example.size - example.forced, example.grant - example.forced
-    found = admission.priority(offsets, free, grant, redundancy if admission.compares else None)
+def chunk_of(example: Exit, keys: Tensor) -> ChunkContext:
+    """The chunk, beside slots that make a token's redundancy the first channel of its key.
+
+    There is one slot at least: in an empty memory token 0 founds whatever its score.
+    """
+    slots = torch.zeros(*keys.shape[:2], max(example.live, 1), keys.shape[3], dtype=keys.dtype)
+    slots[..., 0] = 1
+    return example.chunk(keys, slots)
+
+
+def keys_of(example: Exit) -> Tensor:
+    """The tokens' keys, [1, g, c, d]."""
+    return example.tensors()[0]
+
+
+def scores(admission: Admission, chunk: ChunkContext) -> Tensor:
+    """The admission's scores, [b, g, c]."""
+    found = admission.score(chunk)
     try:
-        return found.expand(redundancy.shape).double()
+        return found.expand(chunk.shape).double()
     except RuntimeError:
-        raise Broken(
-            f"priority has shape {tuple(found.shape)}, not broadcastable to {tuple(redundancy.shape)}"
-        ) from None
+        raise Broken(f"score has shape {tuple(found.shape)}, not broadcastable to {tuple(chunk.shape)}") from None
 
 
-def redundancy_of(example: Exit) -> Tensor:
-    """How well the memory stands for each token, [1, g, c]: any number will do."""
-    return example.tensors()[0][..., 0]
+def ranked(admission: Admission, chunk: ChunkContext) -> Tensor:
+    """Offsets in the order in which they found, [b, g, c]: sinks, then the highest scores, ties to the earliest."""
+    keyed = scores(admission, chunk).masked_fill(chunk.offsets < chunk.sink_tokens, torch.inf)
+    return keyed.argsort(dim=-1, descending=True, stable=True)
 
 
-def founders(admission: Admission, example: Exit, redundancy: Tensor) -> Tensor:
-    """Who founds, sinks apart: those of lowest priority, the earliest first, [1, g, c] bool."""
-    offsets = torch.arange(example.size)
-    keyed = order(admission, example, redundancy).masked_fill(offsets < example.forced, -torch.inf)
-    rank = keyed.argsort(dim=-1, stable=True).argsort(dim=-1)
-    return (rank < example.grant) & (offsets >= example.forced)
+def founders(admission: Admission, chunk: ChunkContext) -> Tensor:
+    """Who founds, sinks apart, [b, g, c] bool."""
+    rank = ranked(admission, chunk).argsort(dim=-1)
+    return (rank < chunk.new_slots) & (chunk.offsets >= chunk.sink_tokens)
 
 
-@law("priorities are numbers", "admission")
-def priorities_are_numbers(admission: Admission, example: Exit) -> None:
-    """priority is one number per token, [b, g, c] or broadcastable to it, and none is NaN.
+@law("scores are numbers", "admission")
+def scores_are_numbers(admission: Admission, example: Exit) -> None:
+    """score is one number per token, [b, g, c] or broadcastable to it, and none is NaN.
 
     An order with NaN in it is whatever the sorting algorithm makes of it.
     """
-    found = order(admission, example, redundancy_of(example))
+    found = scores(admission, chunk_of(example, keys_of(example)))
     if bool(found.isnan().any()):
-        raise Broken(f"priority:\n{show(found)}")
+        raise Broken(f"score:\n{show(found)}")
 
 
 @law("ties", "admission", claim="order_blind")
 def admission_ties(admission: Admission, example: Exit) -> None:
-    """Of equally redundant tokens the earliest found.
+    """Of equal tokens the earliest found.
 
     Ties are common (repeated tokens, zero vectors); left open, they answer differently on another machine.
     """
-    same = torch.zeros_like(redundancy_of(example))
-    found = founders(admission, example, same)[0, 0]
+    found = founders(admission, chunk_of(example, torch.zeros_like(keys_of(example))))[0, 0]
     expected = torch.arange(example.size)
     expected = (expected >= example.forced) & (expected < example.grant)
     if not torch.equal(found, expected):
-        raise Broken(f"all equally redundant, {example.grant} found: {found.tolist()}, expected {expected.tolist()}")
+        raise Broken(f"all tokens equal, {example.grant} found: {found.tolist()}, expected {expected.tolist()}")
 
 
 @law("founders follow their tokens", "admission", claim="order_blind")
@@ -82,13 +92,14 @@ def founders_follow_their_tokens(admission: Admission, example: Exit) -> None:
     """
     free = example.size - example.forced
     generator = torch.Generator().manual_seed(example.seed)
-    redundancy = torch.randperm(example.size, generator=generator).double().expand(1, example.heads, -1)
+    keys = keys_of(example)
+    keys[..., 0] = torch.randperm(example.size, generator=generator).double()
     turn = torch.cat((torch.arange(example.forced), example.forced + torch.randperm(free, generator=generator)))
-    found = founders(admission, example, redundancy[..., turn])
-    expected = founders(admission, example, redundancy)[..., turn]
+    found = founders(admission, chunk_of(example, keys[:, :, turn]))
+    expected = founders(admission, chunk_of(example, keys))[..., turn]
     if not torch.equal(found, expected):
         raise Broken(
-            f"tokens {turn.tolist()}, of redundancy {redundancy[0, 0, turn].tolist()}, found {found[0, 0].tolist()}; "
+            f"tokens {turn.tolist()}, of redundancy {keys[0, 0, turn, 0].tolist()}, found {found[0, 0].tolist()}; "
             f"in their first order those would be {expected[0, 0].tolist()}"
         )
 
@@ -99,9 +110,9 @@ def novelty(admission: Admission, example: Exit) -> None:
 
     A slot spent on what is known already is lost to what is not.
     """
-    redundancy = redundancy_of(example)
-    found = founders(admission, example, redundancy)
-    free = torch.arange(example.size) >= example.forced
+    chunk = chunk_of(example, keys_of(example))
+    found, redundancy = founders(admission, chunk), chunk.redundancy
+    free = chunk.offsets >= example.forced
     for head in range(example.heads):
         chosen, others = redundancy[0, head][found[0, head]], redundancy[0, head][free & ~found[0, head]]
         if len(chosen) and len(others) and float(chosen.max()) > float(others.min()):
@@ -110,42 +121,51 @@ def novelty(admission: Admission, example: Exit) -> None:
 
 @law("batch invariance", "admission")
 def admission_batch_invariance(admission: Admission, example: Exit) -> None:
-    """A row's priorities do not depend on other rows or heads, nor on whether grants come as one number or one per row.
+    """A row's order does not depend on other rows or heads, nor on whether counts come as one number or one per row.
 
-    priority(batch)[row] = priority(row).
+    Sorted by score, batch[row] = row. Scores are compared as orders: a rule may scale them as it likes.
     """
-    example = dataclasses.replace(example, heads=1)
-    neighbour = dataclasses.replace(example, seed=example.seed + 1, grant=example.forced)
-    both = torch.cat((redundancy_of(example), redundancy_of(neighbour)))
-    offsets = torch.arange(example.size) - example.forced
-    free = torch.full((2, 1, 1), example.size - example.forced)
-    grant = torch.tensor([example.grant - example.forced, 0]).view(2, 1, 1)
-    offsets = offsets.expand(2, 1, -1)
-    found = admission.priority(offsets, free, grant, both if admission.compares else None).expand(both.shape)[:1]
-    alone = order(admission, example, redundancy_of(example))
-    # Priorities are compared as orders: a rule may scale them as it likes.
-    ranks = [
-        p.double().argsort(dim=-1, stable=True)[..., : max(0, example.grant - example.forced)] for p in (found, alone)
-    ]
-    if example.forced == 0 and not torch.equal(*ranks):
-        raise Broken(f"beside another row the order is {ranks[0][0, 0].tolist()}, alone {ranks[1][0, 0].tolist()}")
+    keys = keys_of(example)
+    chunk = chunk_of(example, keys)
+    alone = ranked(admission, chunk)[..., : example.grant]
+    neighbour = keys_of(dataclasses.replace(example, seed=example.seed + 1))
+    together = chunk_of(example, torch.cat((keys, neighbour)))
+
+    def rows(one: int, other: int) -> Tensor:
+        return torch.tensor([one, other]).view(2, 1, 1)
+
+    both = dataclasses.replace(
+        together,
+        slots_before=rows(max(example.live, 1), max(example.live, 1)),
+        sink_tokens=rows(example.forced, 0),
+        new_slots=rows(example.grant, 0),
+    )
+    found = ranked(admission, both)[:1, :, : example.grant]
+    if not torch.equal(found, alone):
+        raise Broken(f"beside another row the order is {found[0, 0].tolist()}, alone {alone[0, 0].tolist()}")
+    for head in range(example.heads):
+        own = ranked(admission, chunk_of(example, keys[:, head : head + 1]))[0, 0, : example.grant]
+        if not torch.equal(own, alone[0, head]):
+            raise Broken(f"head {head} alone has the order {own.tolist()}, beside others {alone[0, head].tolist()}")
 
 
 @law("purity", "admission")
 def admission_is_pure(admission: Admission, example: Exit) -> None:
-    """The same chunk gives the same order, and the redundancies stay as they were.
+    """The same chunk gives the same scores, and its keys, slots and redundancies stay as they were.
 
     A plan that is made twice must be the same plan.
     """
-    redundancy = redundancy_of(example)
-    before = redundancy.clone()
-    first, second = order(admission, example, redundancy), order(admission, example, redundancy)
-    identical(redundancy, "the redundancies were written to", before, "before")
-    identical(first, "priority, first time", second, "second time")
+    chunk = chunk_of(example, keys_of(example))
+    before = (chunk.keys.clone(), chunk.slots.clone(), chunk.redundancy.clone())
+    first, second = scores(admission, chunk).clone(), scores(admission, chunk)
+    after = (chunk.keys, chunk.slots, chunk.redundancy)
+    for what, now, then in zip(("keys", "slots' keys", "redundancies"), after, before, strict=True):
+        identical(now, f"the {what} were written to", then, "before")
+    identical(first, "score, first time", second, "second time", nan=True)
 
 
 ADMISSION_LAWS = (
-    priorities_are_numbers,
+    scores_are_numbers,
     admission_ties,
     founders_follow_their_tokens,
     novelty,

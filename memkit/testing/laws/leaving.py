@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memkit.pieces.routing import Leaving
+from memkit.pieces.chunk import ChunkContext
+from memkit.pieces.similarity import Similarity
 from memkit.testing.cases import DATA, Data, make
 
 __all__ = ["Exit", "exits", "with_margin"]
@@ -19,8 +20,8 @@ class Exit:
     """A chunk that leaves, and the memory it meets.
 
     size: tokens of the chunk; grant: how many found; forced: how many of those are sinks, at the chunk's front; live:
-    slots there are; sinks: how many of those are sinks; joining: whether other tokens join; newest: whether the last
-    tokens found, not the most novel ones; heads, width; data, seed.
+    slots there are; sinks: how many of all slots are sinks; joining: whether other tokens join; newest: whether the
+    last tokens found, not the most novel ones or those that a routing says; heads, width; data, seed.
     """
 
     size: int = 3
@@ -41,17 +42,18 @@ class Exit:
         keys = make(self.data, (1, self.heads, self.size, self.width), generator)
         return keys, make(self.data, (1, self.heads, self.live, self.width), generator)
 
-    def leaving(self, keys: Tensor, slots: Tensor) -> Leaving:
-        """The chunk as a routing is given it."""
-        return Leaving(
+    def chunk(self, keys: Tensor, slots: Tensor, similarity: Similarity = "dot") -> ChunkContext:
+        """The chunk as an admission and a routing are given it; slots are all that is there."""
+        return ChunkContext(
             keys=keys,
             slots=slots,
-            live=self.live,
+            slots_before=slots.shape[2],
             sinks=self.sinks,
-            forced=self.forced,
-            grant=self.grant,
+            sink_tokens=self.forced,
+            new_slots=self.grant,
+            joins=self.joining,
             alone=lambda: keys,
-            joining=self.joining,
+            similarity=similarity,
         )
 
 

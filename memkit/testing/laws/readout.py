@@ -11,6 +11,7 @@ from torch import Tensor
 import memkit
 from memkit.parameters import PolicyParameters
 from memkit.pieces.readout import Readout
+from memkit.pieces.statistics import COUNT, KEY_NORM, MASS, RADIUS, VALUE_NORM, Numbers
 from memkit.testing.agreement import agree, by_differences, identical, show
 from memkit.testing.cases import DATA, Case, Data, make
 from memkit.testing.law import Broken, law
@@ -44,10 +45,10 @@ class Sums:
     seed: int = 0
     weighted: bool = False
 
-    def tensors(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Key sums and value sums [m, d], and the slots' numbers by name, each [m]; float64."""
+    def tensors(self) -> tuple[Tensor, Tensor, Numbers]:
+        """Key sums and value sums [m, d], and the slots' numbers by statistic, each [m]; float64."""
         generator = torch.Generator().manual_seed(self.seed)
-        sums, scalars = [], []
+        sums, rows = [], []
         for many in self.counts:
             keys, values = (make(self.data, (1, 1, max(many, 1), self.width), generator)[0, 0] for _ in range(2))
             weight = torch.full((max(many, 1),), float(many > 0), dtype=torch.float64)
@@ -56,11 +57,11 @@ class Sums:
             sums.append(((weight[:, None] * keys).sum(0), (weight[:, None] * values).sum(0)))
             norms = [float((weight * tensor.norm(dim=-1)).sum()) for tensor in (keys, values)]
             radius = float(values[0].norm()) * float(many > 0)
-            scalars.append([many, float(weight.sum()), radius, *norms])
-        names = ("count", "mass", "radius", "key_norm", "value_norm")
-        numbers = torch.tensor(scalars, dtype=torch.float64).unbind(-1)
+            rows.append([many, float(weight.sum()), radius, *norms])
+        statistics = (COUNT, MASS, RADIUS, KEY_NORM, VALUE_NORM)
+        columns = torch.tensor(rows, dtype=torch.float64).unbind(-1)
         keys, values = (torch.stack(column) for column in zip(*sums, strict=True))
-        return keys, values, dict(zip(names, numbers, strict=True))
+        return keys, values, dict(zip(statistics, columns, strict=True))
 
 
 @st.composite
@@ -83,14 +84,14 @@ def finite_reading(readout: Readout, example: Sums) -> None:
 
     One NaN in one slot is a NaN in every later output.
     """
-    keys, values, scalars = example.tensors()
-    found = {"key": readout.key(keys, scalars, None), "value": readout.value(values, scalars)}
-    bias = readout.bias(scalars)
+    keys, values, numbers = example.tensors()
+    found = {"key": readout.key(keys, numbers, None), "value": readout.value(values, numbers)}
+    bias = readout.bias(numbers)
     if bias is not None:
         found["bias"] = bias
     for name, tensor in found.items():
         if not bool(tensor.isfinite().all()):
-            raise Broken(f"{name}:\n{show(tensor)}\nof sums\n{show(keys if name == 'key' else values)}\n{scalars}")
+            raise Broken(f"{name}:\n{show(tensor)}\nof sums\n{show(keys if name == 'key' else values)}\n{numbers}")
 
 
 @law("a token alone", "readout")
@@ -100,14 +101,14 @@ def alone_it_is_itself(readout: Readout, example: Sums) -> None:
     V of one token is v; K is k for `mean` and `mean-norm`, k/‖k‖ for `l2`, LN(k) for `layer-norm`. Memory of which
     nothing has been merged should be no other memory than the window.
     """
-    keys, values, scalars = Sums((1,) * len(example.counts), example.width, example.data, example.seed).tensors()
+    keys, values, numbers = Sums((1,) * len(example.counts), example.width, example.data, example.seed).tensors()
     # Directions of vectors shorter than 1e-12 are not taken: see the readout's formulas.
     sound = (values.norm(dim=-1, keepdim=True) > 1e-11) & (keys.norm(dim=-1, keepdim=True) > 1e-11)
     values, keys = values * sound, keys * sound
-    scalars = {name: numbers * (sound[:, 0] | (name in ("count", "mass"))) for name, numbers in scalars.items()}
+    numbers = {which: number * (sound[:, 0] | (which in (COUNT, MASS))) for which, number in numbers.items()}
     size = float(values.abs().max())
-    agree({"value": readout.value(values, scalars)}, {"value": values}, scales={"value": size}, eps=2**-40)
-    read = readout.key(keys, scalars, None)
+    agree({"value": readout.value(values, numbers)}, {"value": values}, scales={"value": size}, eps=2**-40)
+    read = readout.key(keys, numbers, None)
     match readout.spec.key:
         case "l2":
             expected = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -124,8 +125,8 @@ def bias_of_single_tokens(readout: Readout, example: Sums) -> None:
 
     A slot of n tokens draws as much attention as n equal tokens would; one token draws what it did before it left.
     """
-    _, _, scalars = example.tensors()
-    bias = readout.bias(scalars)
+    _, _, numbers = example.tensors()
+    bias = readout.bias(numbers)
     if bias is None:
         return
     expected = torch.tensor([max(count, 1) for count in example.counts], dtype=torch.float64).log()
@@ -138,15 +139,15 @@ def values_keep_their_size(readout: Readout, example: Sums) -> None:
 
     With `count-mean`, Σ w·‖v‖ / count. A readout that returns sums instead of means shouts louder with every token.
     """
-    _, values, scalars = example.tensors()
-    read = readout.value(values, scalars).norm(dim=-1)
+    _, values, numbers = example.tensors()
+    read = readout.value(values, numbers).norm(dim=-1)
     match readout.spec.value:
         case "birth-radius":
-            bound = scalars[RADIUS]
+            bound = numbers[RADIUS]
         case "count-mean":
-            bound = scalars[VALUE_NORM] / scalars[COUNT].clamp(min=1)
+            bound = numbers[VALUE_NORM] / numbers[COUNT].clamp(min=1)
         case _:
-            bound = scalars[VALUE_NORM] / torch.where(scalars[MASS] > 0, scalars[MASS], 1)
+            bound = numbers[VALUE_NORM] / torch.where(numbers[MASS] > 0, numbers[MASS], 1)
     if bool((read > bound * (1 + 1e-9)).any()):
         raise Broken(f"values of length {read.tolist()}, at most {bound.tolist()}")
 
@@ -157,17 +158,17 @@ def slots_are_read_apart(readout: Readout, example: Sums) -> None:
 
     The engine reads again only the slots that a chunk has touched.
     """
-    keys, values, scalars = example.tensors()
+    keys, values, numbers = example.tensors()
     turn = torch.arange(len(example.counts)).flip(0)
-    turned = {name: tensor[turn] for name, tensor in scalars.items()}
-    deep = {name: tensor[None, None] for name, tensor in scalars.items()}
+    turned = {which: number[turn] for which, number in numbers.items()}
+    deep = {which: number[None, None] for which, number in numbers.items()}
     readings = {
-        "key": lambda s, numbers: readout.key(s, numbers, None),
+        "key": lambda s, given: readout.key(s, given, None),
         "value": readout.value,
     }
     for name, read in readings.items():
         sums = keys if name == "key" else values
-        here = read(sums, scalars)
+        here = read(sums, numbers)
         for what, there in (
             ("reversed", read(sums[turn], turned)[turn]),
             ("deeper", read(sums[None, None], deep)[0, 0]),
@@ -181,10 +182,10 @@ def reading_gradients(readout: Readout, example: Sums) -> None:
 
     By differences in float64. An empty slot or one whose tokens cancel must not turn a training step into NaN.
     """
-    keys, values, scalars = example.tensors()
+    keys, values, numbers = example.tensors()
     ways = {
-        "key": (keys, lambda s: readout.key(s, scalars, None)),
-        "value": (values, lambda s: readout.value(s, scalars)),
+        "key": (keys, lambda s: readout.key(s, numbers, None)),
+        "value": (values, lambda s: readout.value(s, numbers)),
     }
     for name, (sums, read) in ways.items():
         leaf = sums.clone().requires_grad_()

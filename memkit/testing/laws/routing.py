@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from memkit.engine.plan import assign
 from memkit.pieces.admission import Admission, Recency
-from memkit.pieces.routing import Leaving, Nearest, Placement, Routing
+from memkit.pieces.chunk import Assignment, ChunkContext
+from memkit.pieces.routing import Nearest, Routing
+from memkit.pieces.similarity import similarities
 from memkit.testing.agreement import identical, show
 from memkit.testing.law import Broken, law
 from memkit.testing.laws.leaving import Exit
@@ -30,24 +34,29 @@ class Lowest(Admission):
 
     compares = True
 
-    def priority(self, offsets: Tensor, free: int | Tensor, grant: int | Tensor, redundancy: Tensor | None) -> Tensor:
-        assert redundancy is not None
-        return redundancy
+    def score(self, chunk: ChunkContext) -> Tensor:
+        return -chunk.redundancy
 
 
-def place(routing: Routing, example: Exit, keys: Tensor, slots: Tensor) -> Placement:
+@dataclass(frozen=True)
+class Choice:
+    """What of a policy decides where tokens go."""
+
+    admission: Admission | None
+    routing: Routing
+
+
+def place(routing: Routing, example: Exit, keys: Tensor, slots: Tensor) -> Assignment:
     """Where the tokens go."""
-    return _place(routing, example, example.leaving(keys, slots))
+    return _place(routing, example, example.chunk(keys, slots, routing.similarity))
 
 
-def _place(routing: Routing, example: Exit, chunk: Leaving) -> Placement:
-    if routing.founds:
-        return routing.place(chunk, None, False)
-    admission = Recency() if example.newest else Lowest()
-    return routing.place(chunk, admission.priority, admission.compares)
+def _place(routing: Routing, example: Exit, chunk: ChunkContext) -> Assignment:
+    unless_newest = None if routing.founds else Lowest()
+    return assign(Choice(Recency() if example.newest else unless_newest, routing), chunk)
 
 
-def same_places(got: Placement, what: str, expected: Placement, other: str) -> None:
+def same_places(got: Assignment, what: str, expected: Assignment, other: str) -> None:
     """Raise `Broken` where tokens go elsewhere, or others found."""
     identical(got.slot, f"slots, {what}", expected.slot, other)
     identical(got.founded, f"founders, {what}", expected.founded, other)
@@ -59,12 +68,12 @@ def exactly_granted(routing: Routing, example: Exit) -> None:
 
     One more, and the memory outgrows its tensor; one less, and a slot stays empty and is read as zeros.
     """
-    placement = place(routing, example, *example.tensors())
-    found = placement.founded.sum(-1)
+    assignment = place(routing, example, *example.tensors())
+    found = assignment.founded.sum(-1)
     if bool((found != example.grant).any()):
-        raise Broken(f"{found.tolist()} tokens found, {example.grant} may:\n{show(placement.founded)}")
-    if not bool(placement.founded[..., : example.forced].all()):
-        raise Broken(f"the first {example.forced} are sinks and found in any case:\n{show(placement.founded)}")
+        raise Broken(f"{found.tolist()} tokens found, {example.grant} may:\n{show(assignment.founded)}")
+    if not bool(assignment.founded[..., : example.forced].all()):
+        raise Broken(f"the first {example.forced} are sinks and found in any case:\n{show(assignment.founded)}")
 
 
 @law("new slots in order", "routing")
@@ -73,9 +82,9 @@ def new_slots_in_order(routing: Routing, example: Exit) -> None:
 
     So a slot's age and its number agree, sinks are the first slots, and no row of the memory is left out.
     """
-    placement = place(routing, example, *example.tensors())
+    assignment = place(routing, example, *example.tensors())
     for head in range(example.heads):
-        slot, found = placement.slot[0, head], placement.founded[0, head]
+        slot, found = assignment.slot[0, head], assignment.founded[0, head]
         expected = list(range(example.live, example.live + example.grant))
         if slot[found].tolist() != expected:
             raise Broken(f"tokens that found take slots {slot[found].tolist()}, expected {expected}")
@@ -91,8 +100,8 @@ def sinks_are_no_targets(routing: Routing, example: Exit) -> None:
 
     A sink is its own token for ever (arXiv 2309.17453).
     """
-    placement = place(routing, example, *example.tensors())
-    joined = placement.slot[~placement.founded]
+    assignment = place(routing, example, *example.tensors())
+    joined = assignment.slot[~assignment.founded]
     if bool(((joined >= 0) & (joined < example.sinks)).any()):
         raise Broken(f"tokens join slots {joined.tolist()}, of which the first {example.sinks} are sinks")
 
@@ -104,20 +113,20 @@ def nearest_slot(routing: Nearest, example: Exit) -> None:
     slot_j = min argmax_i similarity(k_j, K_i) over i ≥ S, the newly founded slots included where the rule says so.
     """
     keys, slots = example.tensors()
-    placement = place(routing, example, keys, slots)
+    assignment = place(routing, example, keys, slots)
     if not example.joining:
         return
     for head in range(example.heads):
-        found = placement.founded[0, head]
+        found = assignment.founded[0, head]
         first_only = not getattr(routing, "new_slots", True)
         new = keys[0, head][found]
         if first_only:  # in an empty memory token 0 founds a slot that the others may join
             new = new[: int(example.live == 0 and not example.newest)]
         there = torch.cat((slots[0, head], new))
-        scores = routing.similarity(keys[:, head : head + 1], there[None, None])[0, 0]
+        scores = similarities(routing.similarity, keys[:, head : head + 1], there[None, None])[0, 0]
         for token in (~found).nonzero().flatten().tolist():
             allowed = scores[token, example.sinks :]
-            mine = int(placement.slot[0, head, token])
+            mine = int(assignment.slot[0, head, token])
             best = float(allowed.max()) if len(allowed) else -torch.inf
             got = float(scores[token, mine]) if 0 <= mine < len(there) else -torch.inf
             slack = 1e-12 * (1 + abs(best)) if example.data != "integers" else 0
@@ -134,7 +143,7 @@ def nearest_slot(routing: Nearest, example: Exit) -> None:
 
 def _exact(routing: Nearest, example: Exit) -> bool:
     """Whether similarities are exact, so that ties are ties."""
-    return example.data == "integers" and getattr(routing, "kind", None) in ("dot", "l2")
+    return example.data == "integers" and routing.similarity in ("dot", "l2")
 
 
 @law("slots follow their keys", "routing")
@@ -149,11 +158,11 @@ def slots_follow_their_keys(routing: Routing, example: Exit) -> None:
     generator = torch.Generator().manual_seed(example.seed)
     free = example.live - example.sinks
     turn = torch.cat((torch.arange(example.sinks), example.sinks + torch.randperm(free, generator=generator)))
-    placement, turned = place(routing, example, keys, slots), place(routing, example, keys, slots[:, :, turn])
+    assignment, turned = place(routing, example, keys, slots), place(routing, example, keys, slots[:, :, turn])
     old = (turned.slot >= 0) & (turned.slot < example.live)
     back = torch.where(old, turn[turned.slot.clamp(0, example.live - 1)], turned.slot)
     permuted = dataclasses.replace(turned, slot=back)
-    same_places(permuted, f"slots permuted by {turn.tolist()}", placement, "expected")
+    same_places(permuted, f"slots permuted by {turn.tolist()}", assignment, "expected")
 
 
 @law("batch invariance", "routing")
@@ -176,18 +185,19 @@ def routing_batch_invariance(routing: Routing, example: Exit) -> None:
         return torch.tensor([one, other]).view(2, 1, 1)
 
     both_keys = torch.cat((keys, other_keys))
-    chunk = Leaving(
+    chunk = ChunkContext(
         keys=both_keys,
         slots=torch.cat((padded, other_slots)),
-        live=rows(example.live, neighbour.live),
+        slots_before=rows(example.live, neighbour.live),
         sinks=example.sinks,
-        forced=rows(example.forced, 0),
-        grant=rows(example.grant, neighbour.grant),
+        sink_tokens=rows(example.forced, 0),
+        new_slots=rows(example.grant, neighbour.grant),
+        joins=example.joining,
         alone=lambda: both_keys,
-        joining=example.joining,
+        similarity=routing.similarity,
     )
     both = _place(routing, example, chunk)
-    mine = Placement(both.slot[:1], both.founded[:1])
+    mine = Assignment(both.slot[:1], both.founded[:1])
     same_places(mine, "beside another row", alone, "alone")
 
 

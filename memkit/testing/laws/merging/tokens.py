@@ -16,6 +16,7 @@ import memkit
 from memkit.engine.inputs import Plan
 from memkit.memory import Memory
 from memkit.pieces.merging import Merging
+from memkit.pieces.statistics import MASS
 from memkit.testing.agreement import Results, agree, eps_of, size
 from memkit.testing.cases import DATA, Data, make
 from memkit.testing.given import as_spec

@@ -29,7 +29,7 @@ Way = Callable[[Inputs], tuple[Tensor, Memory]]
 
 
 def contents(memory: Memory, only: int | None = None) -> Results:
-    """What a memory holds, row by row: sums and scalars of live slots, and the window.
+    """What a memory holds, row by row: sums and numbers of live slots, and the window.
 
     With `only`, that row's alone, named as the first.
     """
@@ -37,16 +37,11 @@ def contents(memory: Memory, only: int | None = None) -> Results:
     rows = range(len(memory.seen_rows)) if only is None else [only]
     for name_of_row, row in enumerate(rows):
         slots, held = int(memory.slots[row]), int(memory.held_rows[row])
-        window = slice(memory.end - held, memory.end)
-        tensors: dict[str, Tensor | None] = {
-            "sums": memory.sums[row, :, :slots],
-            "scalars": memory.store.numbers[row, :, :slots],
-            "window_keys": memory.keys[row, :, window],
-            "window_values": memory.values[row, :, window],
-            "window_weights": None if memory.weights is None else memory.weights[row, :, window],
-            "window_positions": None if memory.positions is None else memory.positions[row, window],
-        }
-        found |= {f"{name} of row {name_of_row}": tensor for name, tensor in tensors.items() if tensor is not None}
+        tensors = {"sums": memory.sums[row, :, :slots], "numbers": memory.store.numbers[row, :, :slots]}
+        for name, stream in memory.window.last(held).items():
+            # Positions are the row's own, and no head's.
+            tensors[f"window_{name}"] = stream[row, 0] if name == "positions" else stream[row]
+        found |= {f"{name} of row {name_of_row}": tensor for name, tensor in tensors.items()}
     return found
 
 
@@ -104,7 +99,7 @@ def compare(
         "output": (1 + score) * values,
         "gradient": (1 + score) * max(1.0, values) * max(1.0, queries, keys) * many,
         "sums": sums * max(keys, values),
-        "scalars": sums * max(keys, values, inputs.keys.shape[2]),
+        "numbers": sums * max(keys, values, inputs.keys.shape[2]),
     }
     eps = eps_of(inputs.keys.dtype)
     moved = None if again is None else (lambda change: again(inputs.mapped(change)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from memkit.catalog import as_policy
+from memkit.pieces.statistics import MASS
 from memkit.policy import Policy
 from memkit.testing.agreement import agree, show, size
 from memkit.testing.cases import Case

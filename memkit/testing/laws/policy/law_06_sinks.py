@@ -35,7 +35,7 @@ def sinks(policy: Policy, case: Case) -> None:
                 raise Broken(f"row {row}: its {there} sinks hold these counts of tokens after {seen}:\n{show(counts)}")
             if before is None:
                 continue
-            for name in (f"sums of row {row}", f"scalars of row {row}"):
+            for name in (f"sums of row {row}", f"numbers of row {row}"):
                 old = before[name][:, : policy.sinks]
                 new = now[name][:, : min(policy.sinks, old.shape[1])]
                 identical(new, f"{name}, sinks after {stop} tokens", old, "before")

@@ -1,0 +1,182 @@
+"""Memory that sees its readers, row by row: what observed queries tell of rows, and slots that compete with tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from memkit.engine.inputs import AttendInputs
+from memkit.reference.placing import Placed, nearest_of, ratings
+from memkit.reference.rules import Rules
+from memkit.reference.slot import Slot, Token
+
+__all__ = ["Observing", "compete", "mean"]
+
+LEAST_SHARE = 1e-9
+
+
+class Observing:
+    """What one head's readers have told: of each slot, and of each token still held.
+
+    Evidence is (a, m, n): decaying sums of error, of share, and of the chunks that judged.
+    """
+
+    def __init__(self, rules: Rules, inputs: AttendInputs, row: int, head: int, seen: int) -> None:
+        self.spec, self.chunk = rules.spec.observe, rules.chunk
+        self.group = inputs.queries.shape[1] // inputs.keys.shape[1] if inputs.queries is not None else 1
+        self.first = head * self.group
+        self.slots: list[Tensor] = []
+        self.tokens: dict[int, Tensor] = {}
+        self.heard: dict[tuple[int, int], Tensor] = {}
+        self.width = inputs.keys.shape[3]
+        memory = inputs.memory
+        if memory is None:
+            return
+        left = 0 if seen == 0 else rules.sees_from(seen - 1)
+        evidence, end = memory.window.streams["evidence"], memory.window.end
+        for position in range(left, seen):
+            self.tokens[position] = evidence[row, head, end - (seen - position)].double()
+        assert memory.store.evidence is not None and memory.observed is not None
+        self.slots = [memory.store.evidence[row, head, i].double() for i in range(rules.slots(left))]
+        for i, offset in enumerate(self.offsets()):
+            position = seen // self.chunk * self.chunk + offset
+            if position < seen:
+                for h in range(self.first, self.first + self.group):
+                    self.heard[position, h] = memory.observed[row, h, i].double()
+
+    def offsets(self) -> list[int]:
+        """Which queries of a chunk are observed."""
+        n = self.spec.queries
+        return [(i + 1) * self.chunk // n - 1 for i in range(n)]
+
+    def hear(self, query: Tensor, head: int, position: int) -> None:
+        """A query was read, which may be one that is observed; its token has not been judged yet."""
+        self.tokens.setdefault(position, torch.zeros(3, dtype=torch.float64))
+        if position % self.chunk in self.offsets():
+            self.heard[position, head] = query
+
+    def asked(self, last: int) -> list[tuple[Tensor, int, int]]:
+        """The observed queries of the chunk that ends with the token at `last`: query, head, position."""
+        begin = last + 1 - self.chunk
+        return [(query, head, at) for (at, head), query in sorted(self.heard.items()) if begin <= at <= last]
+
+    def judge(self, asked: Iterable[tuple[Tensor, Tensor, int]], slots: int, tokens: range) -> None:
+        """Each row's evidence after a chunk. asked: (softmax, values, position) over slots, then tokens up to there."""
+        rows = slots + len(tokens)
+        error, share = [0.0] * rows, [0.0] * rows
+        count = 0
+        for shares, values, _ in asked:
+            count += 1
+            output = shares @ values
+            for j in range(len(shares)):
+                error[j] += float(shares[j] ** 2 * (values[j] - output).square().sum())
+                share[j] += float(shares[j])
+        for j in range(rows):
+            new = torch.tensor([error[j] / count, share[j] / count, 1.0], dtype=torch.float64)
+            if j < slots:
+                self.slots[j] = self.spec.decay * self.slots[j] + new
+            else:
+                at = tokens[j - slots]
+                self.tokens[at] = self.spec.decay * self.tokens[at] + new
+        self.heard.clear()
+
+    # As a memory holds it
+
+    def held(self, origin: int, count: int) -> Tensor:
+        """Evidence of `count` tokens from `origin` on, [count, 3]; zeros for those that left."""
+        zero = torch.zeros(3, dtype=torch.float64)
+        return torch.stack([self.tokens.get(origin + i, zero) for i in range(count)]) if count else zero[None][:0]
+
+    def slots_filled(self, most: int) -> Tensor:
+        """Evidence of the slots, [most, 3], zeros past the last."""
+        zero = torch.zeros(3, dtype=torch.float64)
+        rows = self.slots + [zero] * (most - len(self.slots))
+        return torch.stack(rows) if rows else zero[None][:0]
+
+    def waiting(self, seen: int) -> Tensor:
+        """Observed queries of the incomplete chunk, [group, n, d]; zeros for those to come."""
+        begin, zero = seen // self.chunk * self.chunk, torch.zeros(self.width, dtype=torch.float64)
+        return torch.stack(
+            [
+                torch.stack([self.heard.get((begin + offset, h), zero) for offset in self.offsets()])
+                for h in range(self.first, self.first + self.group)
+            ]
+        )
+
+
+def mean(evidence: Tensor) -> Tensor:
+    """(a/n, m/n), 0 where nobody judged."""
+    return evidence[:2] / evidence[2] if evidence[2] > 0 else torch.zeros(2, dtype=torch.float64)
+
+
+def compete(
+    rules: Rules,
+    chunk: list[Token],
+    slots: list[Slot],
+    granted: int,
+    placed: list[Placed] | None,
+    observing: Observing | None,
+) -> list[Slot]:
+    """The slots after a chunk has left, where slots compete with tokens or rows are weighed by what readers told.
+
+    Every row is a slot here, a token a slot of its own. Those that stay keep their order; each other one joins one that
+    stays: with μ = m/n + 1e-9 and T = Σ μ over a slot and those that join it, its values become Σ μ v / T, and its
+    share m·T/μ.
+    """
+    sinks, total = rules.spec.sinks, len(slots) + granted
+    weights = rules.weights(chunk)
+    fresh = [rules.alone(token, weight, founds=True) for token, weight in zip(chunk, weights, strict=True)]
+    nothing = torch.zeros(3, dtype=torch.float64)
+    of_tokens = [nothing if observing is None else observing.tokens.pop(token.position) for token in chunk]
+    of_slots = [nothing] * len(slots) if observing is None else observing.slots
+    if rules.policy.competes:
+        kept = min(len(slots), sinks)
+        candidates, told = [*slots[kept:], *fresh], [*of_slots[kept:], *of_tokens]
+        keys = [*(slot.compared for slot in slots[kept:]), *(token.memory_key for token in chunk)]
+        forced = min(max(sinks - chunk[0].position, 0), len(chunk))
+        founders = staying(rules, candidates, keys, [mean(each) for each in told], total - kept, forced)
+        home = {j: kept + i for i, j in enumerate(founders)}
+        joins: list[int] = [-1] * len(candidates)
+        if rules.policy.merging.joins:
+            open_to = {slot: candidates[j] for j, slot in home.items() if slot >= sinks}
+            joins = [nearest_of(rules, key.detach(), open_to) for key in keys]
+    else:
+        kept, candidates, told = len(slots), fresh, of_tokens
+        assert placed is not None
+        home = {j: slot for j, (slot, founds) in enumerate(placed) if founds}
+        joins = [slot for slot, _ in placed]
+    rows, evidence = [*slots[:kept]], [*of_slots[:kept]]
+    for j in sorted(home, key=lambda j: home[j]):
+        rows.append(candidates[j])
+        evidence.append(told[j])
+    rates = [mean(each)[1] + LEAST_SHARE for each in evidence]
+    totals = list(rates)
+    by_share = rules.policy.merging.by_share
+    for index, rate in enumerate(rates):
+        joining = [j for j in range(len(candidates)) if j not in home and joins[j] == index]
+        if joining and by_share:
+            rows[index] = rows[index].weighing(rate)
+        for j in joining:
+            weight = mean(told[j])[1] + LEAST_SHARE
+            one = candidates[j]
+            rows[index] = rows[index].plus(one.weighing(weight) if by_share else one)
+            totals[index] = totals[index] + weight
+    if observing is not None:
+        observing.slots = [
+            torch.stack((each[0], each[1] * whole / rate, each[2]))
+            for each, rate, whole in zip(evidence, rates, totals, strict=True)
+        ]
+    return rows
+
+
+def staying(
+    rules: Rules, candidates: list[Slot], keys: list[Tensor], told: list[Tensor], places: int, forced: int
+) -> list[int]:
+    """Which candidates have a slot afterwards: the first `forced`, then the highest ratings, ties to the earliest."""
+    if places == len(candidates):
+        return list(range(places))
+    scores = ratings(rules, candidates, keys, told)
+    free = sorted(range(forced, len(candidates)), key=lambda j: -scores[j])
+    return [*range(forced), *sorted(free[: places - forced])]
