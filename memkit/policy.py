@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from typing import Annotated
 
-import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
 from memkit.pieces.admission import AdmissionSpec, NoAdmissionSpec, NoveltySpec
@@ -20,8 +19,12 @@ from memkit.pieces.registry import AnyOf, Spec
 from memkit.pieces.rotary import KeepSpec, RotarySpec
 from memkit.pieces.routing import NearestSpec, RoutingSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
+from memkit.yaml12 import dump
 
 __all__ = ["Policy", "PolicySpec"]
+
+MOST_SINKS = 2**20
+"""Sinks there may be: under a sliding window each of them is a step of its own."""
 
 
 class PolicySpec(Spec):
@@ -36,6 +39,7 @@ class PolicySpec(Spec):
     sinks: int = Field(
         default=0,
         ge=0,
+        le=MOST_SINKS,
         description="first tokens that always found the first slots; counted in the budget, never merged into",
     )
     growth: Annotated[AnyGrowthSpec, AnyOf("growth")] = Field(
@@ -77,7 +81,7 @@ class PolicySpec(Spec):
 
     def to_yaml(self) -> str:
         """The declaration as YAML, every field written out; `load_policy` reads it back to an equal spec."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump(self.model_dump(mode="json"))
 
     def build(self) -> Policy:
         """The pieces, put together (once)."""
@@ -133,7 +137,10 @@ def _joining(spec: PolicySpec) -> None:
     if not isinstance(spec.growth, GrowthSpec) or not merging.joins:
         return
     policy = Policy(spec)
-    slots = policy.slots_after_chunk(spec.sinks // policy.chunk)
+    # Chunks of sinks alone found whole; the budget then decides about the first chunk that has another token.
+    begin = spec.sinks // policy.chunk * policy.chunk
+    first_whole = begin == 0 and spec.growth.first_chunk == "whole"
+    slots = begin + (policy.chunk if first_whole else min(policy.chunk, policy.budget(begin) - begin))
     if slots <= spec.sinks:
         raise ValueError(
             f"growth: a budget that can equal its sinks needs merging drop, for a token would have no slot to join; "

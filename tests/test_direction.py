@@ -17,10 +17,11 @@ PACKAGE = ROOT / "memkit"
 # From the bottom up. A module may import what stands on its own line or below, a package's own modules included.
 LEVELS = [
     {"errors"},
+    {"whole", "yaml12"},
     {"pieces"},
     {"policy"},
     {"catalog", "schema"},
-    {"memory", "plan", "parameters"},
+    {"memory", "memory_file", "plan", "parameters"},
     {"engine"},
     {"attention", "costing"},
     {"hf", "lm", "interop", "evals", "testing"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,6 +16,7 @@ from memkit.pieces.registry import Spec
 from memkit.policy import PolicySpec
 from memkit.viz.costs import cells, columns
 from memkit.viz.picture import draw, picture
+from memkit.yaml12 import dump
 
 __all__ = ["details", "listing", "tokens_in_words"]
 
@@ -60,7 +60,7 @@ def declaration(spec: PolicySpec) -> Text:
             said = value if value != PolicySpec.model_fields[family].default else None
         if not said:
             continue
-        line = yaml.safe_dump(said, default_flow_style=True, sort_keys=False, width=10_000)
+        line = dump(said, on_one_line=True)
         text.append(f"{family}: ", style="cyan")
         text.append(line.removesuffix("...\n").strip() + "\n")
     text.rstrip()
