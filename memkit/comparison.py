@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from memkit.catalog import as_policy, load_policy
 from memkit.errors import InputError, ModelError
 from memkit.policy import Policy, PolicySpec
+from memkit.whole import SEEDS, whole_number
 
 if TYPE_CHECKING:
     import pandas
@@ -158,9 +159,15 @@ def compare(
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `load_policy`, `hf.load` and
     `hf.attach` do.
     """
-    _check_at_least("skip", skip, 1)
-    _check_at_least("tokens", tokens, skip + 1)
-    _check_at_least("decoded", decoded, 1)
+    skip, decoded = whole_number("skip", skip, 1), whole_number("decoded", decoded, 1)
+    tokens = whole_number("tokens", tokens, 1)
+    if tokens <= skip:
+        raise InputError(
+            f"tokens must be a whole number, at least {skip + 1} (skip + 1: something must be scored), got {tokens}"
+        )
+    seed = whole_number("seed", seed, *SEEDS)
+    if isinstance(policies, (str, Path, PolicySpec, Policy)):
+        policies = [policies]
     try:
         from memkit import hf
     except ImportError as error:
@@ -334,12 +341,6 @@ def _token_ids(loaded: LoadedModel, source: str, text: str, tokens: int) -> Tens
             f"tokens must be at most {len(ids)}, the length of {source}, got {tokens}; lower it or give a longer text"
         )
     return torch.tensor([ids[:tokens]], device=loaded.model.device)
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        reason = " (skip + 1: something must be scored)" if name == "tokens" else ""
-        raise InputError(f"{name} must be a whole number, at least {least}{reason}, got {value}")
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

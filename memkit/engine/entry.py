@@ -12,8 +12,8 @@ from memkit.catalog import as_policy
 from memkit.engine import torch as fast
 from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.decode import decode_again
-from memkit.engine.validation import check_call
-from memkit.errors import InputError
+from memkit.engine.validation import Lengths, check_call
+from memkit.errors import InputError, shown
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
@@ -37,7 +37,7 @@ def attend(
     rotation: Rotation | None = None,
     scale: float | None = None,
     memory: Memory | None = None,
-    lengths: Tensor | None = None,
+    lengths: Lengths | None = None,
     plan: Plan | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Memory]:
@@ -51,7 +51,8 @@ def attend(
     scale: of the scores; None: 1/√d.
     memory: what an earlier call returned. Without gradients this call takes it over, updating it in place: the old
     handle raises when used again, `memory.fork()` copies. With gradients it is left as it is, and they flow through.
-    lengths [b]: valid tokens of this call per row, 0 … t, the rest padding on the right, whose outputs are 0.
+    lengths [b], a tensor or a list: valid tokens of this call per row, 0 … t, the rest padding on the right, whose
+    outputs are 0.
     plan: follow this plan instead of making one. backend: "reference" is the oracle, token by token in float64.
 
     Under `torch.autocast` nothing is cast here; under `torch.compile` the call stands between two graphs.
@@ -75,7 +76,7 @@ def _attend(
     rotation: Rotation | None,
     scale: float | None,
     memory: Memory | None,
-    lengths: Tensor | None,
+    lengths: Lengths | None,
     plan: Plan | None,
     backend: Backend,
 ) -> tuple[Tensor, Memory]:
@@ -85,7 +86,11 @@ def _attend(
                 policy, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan, backend
             )
     built = as_policy(policy)
-    if isinstance(memory, Memory) and lengths is None and plan is None and backend in ("auto", "torch"):
+    if not isinstance(backend, str) or backend not in ("auto", "torch", "reference"):
+        raise InputError(f"backend must be 'auto', 'torch' or 'reference', got {shown(backend)}")
+    tensors = isinstance(queries, Tensor) and isinstance(keys, Tensor) and isinstance(values, Tensor)
+    tensors = tensors and (weights is None or isinstance(weights, Tensor))
+    if tensors and isinstance(memory, Memory) and lengths is None and plan is None and backend != "reference":
         again = decode_again(built, queries, keys, values, weights, parameters, rotation, scale, memory)
         if again is not None:
             return again
@@ -109,8 +114,6 @@ def _attend(
         from memkit.engine import reference
 
         return reference.attend(call)
-    if backend not in ("auto", "torch"):
-        raise InputError(f"backend must be 'auto', 'torch' or 'reference', got {backend!r}")
     return fast.attend(call)
 
 
@@ -127,7 +130,7 @@ def plan(
     parameters: PolicyParameters | None = None,
     rotation: Rotation | None = None,
     memory: Memory | None = None,
-    lengths: Tensor | None = None,
+    lengths: Lengths | None = None,
 ) -> Plan:
     """Where each token that leaves the window in such a call goes. Arguments as for `attend`; memory is only read."""
     call = check_call(

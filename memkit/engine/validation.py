@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from memkit.engine.call import Call
 from memkit.engine.read import default_scale
-from memkit.errors import InputError
+from memkit.errors import InputError, shown
 from memkit.memory import Memory, held
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.plan import Plan
 from memkit.policy import Policy
+from memkit.whole import is_finite, whole_numbers
 
-__all__ = ["check_call", "check_signs"]
+__all__ = ["Lengths", "check_call", "check_signs"]
+
+Lengths = Tensor | Sequence[int]
+"""One whole number per row."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -31,21 +37,21 @@ def check_call(
     rotation: Rotation | None,
     scale: float | None,
     memory: Memory | None,
-    lengths: Tensor | None,
+    lengths: Lengths | None,
     plan: Plan | None,
 ) -> Call:
     """The call, or an error that says rule, value and remedy. Queries and values are None where only a plan is made."""
     _check_tensors(queries, keys, values)
-    _check_weights(policy, keys, weights)
+    checked = _check_lengths(keys, lengths)
+    _check_weights(policy, keys, weights, checked)
     _check_rotation(policy, keys, rotation)
     _check_parameters(policy, queries, keys, parameters)
-    checked = _check_lengths(keys, lengths)
     if memory is not None:
         _check_memory(policy, keys, values, memory)
     if plan is not None:
         _check_plan(policy, keys, plan, memory, checked)
-    if scale is not None and not np.isfinite(scale):
-        raise InputError(f"scale must be a finite number, got {scale}")
+    if scale is not None and not is_finite(scale):
+        raise InputError(f"scale must be a finite number, got {shown(scale)}")
     sources: list[Tensor | None] = [queries, keys, values, weights]
     if parameters is not None:
         sources += list(parameters.parameters())
@@ -103,9 +109,11 @@ def _check_tensors(queries: Tensor | None, keys: Tensor, values: Tensor | None) 
         )
 
 
-def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None:
+def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None, lengths: np.ndarray) -> None:
     if weights is None:
         return
+    if not isinstance(weights, Tensor):
+        raise InputError(f"weights must be a tensor [batch, key/value heads, tokens], got {shown(weights)}")
     if not policy.merging.learned or policy.exact_slots:
         raise InputError(
             "weights are given, but this policy weighs nothing with them; "
@@ -115,6 +123,9 @@ def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None
         raise InputError(f"weights must be [b, g, t] = {tuple(keys.shape[:3])}, got {tuple(weights.shape)}")
     if weights.device != keys.device or not weights.is_floating_point():
         raise InputError(f"weights must be floating point on {keys.device}, got {weights.dtype} on {weights.device}")
+    if weights.device.type == "cpu" and (lengths < keys.shape[2]).any():  # what padding weighs is nobody's business
+        own = torch.arange(keys.shape[2]) < torch.from_numpy(lengths)[:, None]
+        weights = weights.detach().masked_fill(~own[:, None], 0)
     check_signs(weights)
 
 
@@ -138,6 +149,8 @@ def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> 
             f"rotary {policy.spec.rotary.kind} must un-rotate keys and needs to know how they were rotated; "
             "give rotation=memkit.Rotation(pairing, width, frequencies)"
         )
+    if not isinstance(rotation, Rotation):
+        raise InputError(f"rotation must be a memkit.Rotation, got {shown(rotation)}")
     if rotation.width > keys.shape[-1]:
         raise InputError(f"rotation.width must be at most the head width {keys.shape[-1]}, got {rotation.width}")
     expected = (keys.shape[0], keys.shape[2])
@@ -170,19 +183,12 @@ def _check_parameters(
             raise InputError(f"parameters.{name} must have shape ({size},), got {tuple(tensor.shape)}")
 
 
-def _check_lengths(keys: Tensor, lengths: Tensor | None) -> np.ndarray:
+def _check_lengths(keys: Tensor, lengths: Lengths | None) -> np.ndarray:
     rows, tokens = keys.shape[0], keys.shape[2]
     if lengths is None:
         return np.full(rows, tokens, dtype=np.int64)
-    lengths = torch.as_tensor(lengths)
-    if lengths.shape != (rows,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise InputError(
-            f"lengths must be one whole number per row, shape ({rows},), got {lengths.dtype} {tuple(lengths.shape)}"
-        )
-    checked = lengths.cpu().numpy().astype(np.int64)
-    if (checked < 0).any() or (checked > tokens).any():
-        raise InputError(f"lengths must lie between 0 and the call's {tokens} tokens, got {checked.tolist()}")
-    return checked
+    limits = f"lie between 0 and the call's {tokens} tokens"
+    return whole_numbers("lengths", lengths, 0, tokens, count=rows, limits=limits).numpy()
 
 
 def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: Memory) -> None:
@@ -207,6 +213,8 @@ def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: M
 
 def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None, lengths: np.ndarray) -> None:
     rows, heads = keys.shape[:2]
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan must be what memkit.plan returned, got {shown(plan)}")
     if plan.slot.shape[:2] != (rows, heads):
         raise InputError(
             f"plan must be made for the same rows and heads, got {tuple(plan.slot.shape[:2])} for keys of "
@@ -222,5 +230,14 @@ def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None,
         raise InputError(
             f"plan must cover the tokens that leave during the call, {begin[row]} … {end[row] - 1} in row {row}, "
             f"got {f'{first} … {last - 1}' if first < last else 'none'}; "
+            "make it with memkit.plan on these keys and this memory"
+        )
+    position = plan.begin[:, None] + np.arange(plan.slot.shape[2])
+    leaves = (position >= begin[:, None]) & (position < end[:, None])
+    slots = np.array([policy.slots_after(int(tokens)) for tokens in after], dtype=np.int64)
+    placed = plan.slot.cpu().numpy()
+    if (leaves[:, None] & ((placed < -1) | (placed >= slots[:, None, None]))).any():
+        raise InputError(
+            f"plan.slot must name one of the slots there are after the call, {slots.tolist()} in each row, or be −1; "
             "make it with memkit.plan on these keys and this memory"
         )
