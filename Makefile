@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full stream batches test test-slow pytest lint types format mutants clean
+.PHONY: help compare bench bench-full stream batches test test-slow pytest lint types format fuzz mutants clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ types: $(READY) ## Type check with basedpyright
 format: $(READY) ## Rewrite files as ruff wants them
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+# One process per core; every input is a function of its surface and its seed: tools/fuzz.py --help
+fuzz: $(READY) ## 100,000 bad inputs of every kind: refused in one line, nothing run? (under an hour)
+	nice $(BIN)/python tools/fuzz.py --jobs $$(nproc)
 
 mutants: $(READY) ## Mutation testing: does some test notice each small change? (about 15 minutes)
 	$(BIN)/python tools/mutants.py --out mutants.json
