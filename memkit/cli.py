@@ -20,6 +20,8 @@ from memkit.errors import InputError, MemkitError, PolicyError, short, shown, un
 
 __all__ = ["app"]
 
+FIGURES = (".png", ".svg", ".pdf")
+
 
 # Where click is, as a package of its own or within typer, depends on typer's version.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -219,8 +221,7 @@ def compare(
     What each costs, and how well the model then predicts, measured in one run.
     """
     overrides = _overrides(changes)
-    if json_file is not None:
-        _check_writable(json_file)
+    _check_writable("--json", json_file)
     from memkit import comparison, viz
     from memkit.viz.comparison import progress_bar
 
@@ -261,6 +262,10 @@ def bench(
     Prefill, training step and decoding, as factors measured in one run.
     """
     overrides = _overrides(changes)
+    _check_writable("--json", json_file)
+    _check_writable("--figure", figure)
+    if figure is not None and figure.suffix.lower() not in FIGURES:
+        raise InputError(f"--figure {short(str(figure))}: must end in {', '.join(FIGURES)}")
     from memkit import benchmark, viz
     from memkit.viz.benchmark import save
 
@@ -288,7 +293,7 @@ def check(
     subject: Annotated[
         str, typer.Argument(metavar="SUBJECT", help="A policy's name or YAML file, or module:Name of a piece.")
     ],
-    examples: Annotated[int, typer.Option(metavar="N", min=1, help="Examples to try each law on.")] = 50,
+    examples: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Examples to try each law on.")] = 50,
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
 ) -> None:
@@ -423,14 +428,16 @@ def _overrides(changes: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(option: str, path: Path | None) -> None:
     """Raise where a file of that name cannot be written, before work is done for it."""
+    if path is None:
+        return
     try:
         fine = not path.is_dir() and path.absolute().parent.is_dir()
     except OSError:  # a name longer than a file's may be
         fine = False
     if not fine:
-        raise InputError(f"--json {short(str(path))}: must be a file in a folder that exists; make the folder first")
+        raise InputError(f"{option} {short(str(path))}: must be a file in a folder that exists; make the folder first")
 
 
 def _write(path: Path, text: str) -> None:

@@ -183,6 +183,7 @@ def cost(
     """
     shape = _shape(heads, kv_heads, head_width, value_width, dtype, layers, rows)
     several = isinstance(tokens, Iterable) and not isinstance(tokens, (str, bytes, Mapping))
+    several = several and getattr(tokens, "ndim", 1) > 0  # one number may be an array without axes
     each = list(tokens) if isinstance(tokens, Iterable) and several else [tokens]
     built = as_policy(policy)
     most = MOST_TOKENS if built.exact_slots else min(MOST_TOKENS, MOST_CHUNKS * built.chunk)
@@ -301,6 +302,8 @@ def _shape(
     layers: int,
     rows: int,
 ) -> Shape:
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise InputError(f"dtype must be a name or a torch.dtype, got {shown(dtype)}")
     shape = Shape(
         heads=whole_number("heads", heads, 1, MOST),
         kv_heads=whole_number("kv_heads", heads if kv_heads is None else kv_heads, 1, MOST),

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memkit.errors import MemoryStateError, PolicyError, shown
+from memkit.errors import MemoryStateError, PolicyError, short, shown
 from memkit.pieces.registry import SpecError
 from memkit.policy import Policy, PolicySpec
 from memkit.yaml12 import load
@@ -44,7 +44,7 @@ class Contents:
 
 def write(path: str | Path, policy: Policy, tensors: dict[str, Tensor], end: int) -> None:
     """Write a memory's tensors. Raises `MemoryStateError` where the file cannot be written."""
-    _check_path(path)
+    said = _named(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     facts: dict[str, Any] = {"format": FORMAT, "policy": policy.spec.to_yaml(), "name": policy.name, "end": end}
     facts["checksum"] = _checksum(facts, tensors)
@@ -52,39 +52,42 @@ def write(path: str | Path, policy: Policy, tensors: dict[str, Tensor], end: int
         save_file(tensors, str(path), metadata={"memkit": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
         folder = Path(path).absolute().parent
-        missing = f"there is no folder {folder}; make it first" if not folder.is_dir() else f"{error}"
-        raise MemoryStateError(f"{path}: cannot be written: {missing}") from None
+        there = os.path.isdir(folder)
+        missing = short(str(error)) if there else f"there is no folder {short(str(folder))}; make it first"
+        raise MemoryStateError(f"{said}: cannot be written: {missing}") from None
 
 
 def read(path: str | Path) -> Contents:
     """Read a memory's file. Raises `MemoryStateError`: what is wrong with it."""
-    _check_path(path)
+    said = _named(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("memkit", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise MemoryStateError(f"{path}: cannot be read as a memory: {' '.join(str(error).split())}") from None
+        raise MemoryStateError(f"{said}: cannot be read as a memory: {short(' '.join(str(error).split()))}") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise MemoryStateError(f"{path}: not a memory saved by memkit (no format {FORMAT}); write one with Memory.save")
+        raise MemoryStateError(f"{said}: not a memory saved by memkit (no format {FORMAT}); write one with Memory.save")
     checksum = facts.pop("checksum", None)  # files of before there was one have none
     if checksum is not None and checksum != _checksum(facts, tensors):
-        raise MemoryStateError(f"{path}: damaged: its checksum is not that of what it holds; save the memory again")
+        raise MemoryStateError(f"{said}: damaged: its checksum is not that of what it holds; save the memory again")
     try:
         spec = _spec(facts)
         policy = spec.build()
         wrong = _wrong_end(facts.get("end"), tensors) or _wrong_shapes(policy, tensors)
         wrong = wrong or _wrong_numbers(policy, tensors, facts["end"])
     except PolicyError as error:
-        raise MemoryStateError(f"{path}: its policy: {error}") from None
+        raise MemoryStateError(f"{said}: its policy: {error}") from None
     if wrong:
-        raise MemoryStateError(f"{path}: damaged: {wrong}; save the memory again")
+        raise MemoryStateError(f"{said}: damaged: {wrong}; save the memory again")
     return Contents(spec, tensors, facts["end"])
 
 
-def _check_path(path: Any) -> None:
+def _named(path: Any) -> str:
+    """A file's path as messages show it."""
     if not isinstance(path, (str, os.PathLike)):
         raise MemoryStateError(f"path must be a file's, got {shown(path)}")
+    return short(str(path))
 
 
 def _checksum(facts: dict[str, Any], tensors: dict[str, Tensor]) -> int:

@@ -535,7 +535,7 @@ def draw_cost(rng: Random) -> dict[str, Any]:
     right: dict[str, Any] = {"policy": "window-512", "tokens": 100}
     more = ("heads", "kv_heads", "head_width", "value_width", "dtype", "layers", "rows", "tokens")
     given = with_odd_ones(rng, right, more)
-    if rng.random() < 0.98:
+    if rng.random() < 0.5:
         given["dtype"] = rng.choice(("int8", "", None, 5))
     return given
 
