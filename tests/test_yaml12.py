@@ -79,9 +79,9 @@ def test_aliases_may_be_used_and_not_multiplied():
     assert yaml12.load("a: &a [1, 2]\nb: *a", "mine.yaml") == {"a": [1, 2], "b": [1, 2]}
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
-    start = time.perf_counter()
+    start = time.process_time()
     assert "must hold at most 10,000 values, got more (aliases count each time)" in refused(bomb)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     stairs = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} {'[' * 9}*a{n - 1}{']' * 9}\n" for n in range(1, 99))
     assert "must be nested at most 32 deep" in refused(stairs)
 

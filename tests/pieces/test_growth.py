@@ -193,11 +193,11 @@ def test_a_size_beyond_the_floats_is_a_budget():
 
 
 def test_many_sinks_are_checked_at_once():
-    start = time.perf_counter()
+    start = time.process_time()
     PolicySpec(
         sinks=2**20,
         chunker={"kind": "fixed", "size": 1},
         window={"kind": "block", "chunks": 1},
         growth={"kind": "fixed", "slots": 2**20 + 1},
     )
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
