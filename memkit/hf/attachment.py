@@ -29,6 +29,7 @@ from memkit.catalog import as_policy
 from memkit.engine import attend
 from memkit.errors import InputError, MemoryStateError, ModelError
 from memkit.hf.cache import CarryingLayer
+from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.pieces.rotary import Rotation
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generat
         model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
     ```
 
-    `model(...)` prefills, and continues with any number of tokens when its `past_key_values` are passed on; however a
-    text is split, the result is the same. `model.generate(...)` works as usual: greedy, sampling, beams. Gradients
-    flow. `memories(past_key_values)` gives each layer's memory. Groups of query heads share their key/value head's
-    memory. When the block ends, by an error too, the model is as it was; a cache made inside is of no use outside.
+    `model(...)` prefills, and continues with any number of tokens when its cache is passed on (`past_key_values`, from
+    transformers 5.24 on `cache`); however a text is split, the result is the same. `model.generate(...)` works as
+    usual: greedy, sampling, beams. Gradients flow. `memories(cache)` gives each layer's memory. Groups of query heads
+    share their key/value head's memory. When the block ends, by an error too, the model is as it was; a cache made
+    inside is of no use outside.
 
     Rows of unequal length are padded on the right, with a 2D `attention_mask` over this call's tokens or over all so
     far. `logits[row, length - 1]` then predicts a row's next token, and the next call continues each row at its own
@@ -84,11 +86,11 @@ def check_policy(policy: Policy) -> None:
 
 
 def memories(past_key_values: Cache) -> list[Memory]:
-    """Each layer's memory, first layer first, out of the `past_key_values` that an attached model returned."""
+    """Each layer's memory, first layer first, out of the cache that an attached model returned."""
     layers = past_key_values.layers
     if not layers or not all(isinstance(layer, MemoryLayer) and layer.memory is not None for layer in layers):
         raise MemoryStateError(
-            f"past_key_values must be what an attached model returned, got {past_key_values}; "
+            f"{CACHE} must be what an attached model returned, got {past_key_values}; "
             "call the model inside memkit.hf.attach(model, policy) first"
         )
     return [layer.memory for layer in layers]
@@ -113,8 +115,8 @@ class MemoryLayer(CarryingLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # Only attention functions that want a mask ask, and ours does not: the model is not attached.
         raise MemoryStateError(
-            f"past_key_values made under policy {_name(self.policy)} hold no keys that stock attention could read; "
-            "pass them on inside memkit.hf.attach only, or start without past_key_values"
+            f"{CACHE} made under policy {_name(self.policy)} hold no keys that stock attention could read; "
+            f"pass them on inside memkit.hf.attach only, or start without {CACHE}"
         )
 
 
@@ -185,7 +187,8 @@ class _Attachment:
             # `attention_scaling` (YaRN) needs nothing: turning back keeps a key's length, and merging is linear in it.
             frequencies = rotary.inv_freq.detach().clone()
             self.rotation = Rotation("half-split", 2 * len(frequencies), frequencies)
-        self.signature = inspect.signature(type(model.base_model).forward)
+        forward = type(model.base_model).forward
+        self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The decoder's arguments as it needs them on our engine."""
@@ -199,7 +202,7 @@ class _Attachment:
         tokens = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         rows, columns = tokens.shape[:2]
 
-        cache = self.cache(decoder, arguments.get("past_key_values"), arguments.get("use_cache"))
+        cache = self.cache(decoder, take_cache(arguments), arguments.get("use_cache"))
         seen = torch.zeros(rows, dtype=torch.long, device=tokens.device)
         before = 0
         if cache is not None and cache.layers[0].memory is not None:
@@ -208,7 +211,7 @@ class _Attachment:
         positions = seen[:, None] + torch.arange(columns, device=seen.device)
         _check_positions(arguments.get("position_ids"), positions, lengths)
         arguments["position_ids"] = positions
-        arguments["past_key_values"] = cache
+        arguments[self.cache_name] = cache
         arguments["memkit_call"] = _Call(self.policy, self.rotation, cache, lengths)
         return (), arguments
 
@@ -216,7 +219,7 @@ class _Attachment:
         """The cache to read into: the one given, filled with memory layers if it is new; None where none is kept."""
         if decoder.gradient_checkpointing and decoder.training:
             if given is not None:
-                raise InputError("gradient checkpointing runs layers twice; leave past_key_values out while training")
+                raise InputError(f"gradient checkpointing runs layers twice; leave {CACHE} out while training")
             return None
         if given is None:
             keeps = decoder.config.use_cache if use_cache is None else use_cache
@@ -225,14 +228,14 @@ class _Attachment:
             other = given.layers[0].policy
             if other.spec != self.policy.spec:
                 raise MemoryStateError(
-                    f"past_key_values must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
-                    "start without past_key_values"
+                    f"{CACHE} must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
+                    f"start without {CACHE}"
                 )
             return given
         if type(given) is not DynamicCache or given.offloading or given.get_seq_length():
             raise InputError(
-                f"past_key_values must be empty or from this attached model, got a {type(given).__name__} of "
-                f"{given.get_seq_length()} tokens; leave past_key_values and cache_implementation out"
+                f"{CACHE} must be empty or from this attached model, got a {type(given).__name__} of "
+                f"{given.get_seq_length()} tokens; leave {CACHE} and cache_implementation out"
             )
         # `generate` makes its empty cache before the first call, and a user may keep one: it becomes ours in place.
         given.layers = self.memory_layers()

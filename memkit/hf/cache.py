@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from memkit.errors import MemoryStateError
+from memkit.hf.names import CACHE
 
 if TYPE_CHECKING:
     from memkit.lm import ModelMemory
@@ -50,7 +51,7 @@ class CarryingLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise MemoryStateError("past_key_values of memkit hold no keys that stock attention could read")
+        raise MemoryStateError(f"{CACHE} of memkit hold no keys that stock attention could read")
 
     def reset(self) -> None:
         self.memory, self.columns = None, 0
@@ -71,5 +72,5 @@ class CarryingLayer(CacheLayerMixin):
         if tokens_to_remove:
             raise MemoryStateError(
                 f"a memory cannot forget its newest tokens, asked to remove {abs(tokens_to_remove)}; "
-                "generate without assisted decoding, or copy.deepcopy past_key_values beforehand"
+                f"generate without assisted decoding, or copy.deepcopy {CACHE} beforehand"
             )

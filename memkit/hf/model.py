@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memkit.errors import InputError, MemoryStateError, ModelError
 from memkit.hf.cache import CarryingLayer
+from memkit.hf.names import CACHE, NAMES, take_cache
 from memkit.lm import MemoryLM, ModelMemory, ModelSpec
 
 __all__ = ["MemkitConfig", "MemkitForCausalLM"]
@@ -21,7 +22,7 @@ class MemkitConfig(PretrainedConfig):
     """A `ModelSpec` as plain data, beside what transformers wants to know (special ids, dtype, …)."""
 
     model_type = "memkit"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as transformers declares it)
+    keys_to_ignore_at_inference = list(NAMES)  # noqa: RUF012 (as transformers declares it)
 
     def __init__(self, spec: ModelSpec | dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any) -> None:
         """spec: the declaration; None only for transformers, which compares with a config of defaults."""
@@ -75,8 +76,8 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
     AutoModelForCausalLM.from_pretrained(folder)  # once memkit.hf is imported
     ```
 
-    A fresh one is initialised as `MemoryLM` is. `past_key_values` is a Cache whose one layer holds the `ModelMemory`;
-    it cannot be cropped, so assisted decoding is refused.
+    A fresh one is initialised as `MemoryLM` is. Its cache (`past_key_values`, from transformers 5.24 on
+    `cache`) is a Cache whose one layer holds the `ModelMemory`; it cannot be cropped, so assisted decoding is refused.
     """
 
     config_class = MemkitConfig
@@ -129,10 +130,12 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """input_ids [b, t] → logits [b, t, vocabulary] (0 at padding), past_key_values, and the loss of labels.
+        """input_ids [b, t] → logits [b, t, vocabulary] (0 at padding), the cache, and the loss of labels.
 
+        past_key_values, cache: the cache to go on with, by whichever name transformers has for it.
         attention_mask: over this call's tokens, or over all so far; 0 where there is no token, anywhere in a row. A
         row's tokens follow each other as if the others were not there, so padding on the left or right changes nothing.
         labels [b, t]: input_ids themselves, −100 where not to learn; next to padding nothing is learned either.
@@ -143,7 +146,8 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
         for name, given in others.items():
             if given is not None and given is not False:
                 raise InputError(f"a memkit model has no {name}; leave it out")
-        cache = self._cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
+        given = take_cache({"past_key_values": past_key_values, "cache": cache})
+        cache = self._own_cache(given, self.config.use_cache if use_cache is None else use_cache)
         memory = None if cache is None else cache.layers[0].memory
         before = 0 if cache is None else cache.layers[0].columns
         now = _present(attention_mask, input_ids, memory, before)
@@ -167,7 +171,7 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
                 labels[:, 1:] = labels[:, 1:].masked_fill(~now[:, :-1], -100)
             vocabulary = self.config.vocab_size
             loss = self.loss_function(logits, labels, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output
 
     def _read_present(self, ids: Tensor, memory: ModelMemory | None, now: Tensor) -> tuple[Tensor, ModelMemory]:
@@ -180,7 +184,8 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
         places = (now.cumsum(1) - 1).clamp(min=0)
         return x.gather(1, places[..., None].expand(-1, -1, x.shape[2])), memory
 
-    def _cache(self, given: Cache | None, wanted: bool) -> Cache | None:
+    # Not `_cache`: some releases of transformers keep a static cache in the model by that name.
+    def _own_cache(self, given: Cache | None, wanted: bool) -> Cache | None:
         """The cache to read into: the one given, made ours if it is new; None where none is kept."""
         if given is None:
             return Cache(layers=[ModelLayer()]) if wanted else None
@@ -188,8 +193,8 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
             return given
         if type(given) is not DynamicCache or given.offloading or given.get_seq_length():
             raise InputError(
-                f"past_key_values must be empty or from this model, got a {type(given).__name__} of "
-                f"{given.get_seq_length()} tokens; leave past_key_values and cache_implementation out"
+                f"{CACHE} must be empty or from this model, got a {type(given).__name__} of "
+                f"{given.get_seq_length()} tokens; leave {CACHE} and cache_implementation out"
             )
         # `generate` makes its empty cache before the first call: it becomes ours in place.
         given.layers = [ModelLayer()]

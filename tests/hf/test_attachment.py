@@ -19,6 +19,7 @@ from transformers import (
 import memkit
 from memkit import hf
 from memkit.errors import InputError, MemoryStateError, ModelError
+from memkit.hf.names import CACHE, NAMES, returned_cache
 from tests.hf.tiny import randomised, tiny_config
 
 # Shipped policies on chunks of 8, so that 90 tokens are many chunks.
@@ -44,8 +45,8 @@ def read(model, ids: torch.Tensor, *cuts: int, **kwargs) -> torch.Tensor:
     """Logits of all tokens, read in one call or cut into several."""
     cache, logits = None, []
     for begin, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
-        output = model(ids[:, begin:end], past_key_values=cache, use_cache=True, **kwargs)
-        cache = output.past_key_values
+        output = model(ids[:, begin:end], **{CACHE: cache}, use_cache=True, **kwargs)
+        cache = returned_cache(output)
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -151,8 +152,8 @@ def test_padded_rows_equal_rows_alone(tiny, ids, name):
                 read_so_far[row] += length
             masks.append(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
             mask = masks[-1] if call == 1 else torch.cat(masks, dim=1)  # of this call, or of all so far
-            output = tiny(part, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = tiny(part, attention_mask=mask.long(), **{CACHE: cache}, use_cache=True)
+            cache = returned_cache(output)
             for row, length in enumerate(lengths):
                 rows[row].append(output.logits[row, :length])
         for row, length in enumerate(read_so_far):
@@ -204,24 +205,24 @@ def test_generate_on_a_policy_is_greedy_decoding(tiny, ids, name):
         with torch.no_grad():
             again = tiny(generated.sequences[:, :-1]).logits[:, 89:].argmax(-1)
     assert torch.equal(generated.sequences[:, 90:], again)
-    assert [memory.seen.tolist() for memory in hf.memories(generated.past_key_values)] == [[109, 109]] * 2
+    assert [memory.seen.tolist() for memory in hf.memories(returned_cache(generated))] == [[109, 109]] * 2
 
 
 @torch.no_grad()
 def test_generate_continues_a_cache(tiny, ids):
     with hf.attach(tiny, small("free-kvm-sqrt")):
         expected = tiny.generate(ids, max_new_tokens=6, do_sample=False)
-        cache = tiny(ids[:, :70], use_cache=True).past_key_values
+        cache = returned_cache(tiny(ids[:, :70], use_cache=True))
         kept = copy.deepcopy(cache)
         for past in (cache, kept):
-            assert torch.equal(tiny.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=past), expected)
+            assert torch.equal(tiny.generate(ids, max_new_tokens=6, do_sample=False, **{CACHE: past}), expected)
 
 
 @torch.no_grad()
 def test_an_empty_cache_of_ones_own_is_filled(tiny, ids):
     with hf.attach(tiny, "full"):
         cache = DynamicCache()
-        parts = [tiny(part, past_key_values=cache).logits for part in ids.split(30, dim=1)]
+        parts = [tiny(part, **{CACHE: cache}).logits for part in ids.split(30, dim=1)]
         close(torch.cat(parts, dim=1), tiny(ids).logits)
         assert cache.get_seq_length() == 90
 
@@ -229,7 +230,7 @@ def test_an_empty_cache_of_ones_own_is_filled(tiny, ids):
 @torch.no_grad()
 def test_memory_is_shared_by_a_group_of_query_heads(tiny, ids):
     with hf.attach(tiny, small("free-kvm-fixed")):
-        memory = hf.memories(tiny(ids, use_cache=True).past_key_values)[0]
+        memory = hf.memories(returned_cache(tiny(ids, use_cache=True)))[0]
     assert memory.counts.shape == (2, 2, 12)  # two rows, two key/value heads of four query heads, twelve slots
 
 
@@ -271,14 +272,14 @@ def test_second_attach_is_refused_and_leaves_the_first(tiny, ids):
 
 def test_cache_is_of_no_use_outside_or_under_another_policy(tiny, ids):
     with hf.attach(tiny, small("free-kvm-sqrt")):
-        cache = tiny(ids, use_cache=True).past_key_values
+        cache = returned_cache(tiny(ids, use_cache=True))
     with pytest.raises(MemoryStateError, match=r"under policy free-kvm-sqrt.*inside memkit\.hf\.attach"):
-        tiny(ids, past_key_values=cache)
+        tiny(ids, **{CACHE: cache})
     with (
         hf.attach(tiny, "full"),
         pytest.raises(MemoryStateError, match="must be of the attached policy, full, got free-kvm-sqrt"),
     ):
-        tiny(ids, past_key_values=cache)
+        tiny(ids, **{CACHE: cache})
 
 
 def test_a_model_that_shares_the_config_is_refused(tiny, ids):
@@ -337,8 +338,8 @@ def four_dimensional_mask(model, ids):
 
 
 def mask_of_another_text(model, ids):
-    cache = model(ids, use_cache=True).past_key_values
-    model(ids[:, :1], attention_mask=torch.tensor([[0] + [1] * 90] * 2), past_key_values=cache)
+    cache = returned_cache(model(ids, use_cache=True))
+    model(ids[:, :1], attention_mask=torch.tensor([[0] + [1] * 90] * 2), **{CACHE: cache})
 
 
 def positions_of_ones_own(model, ids):
@@ -347,10 +348,6 @@ def positions_of_ones_own(model, ids):
 
 def stock_cache(model, ids):
     model.generate(ids, max_new_tokens=2, cache_implementation="static")
-
-
-def assisted(model, ids):
-    model.generate(ids[:1], max_new_tokens=8, prompt_lookup_num_tokens=2, do_sample=False)
 
 
 def weights_wanted(model, ids):
@@ -369,8 +366,7 @@ def bidirectional(model, ids):
         (four_dimensional_mask, r"attention_mask must cover.*\(2, 90\).*got \(2, 1, 90, 90\)"),
         (mask_of_another_text, r"must mark the tokens already read, \[90, 90\] per row, got \[89, 89\]"),
         (positions_of_ones_own, r"position_ids must count each row's tokens.*leave position_ids out"),
-        (stock_cache, r"got a StaticCache of 0 tokens; leave past_key_values and cache_implementation out"),
-        (assisted, r"cannot forget its newest tokens.*without assisted decoding"),
+        (stock_cache, rf"got a StaticCache of 0 tokens; leave {CACHE} and cache_implementation out"),
         (weights_wanted, "leave output_attentions out"),
         (bidirectional, "causal, got is_causal False"),
     ],
@@ -381,6 +377,28 @@ def test_calls_that_are_refused(tiny, ids, call, message):
     assert "\n" not in str(caught.value)
 
 
+def test_assisted_decoding_is_refused(tiny, ids):
+    # By transformers itself where it asks a cache beforehand, which came with 5.24.
+    message = r"cannot forget its newest tokens.*without assisted decoding|requires a cache that can be cropped"
+    with hf.attach(tiny, "full"), pytest.raises(ValueError, match=message):
+        tiny.generate(ids[:1], max_new_tokens=8, prompt_lookup_num_tokens=2, do_sample=False)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_the_cache_may_be_given_by_either_name(tiny, ids, name):
+    with hf.attach(tiny, small("free-kvm-sqrt")):
+        expected = tiny(ids).logits[:, 70:]
+        for model, head in ((tiny, lambda output: output.logits), (tiny.model, lambda x: tiny.lm_head(x[0]))):
+            cache = returned_cache(model(ids[:, :70], use_cache=True))
+            output = model(ids[:, 70:], **{name: cache})
+            close(head(output), expected)
+            assert returned_cache(output) is cache
+        with pytest.raises(InputError, match="one cache, got both cache and past_key_values; leave out past_key"):
+            tiny.model(ids, cache=cache, past_key_values=cache)
+
+
 def test_attention_dropout_is_refused_in_training(ids):
     model = LlamaForCausalLM(tiny_config(attention_dropout=0.1)).train()
     with hf.attach(model, "full"), pytest.raises(ModelError, match=r"must be 0 on a memory, got 0\.1"):
@@ -389,4 +407,4 @@ def test_attention_dropout_is_refused_in_training(ids):
 
 def test_memories_of_a_stock_cache_are_refused(tiny, ids):
     with pytest.raises(MemoryStateError, match="must be what an attached model returned"):
-        hf.memories(tiny(ids, use_cache=True).past_key_values)
+        hf.memories(returned_cache(tiny(ids, use_cache=True)))

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from memkit import InputError, MemoryStateError, ModelError, load_model
 from memkit.hf import MemkitConfig, MemkitForCausalLM
+from memkit.hf.names import CACHE, returned_cache
+from memkit.hf.names import NAMES as NAMES_OF_CACHE
 from memkit.lm import MemoryLM
 
 NAMES = ["tiny-kvm-rwkv7", "tiny-ovq", "tiny-full"]
@@ -59,13 +61,13 @@ def test_logits_are_the_models_own_however_split(wrapped):
     ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
     expected, _ = wrapped.model(ids)
     assert torch.equal(wrapped(ids).logits, expected)
-    assert wrapped(ids, use_cache=False).past_key_values is None
+    assert returned_cache(wrapped(ids, use_cache=False)) is None
     close(wrapped(ids, logits_to_keep=1).logits, expected[:, -1:])
     assert torch.equal(wrapped(ids, return_dict=False)[0], expected)
     cache, parts = None, []
     for part in ids.split([13, 1, 26], dim=1):
-        output = wrapped(part, past_key_values=cache)
-        cache = output.past_key_values
+        output = wrapped(part, **{CACHE: cache})
+        cache = returned_cache(output)
         parts.append(output.logits)
     close(torch.cat(parts, dim=1), expected)
     assert cache is not None
@@ -81,8 +83,8 @@ def test_padding_anywhere_changes_nothing(wrapped):
         batch = padded(left)
         first = wrapped(**batch)
         given = torch.cat((batch["attention_mask"], mask), dim=1)
-        cache = first.past_key_values
-        second = wrapped(following, attention_mask=given, past_key_values=cache)
+        cache = returned_cache(first)
+        second = wrapped(following, attention_mask=given, **{CACHE: cache})
         for row, prompt in enumerate(PROMPTS):
             expected = wrapped(torch.tensor([prompt + following[row][mask[row].bool()].tolist()])).logits[0]
             close(first.logits[row][batch["attention_mask"][row].bool()], expected[: len(prompt)])
@@ -121,11 +123,11 @@ def test_beams_are_those_of_reading_everything_anew(wrapped):
 def test_caches_are_continued_copied_and_filled(hybrid):
     ids = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
     expected = hybrid.generate(ids, max_new_tokens=6, do_sample=False)
-    cache = hybrid(ids[:, :20]).past_key_values
+    cache = returned_cache(hybrid(ids[:, :20]))
     for past in (copy.deepcopy(cache), cache):
-        assert torch.equal(hybrid.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=past), expected)
+        assert torch.equal(hybrid.generate(ids, max_new_tokens=6, do_sample=False, **{CACHE: past}), expected)
     empty = DynamicCache()
-    parts = [hybrid(part, past_key_values=empty).logits for part in ids.split(11, dim=1)]
+    parts = [hybrid(part, **{CACHE: empty}).logits for part in ids.split(11, dim=1)]
     close(torch.cat(parts, dim=1), hybrid(ids).logits)
 
 
@@ -143,6 +145,19 @@ def test_loss_and_gradients_are_the_models_own(wrapped):
         loss.backward()
         close(loss, expected)
         close(wrapped.model.embedding.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("name", NAMES_OF_CACHE)
+@torch.no_grad()
+def test_the_cache_may_be_given_by_either_name(hybrid, name):
+    ids = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
+    cache = returned_cache(hybrid(ids[:, :20]))
+    output = hybrid(ids[:, 20:], **{name: cache})
+    close(output.logits, hybrid(ids).logits[:, 20:])
+    assert returned_cache(output) is cache
+    assert output.keys() - set(hybrid.config.keys_to_ignore_at_inference) == {"logits"}
+    with pytest.raises(InputError, match="one cache, got both cache and past_key_values"):
+        hybrid(ids, cache=cache, past_key_values=cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,10 +219,12 @@ def test_what_is_refused(hybrid):
     with pytest.raises(InputError, match=r"attention_mask must cover.*\(1, 3\).*got \(1, 1, 3, 3\)"):
         hybrid(ids, attention_mask=torch.ones(1, 1, 3, 3))
     with pytest.raises(MemoryStateError, match=r"must mark the tokens already read, \[3\] per row, got \[2\]"):
-        hybrid(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), past_key_values=hybrid(ids).past_key_values)
+        hybrid(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), **{CACHE: returned_cache(hybrid(ids))})
     with pytest.raises(InputError, match="got a StaticCache"):
         hybrid.generate(ids, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(MemoryStateError, match="cannot forget its newest tokens"):
+    assert hybrid.generate(ids, max_new_tokens=2).shape == (1, 5)  # what transformers keeps of it is not in the way
+    # By transformers itself where it asks a cache beforehand, which came with 5.24.
+    with pytest.raises(ValueError, match=r"cannot forget its newest tokens|requires a cache that can be cropped"):
         hybrid.generate(ids, max_new_tokens=8, prompt_lookup_num_tokens=2, do_sample=False)
     with pytest.raises(ModelError, match="the vocabulary is declared, 256"):
         hybrid.resize_token_embeddings(300)
