@@ -6,9 +6,9 @@ Three seams that transformers and torch offer carry it, and nothing is patched:
   It has no mask function, so that no `[tokens, tokens]` mask is built;
 - a transformers `Cache` is a list of layers of any kind: ours hold one `Memory` each;
 - a forward pre-hook on the decoder puts such a cache in, turns the attention mask into lengths per row, sets the
-  positions, and hands the lot to every layer as one keyword argument.
+  positions, and hands the lot to every layer as one keyword argument. Forward hooks note when a call ran to its end.
 
-When the `with` block ends, hook and setting are gone; the function stays in the registry, where nothing else names it.
+When the `with` block ends, hooks and setting are gone; the function stays in the registry, where nothing else names it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.catalog import as_policy
 from memkit.engine import attend
 from memkit.errors import InputError, MemoryStateError, ModelError
-from memkit.hf.cache import CarryingLayer
+from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.pieces.rotary import Rotation
 
@@ -40,6 +40,8 @@ __all__ = ["attach", "check_policy", "memories"]
 
 NAME = "memkit"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# The keyword by which a model with a head hands its decoder a list; the decoder notes the cache of the call there.
+WAITING = "memkit_waiting"
 # Rotary frequencies that change with the length read: a key would be un-rotated by other angles than it was rotated by.
 MOVING_FREQUENCIES = ("dynamic", "longrope")
 
@@ -71,8 +73,13 @@ def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generat
     with ExitStack() as undo:
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(NAME)
-        for module, hook in ((model, _refuse_logits_of_padding), (model.base_model, attachment.before_decoder)):
-            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        decoder = model.base_model
+        for module, before, after in (
+            (model, _before_model, _after_model),
+            (decoder, attachment.before_decoder, attachment.after_decoder),
+        ):
+            undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         yield model
 
 
@@ -87,7 +94,7 @@ def check_policy(policy: Policy) -> None:
 
 def memories(past_key_values: Cache) -> list[Memory]:
     """Each layer's memory, first layer first, out of the cache that an attached model returned."""
-    layers = past_key_values.layers
+    layers = getattr(past_key_values, "layers", None)
     if not layers or not all(isinstance(layer, MemoryLayer) and layer.memory is not None for layer in layers):
         raise MemoryStateError(
             f"{CACHE} must be what an attached model returned, got {past_key_values}; "
@@ -109,6 +116,10 @@ class MemoryLayer(CarryingLayer):
         super().__init__()
         self.policy = policy
 
+    @property
+    def memories(self) -> list[Memory]:
+        return [] if self.memory is None else [self.memory]
+
     def __repr__(self) -> str:
         return f"MemoryLayer({self.memory if self.memory is not None else self.policy})"
 
@@ -122,12 +133,16 @@ class MemoryLayer(CarryingLayer):
 
 @dataclass(frozen=True)
 class _Call:
-    """What one forward call of the decoder tells its attention layers."""
+    """What one forward call of the decoder tells its attention layers.
+
+    waiting: where to note the cache once the decoder has run, if a head is to run after it.
+    """
 
     policy: Policy
     rotation: Rotation | None
     cache: Cache | None
     lengths: Tensor | None
+    waiting: list[Cache] | None
 
 
 def _attention(
@@ -161,7 +176,7 @@ def _attention(
         lengths=call.lengths,
     )
     if layer is not None:
-        layer.memory = memory
+        layer.memory, layer.columns = memory, layer.columns + query.shape[2]
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -202,44 +217,65 @@ class _Attachment:
         tokens = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         rows, columns = tokens.shape[:2]
 
-        cache = self.cache(decoder, take_cache(arguments), arguments.get("use_cache"))
-        seen = torch.zeros(rows, dtype=torch.long, device=tokens.device)
-        before = 0
-        if cache is not None and cache.layers[0].memory is not None:
-            seen, before = cache.layers[0].memory.seen, cache.layers[0].columns
+        given, layers = take_cache(arguments), None
+        waiting = arguments.pop(WAITING, None)
+        if given is not None:
+            layers = self.layers_of(given)
+        seen, before = torch.zeros(rows, dtype=torch.long, device=tokens.device), 0
+        if layers is not None and layers[0].memory is not None:
+            seen, before = layers[0].memory.seen.to(tokens.device), layers[0].columns
+            if len(seen) != rows:
+                raise InputError(
+                    f"a call must have the rows of its {CACHE}, {len(seen)}, got {rows}; select or repeat the cache's "
+                    "rows with its batch_select_indices or batch_repeat_interleave"
+                )
         lengths = _lengths(arguments.pop("attention_mask", None), rows, columns, seen, before)
         positions = seen[:, None] + torch.arange(columns, device=seen.device)
         _check_positions(arguments.get("position_ids"), positions, lengths)
         arguments["position_ids"] = positions
-        arguments[self.cache_name] = cache
-        arguments["memkit_call"] = _Call(self.policy, self.rotation, cache, lengths)
-        return (), arguments
 
-    def cache(self, decoder: Any, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache to read into: the one given, filled with memory layers if it is new; None where none is kept."""
-        if decoder.gradient_checkpointing and decoder.training:
+        cache = given
+        if decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled():
             if given is not None:
                 raise InputError(f"gradient checkpointing runs layers twice; leave {CACHE} out while training")
+            arguments["use_cache"] = False
+        elif given is None:
+            wanted = arguments.get("use_cache")
+            if decoder.config.use_cache if wanted is None else wanted:
+                cache = Cache(layers=self.memory_layers())
+        elif layers is None:
+            given.layers = self.memory_layers()  # only now that nothing is refused any more
+        arguments[self.cache_name] = cache
+        arguments["memkit_call"] = _Call(self.policy, self.rotation, cache, lengths, waiting)
+        return (), arguments
+
+    def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        """The decoder ran to its end. So did the call, unless a head is still to come."""
+        call = kwargs["memkit_call"]
+        if call.cache is None:
+            return
+        if call.waiting is None:
+            mark_complete(call.cache.layers)
+        else:
+            call.waiting.append(call.cache)
+
+    def layers_of(self, given: Any) -> list[MemoryLayer] | None:
+        """The layers of the cache given, checked; None where it is empty."""
+        layers = layers_of(given, MemoryLayer, "this attached model")
+        if layers is None:
             return None
-        if given is None:
-            keeps = decoder.config.use_cache if use_cache is None else use_cache
-            return Cache(layers=self.memory_layers()) if keeps else None
-        if given.layers and all(isinstance(layer, MemoryLayer) for layer in given.layers):
-            other = given.layers[0].policy
-            if other.spec != self.policy.spec:
-                raise MemoryStateError(
-                    f"{CACHE} must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
-                    f"start without {CACHE}"
-                )
-            return given
-        if type(given) is not DynamicCache or given.offloading or given.get_seq_length():
-            raise InputError(
-                f"{CACHE} must be empty or from this attached model, got a {type(given).__name__} of "
-                f"{given.get_seq_length()} tokens; leave {CACHE} and cache_implementation out"
+        other = layers[0].policy
+        if other.spec != self.policy.spec:
+            raise MemoryStateError(
+                f"{CACHE} must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
+                f"start without {CACHE}"
             )
-        # `generate` makes its empty cache before the first call, and a user may keep one: it becomes ours in place.
-        given.layers = self.memory_layers()
-        return given
+        if len(layers) != self.layers:
+            raise MemoryStateError(
+                f"{CACHE} must be of a model of {self.layers} layers, got {len(layers)}; start without {CACHE}"
+            )
+        check_whole(layers)
+        return layers
 
     def memory_layers(self) -> list[Any]:
         return [MemoryLayer(self.policy) for _ in range(self.layers)]
@@ -303,11 +339,22 @@ def _check_positions(given: Tensor | None, positions: Tensor, lengths: Tensor | 
         )
 
 
-def _refuse_logits_of_padding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """`generate` keeps the last column's logits alone; for a padded row they predict nothing."""
+def _before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Before a decoder that has a head."""
+    # `generate` keeps the last column's logits alone; for a padded row they predict nothing.
     keep, mask = kwargs.get("logits_to_keep"), kwargs.get("attention_mask")
     if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
         raise InputError(
             f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in row "
             f"{int((mask[:, -1] == 0).nonzero()[0])}; generate rows of equal length, or one at a time"
         )
+    # Keyword arguments that a head does not know it hands to the decoder, and to the loss, where there is one.
+    if model.base_model is not model and kwargs.get("labels") is None:
+        return args, kwargs | {WAITING: []}
+    return None
+
+
+def _after_model(_model: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+    """The head ran to its end: the caller has the result, and what was read counts."""
+    for cache in kwargs.get(WAITING, ()):
+        mark_complete(cache.layers)

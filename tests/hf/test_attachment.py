@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    EncoderDecoderCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -14,7 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StaticCache,
 )
+from transformers.cache_utils import Cache
 
 import memkit
 from memkit import hf
@@ -408,3 +411,205 @@ def test_attention_dropout_is_refused_in_training(ids):
 def test_memories_of_a_stock_cache_are_refused(tiny, ids):
     with pytest.raises(MemoryStateError, match="must be what an attached model returned"):
         hf.memories(returned_cache(tiny(ids, use_cache=True)))
+
+
+# An interrupted call, a wrong cache, a refused call
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(*_):
+    raise Interrupted
+
+
+def interrupted_at(module: torch.nn.Module, call) -> None:
+    hook = module.register_forward_pre_hook(interrupt)
+    with pytest.raises(Interrupted):
+        call()
+    hook.remove()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("place", ["model.layers.1", "model.layers.1.mlp", "model.norm", "lm_head"])
+@pytest.mark.parametrize("name", ["full", "free-kvm-sqrt"])
+def test_a_call_that_was_interrupted_is_no_call_to_continue(tiny, ids, name, place, gradients, tokens):
+    with torch.set_grad_enabled(gradients), hf.attach(tiny, small(name)):
+        cache = returned_cache(tiny(ids[:, :60], use_cache=True))
+        part = ids[:, 60 : 60 + tokens]
+        interrupted_at(tiny.get_submodule(place), lambda: tiny(part, **{CACHE: cache}))
+        for attempt in (tiny, tiny.model):
+            with pytest.raises(MemoryStateError, match=r"was interrupted.*60 of them.*copy\.deepcopy") as caught:
+                attempt(part, **{CACHE: cache})
+            assert "\n" not in str(caught.value)
+        cache.reset()
+        close(tiny(ids, **{CACHE: cache}).logits, tiny(ids).logits)
+
+
+@pytest.mark.parametrize("place", ["model", "model.layers.0", "lm_head"])
+@torch.no_grad()
+def test_a_call_that_was_interrupted_before_anything_was_read_may_be_repeated(tiny, ids, place):
+    with hf.attach(tiny, small("free-kvm-sqrt")):
+        if place == "lm_head":  # nor is a first call's cache of any harm: it is never returned
+            interrupted_at(tiny.lm_head, lambda: tiny(ids))
+            return
+        expected = tiny(ids).logits[:, 60:]
+        for cache in (returned_cache(tiny(ids[:, :60], use_cache=True)), DynamicCache()):
+            part = ids[:, 60:] if cache.get_seq_length() else ids
+            interrupted_at(tiny.get_submodule(place), lambda part=part, cache=cache: tiny(part, **{CACHE: cache}))
+            with pytest.raises(IndexError, match="out of range"):
+                tiny(part + 211, **{CACHE: cache})
+            close(tiny(part, **{CACHE: cache}).logits[:, -30:], expected)
+
+
+@torch.no_grad()
+def test_a_bare_decoder_inside_a_model_completes_its_call(tiny, ids):
+    with hf.attach(tiny, small("free-kvm-sqrt")):
+        cache = DynamicCache()
+        parts = [tiny.model(part, **{CACHE: cache}).last_hidden_state for part in ids.split(30, dim=1)]
+        close(tiny.lm_head(torch.cat(parts, dim=1)), tiny(ids).logits)
+        with_labels = tiny(ids[:, :40], labels=ids[:, :40], use_cache=True)
+        close(tiny(ids[:, 40:], **{CACHE: returned_cache(with_labels)}).logits, tiny(ids).logits[:, 40:])
+
+
+@pytest.mark.parametrize(
+    ("past", "message"),
+    [
+        ((), "a transformers Cache, got a tuple; leave it out to start"),
+        (((torch.zeros(1), torch.zeros(1)),) * 2, "a transformers Cache, got a tuple"),
+        ([], "a transformers Cache, got a list"),
+        ("cache", "a transformers Cache, got a str"),
+        (
+            EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            "empty or from .*, got a EncoderDecoderCache of 0 tokens",
+        ),
+        (StaticCache(tiny_config(), max_cache_len=100), "empty or from .*, got a StaticCache of 0 tokens"),
+        (DynamicCache([(torch.zeros(2, 2, 5, 8),) * 2] * 2), "empty or from .*, got a DynamicCache of 5 tokens"),
+    ],
+)
+@torch.no_grad()
+def test_what_is_no_cache_of_ours_is_refused_in_one_line(tiny, ids, past, message):
+    with hf.attach(tiny, "full"):
+        for model in (tiny, tiny.model):
+            with pytest.raises(InputError, match=f"{CACHE} must be {message}") as caught:
+                model(ids, **{CACHE: past})
+            assert "\n" not in str(caught.value)
+    with pytest.raises(MemoryStateError, match=f"{CACHE} must be what an attached model returned"):
+        hf.memories(past)
+
+
+@torch.no_grad()
+def test_an_empty_cache_is_filled_whatever_it_was_made_for(tiny, ids):
+    with hf.attach(tiny, small("free-kvm-sqrt")):
+        for cache in (Cache(layers=[]), DynamicCache(config=tiny.config), DynamicCache(config=tiny_config())):
+            parts = [tiny(part, **{CACHE: cache}).logits for part in ids.split(50, dim=1)]
+            close(torch.cat(parts, dim=1), tiny(ids).logits)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused_and_stays_usable(tiny, ids):
+    deeper = randomised(LlamaForCausalLM(tiny_config(num_hidden_layers=3)))
+    wider = randomised(LlamaForCausalLM(tiny_config(head_dim=12)))
+    spec = small("free-kvm-sqrt")
+    with hf.attach(tiny, spec), hf.attach(deeper, spec), hf.attach(wider, spec):
+        cache = returned_cache(tiny(ids[:, :60], use_cache=True))
+        with pytest.raises(MemoryStateError, match="must be of a model of 3 layers, got 2"):
+            deeper(ids[:, 60:], **{CACHE: cache})
+        with pytest.raises((InputError, MemoryStateError)) as caught:
+            wider(ids[:, 60:], **{CACHE: cache})
+        assert "\n" not in str(caught.value)
+        close(tiny(ids[:, 60:], **{CACHE: cache}).logits, tiny(ids).logits[:, 60:])
+
+
+def another_number_of_rows(model, ids, cache):
+    model(ids[:1], **{CACHE: cache})
+
+
+def more_rows(model, ids, cache):
+    model(ids.repeat(2, 1), **{CACHE: cache})
+
+
+def padding_on_the_left(model, ids, cache):
+    model(ids, attention_mask=torch.tensor([[1] * 9, [0] * 3 + [1] * 6]), **{CACHE: cache})
+
+
+def mask_of_another_length(model, ids, cache):
+    model(ids, attention_mask=torch.ones(2, 40), **{CACHE: cache})
+
+
+def wrong_positions(model, ids, cache):
+    model(ids, position_ids=torch.arange(9)[None], **{CACHE: cache})
+
+
+def in_training_with_checkpoints(model, ids, cache):
+    model.train()
+    model.gradient_checkpointing_enable()
+    try:
+        with torch.enable_grad():
+            model(ids, **{CACHE: cache})
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+
+
+def with_dropout(model, ids, cache):
+    model.train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    try:
+        model(ids, **{CACHE: cache})
+    finally:
+        model.eval()
+
+
+def last_column_of_padding(model, ids, cache):
+    model(ids, attention_mask=torch.tensor([[1] * 9, [1] * 8 + [0]]), logits_to_keep=1, **{CACHE: cache})
+
+
+def attention_weights(model, ids, cache):
+    model(ids, output_attentions=True, **{CACHE: cache})
+
+
+def shorter_again(model, ids, cache):
+    cache.crop(-1)
+
+
+REFUSED_OF_EMPTY = [
+    padding_on_the_left,
+    mask_of_another_length,
+    in_training_with_checkpoints,
+    with_dropout,
+    last_column_of_padding,
+    attention_weights,
+]
+REFUSED = [*REFUSED_OF_EMPTY, another_number_of_rows, more_rows, wrong_positions, shorter_again]
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("call", "filled"), [(call, True) for call in REFUSED] + [(call, False) for call in REFUSED_OF_EMPTY]
+)
+@torch.no_grad()
+def test_what_is_refused_leaves_the_given_cache_usable(tiny, ids, call, filled):
+    with hf.attach(tiny, small("free-kvm-sqrt")):
+        read = 60 if filled else 0
+        cache = returned_cache(tiny(ids[:, :60], use_cache=True)) if filled else DynamicCache()
+        with pytest.raises((InputError, MemoryStateError, ModelError)) as caught:
+            call(tiny, ids[:, read : read + 9], cache)
+        assert "\n" not in str(caught.value)
+        close(tiny(ids[:, read:], **{CACHE: cache}).logits, tiny(ids).logits[:, read:])
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+@torch.no_grad()
+def test_without_gradients_checkpointing_keeps_the_cache(tiny, ids):
+    tiny.train()
+    tiny.gradient_checkpointing_enable()
+    with hf.attach(tiny, small("free-kvm-sqrt")):
+        expected = tiny.eval()(ids).logits
+        tiny.train()
+        close(read(tiny, ids, 40, 60), expected)
+        generated = tiny.generate(ids, max_new_tokens=5, do_sample=False)
+        assert torch.equal(generated, tiny.eval().generate(ids, max_new_tokens=5, do_sample=False))
