@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.catalog import as_policy
 from memkit.engine import attend
+from memkit.engine.autocast import autocasts
 from memkit.errors import InputError, MemoryStateError, ModelError
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
 from memkit.hf.names import CACHE, cache_argument, take_cache
@@ -164,6 +165,10 @@ def _attention(
     if dropout:
         raise ModelError(f"attention dropout must be 0 on a memory, got {dropout}; set config.attention_dropout to 0")
     call = memkit_call
+    if autocasts(query.device):
+        # As PyTorch's own attention does: rotation made queries and keys float32, while values are of autocast's dtype.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     output, memory = attend(
         call.policy,

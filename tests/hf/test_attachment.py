@@ -613,3 +613,29 @@ def test_without_gradients_checkpointing_keeps_the_cache(tiny, ids):
         close(read(tiny, ids, 40, 60), expected)
         generated = tiny.generate(ids, max_new_tokens=5, do_sample=False)
         assert torch.equal(generated, tiny.eval().generate(ids, max_new_tokens=5, do_sample=False))
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("name", ["full", "free-kvm-sqrt"])
+def test_autocast_is_as_the_untouched_models(tiny, ids, name):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = tiny(ids).logits
+        with hf.attach(tiny, small(name)):
+            first = tiny(ids[:, :60], use_cache=True)
+            cache = returned_cache(first)
+            parts = [first.logits] + [tiny(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(60, 90)]
+    found = torch.cat(parts, dim=1)
+    assert hf.memories(cache)[0].keys.dtype == torch.bfloat16
+    assert found.dtype == stock.dtype
+    with hf.attach(tiny, small(name)):
+        exact = tiny(ids).logits
+    # The error of either against float32, typical and relative to the largest logit: both of bfloat16's 8 bits.
+    scale = exact.abs().max()
+    allowed = 4 * torch.finfo(torch.bfloat16).eps * scale
+    assert (found.float() - exact).abs().median() < allowed
+    if name == "full":
+        assert (found.float() - stock.float()).abs().median() < allowed
+    found.float().square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in tiny.parameters() if parameter.grad is not None)
