@@ -17,6 +17,7 @@ from memkit.engine.validation import Lengths
 from memkit.errors import InputError, shown
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
+from memkit.pieces.needs import Need
 from memkit.pieces.registry import Spec
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
@@ -168,13 +169,13 @@ class MemoryAttention(nn.Module):
                 raise InputError(f"rotary must be a RotaryEmbeddingSpec or a dict of its fields, got {shown(rotary)}")
             rotary = RotaryEmbeddingSpec(**(rotary or {}))
         self.rotary = rotary.build(self.head_width)
-        if self.policy.needs_rotation and self.rotary.rotation is None:
+        if Need.ROTATION in self.policy.needs and self.rotary.rotation is None:
             raise InputError(
                 f"rotary {self.policy.spec.rotary.kind} un-rotates keys, but this layer rotates none (rotary.width 0); "
                 "use a policy with rotary: {kind: keep}"
             )
         self.learned = PolicyParameters(self.policy, heads, self.head_width)
-        weighed = self.policy.merging.learned and not self.policy.exact_slots
+        weighed = Need.MERGE_WEIGHTS in self.policy.needs
         self.gate = nn.Linear(width, self.kv_heads, bias=False) if weighed else None
 
     def forward(self, x: Tensor, memory: Memory | None = None, lengths: Lengths | None = None) -> tuple[Tensor, Memory]:
@@ -208,7 +209,8 @@ class MemoryAttention(nn.Module):
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         weights = None
         if self.gate is not None:
-            weights = (1 + elu(self.gate(x).float())).transpose(1, 2)
+            gate = self.gate(x)
+            weights = (1 + elu(gate.to(torch.promote_types(gate.dtype, torch.float32)))).transpose(1, 2)
         output, memory = attend(
             self.policy,
             queries,
@@ -216,7 +218,7 @@ class MemoryAttention(nn.Module):
             values,
             weights=weights,
             parameters=self.learned,
-            rotation=self.rotary.rotation if self.policy.needs_rotation else None,
+            rotation=self.rotary.rotation if Need.ROTATION in self.policy.needs else None,
             scale=scale,
             memory=memory,
             lengths=lengths,

@@ -28,6 +28,7 @@ from memkit.costing import cost
 from memkit.engine import attend
 from memkit.errors import InputError
 from memkit.parameters import PolicyParameters
+from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
 from memkit.whole import MOST, SEEDS, whole_number
@@ -289,9 +290,9 @@ def _task(policy: Policy, shape: _Shape, tokens: int, mode: Mode) -> Callable[[]
 
 def _extras(policy: Policy, shape: _Shape, tokens: int) -> dict[str, Any]:
     """What the policy needs besides queries, keys and values."""
-    learned = policy.merging.learned and not policy.exact_slots
+    learned = Need.MERGE_WEIGHTS in policy.needs
     rotation = None
-    if policy.needs_rotation:
+    if Need.ROTATION in policy.needs:
         rotation = Rotation("half-split", shape.width, 1 / torch.logspace(0, 4, shape.width // 2, dtype=torch.float64))
     return {
         "weights": torch.rand(shape.rows, shape.kv_heads, tokens) + 0.5 if learned else None,

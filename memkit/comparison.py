@@ -226,6 +226,7 @@ def _measure(
 ) -> tuple[Measurement, Tensor]:
     """Read `ids` [1, n], then decode. The second result is the loss at each scored position, float64 [n − skip]."""
     from memkit import hf
+    from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
     head = model.get_output_embeddings()
@@ -240,9 +241,9 @@ def _measure(
         for begin in range(0, tokens, SEGMENT):
             part = ids[:, begin : begin + SEGMENT]
             start = _now(ids.device)
-            output = model.base_model(part, past_key_values=cache, use_cache=True)
+            output = model.base_model(part, use_cache=True, **with_cache(model.base_model, cache))
             seconds += _now(ids.device) - start
-            cache, hidden = output.past_key_values, output.last_hidden_state[0]
+            cache, hidden = returned_cache(output), output.last_hidden_state[0]
             first = max(0, skip - 1 - begin)  # the state of token i predicts token i + 1
             losses += _losses(head, hidden[first:], ids[0, begin + first + 1 : begin + part.shape[1] + 1])
             progress(label, begin + part.shape[1], tokens + decoded)
@@ -252,7 +253,7 @@ def _measure(
         token = head(hidden[-1]).argmax().view(1, 1)
         for step in range(decoded):
             start = _now(ids.device)
-            logits = model(token, past_key_values=cache, use_cache=True).logits
+            logits = model(token, use_cache=True, **with_cache(model, cache)).logits
             times.append(_now(ids.device) - start)
             token = logits[:, -1:].argmax(-1)
             progress(label, tokens + step + 1, tokens + decoded)

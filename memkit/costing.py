@@ -16,6 +16,7 @@ from memkit.catalog import as_policy
 from memkit.engine.timeline import window_room
 from memkit.engine.validation import DTYPES
 from memkit.errors import InputError, shown
+from memkit.pieces.needs import Need
 from memkit.policy import Policy, PolicySpec
 from memkit.whole import MOST, whole_number
 
@@ -279,10 +280,10 @@ def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
     heads = shape.layers * shape.rows * shape.kv_heads
     slots = heads * policy.slots_after(tokens) * per_slot
 
-    room = window_room(policy, tokens)
-    weighs = policy.merging.learned and not policy.exact_slots
+    room = window_room(policy, tokens - int(policy.window.begin(tokens - 1)))
+    weighs = Need.MERGE_WEIGHTS in policy.needs
     window = heads * room * (width + weighs) * dtype.itemsize
-    if policy.needs_rotation:  # positions of the window's tokens, and the next one
+    if Need.ROTATION in policy.needs:  # positions of the window's tokens, and the next one
         window += shape.layers * shape.rows * (room + 1) * FLOAT64_BYTES
     return slots, window
 

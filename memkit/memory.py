@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ class Memory:
       keys [b, g, cap, d], values [b, g, cap, v] in the inputs' dtype; weights [b, g, cap] where weights are learned;
       positions [b, cap] float64 where the policy un-rotates.
     seen_rows [b]: tokens of each row so far; next_positions [b]: where positions continue.
+
+    taken: a later call has taken this memory over; written: the call that is about to has begun to change it; lost: the
+    error with which such a call failed.
+
+    A memory belongs to one thread at a time; memories never share anything, so that threads may each use their own.
+    `pickle`, `copy`, `torch.save` and processes get a copy, as of `fork()` (without history where it is written out).
     """
 
     policy: Policy
@@ -92,6 +99,8 @@ class Memory:
     ready: Ready | None = None
     side_by_side: SideBySide | None = None
     taken: bool = False
+    written: bool = False
+    lost: str | None = None
 
     # What a caller asks
 
@@ -118,12 +127,8 @@ class Memory:
     @property
     def bytes(self) -> int:
         """Bytes of all tensors held, room kept for growth and decoding's working copy included."""
-        tensors = list(self._tensors().values())
-        for copy in (self.ready, self.side_by_side):
-            parts = () if copy is None else vars(copy).values()
-            tensors += [part for part in parts if isinstance(part, Tensor)]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values())
+        storages = [tensor.untyped_storage() for tensor in self._every_tensor()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
     def live_rows(self) -> np.ndarray:
@@ -157,14 +162,14 @@ class Memory:
         return self._mapped(torch.Tensor.clone)
 
     def detach(self) -> Memory:
-        """The same memory without its history: gradients stop here."""
+        """A copy without its history: gradients stop here. Shares nothing with this memory, as a fork does."""
         self.check_usable()
-        return self._mapped(torch.Tensor.detach)
+        return self._mapped(lambda tensor: tensor.detach().clone())
 
     def to(self, device: torch.device | str) -> Memory:
-        """The memory on another device."""
+        """A copy on a device, be it the same one. Shares nothing with this memory, as a fork does."""
         self.check_usable()
-        return self._mapped(lambda tensor: tensor.to(device))
+        return self._mapped(lambda tensor: tensor.to(device, copy=True))
 
     def reorder(self, rows: Tensor | list[int]) -> Memory:
         """A memory whose row i is this one's row rows[i]; rows may repeat (beam search) or be left out."""
@@ -192,11 +197,45 @@ class Memory:
         tensors: dict[str, Any] = {**optional, **found.tensors}
         return cls(policy=found.spec.build(), seen_rows=tensors.pop("seen").numpy(), end=found.end, **tensors)
 
+    def __copy__(self) -> Memory:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        return self.fork()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without history, and without working copies, whose views of one storage pickle would part."""
+        return dict(vars(self.detach()))
+
     # What the engine asks
+
+    @contextmanager
+    def taken_over(self) -> Generator[None]:
+        """In the `with` block a call updates this memory in place, and afterwards the memory it returns goes on.
+
+        Where the call fails, this memory is as it was if nothing was written yet, and lost otherwise.
+        """
+        self.taken = True
+        try:
+            yield
+        except BaseException as error:
+            self.call_failed(error)
+            raise
+
+    def call_failed(self, error: BaseException) -> None:
+        """A call that was to take this memory over has failed."""
+        self.taken = False
+        if self.written:
+            self.lost = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it was made in inference mode, and this is outside: then nothing may be written into it."""
+        return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self._every_tensor())
 
     def one_token_later(self, next_positions: Tensor | None) -> Memory:
         """The memory after one more token in every row, once that stands behind the window. This one is taken over."""
-        self.taken = True
+        self.taken, self.written = True, False
         after = object.__new__(Memory)  # a third of what dataclasses.replace takes
         after.__dict__.update(self.__dict__)
         after.seen_rows, after.end, after.next_positions = self.seen_rows + 1, self.end + 1, next_positions
@@ -205,6 +244,11 @@ class Memory:
 
     def check_usable(self) -> None:
         """Raise where a later call has taken this memory over."""
+        if self.lost is not None:
+            raise MemoryStateError(
+                f"this memory is lost: a call failed while it was changing it ({self.lost}); "
+                "start again with memory=None, or fork() before a call that may fail"
+            )
         if self.taken:
             raise MemoryStateError(
                 "this memory was taken over by a later call, which updated it in place; "
@@ -227,16 +271,27 @@ class Memory:
         names = ("keys", "values", "weights", "positions", "next_positions", "sums", "scalars")
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
+    def _every_tensor(self) -> list[Tensor]:
+        """All tensors held, working copies included."""
+        found = list(self._tensors().values())
+        for copy in (self.ready, self.side_by_side):
+            parts = () if copy is None else vars(copy).values()
+            found += [part for part in parts if isinstance(part, Tensor)]
+        if self.side_by_side is not None and self.side_by_side.sinks is not None:
+            found += self.side_by_side.sinks
+        return found
+
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Memory:
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **changed, seen_rows=self.seen_rows.copy(), ready=None, side_by_side=None)
+        same = {"seen_rows": self.seen_rows.copy(), "ready": None, "side_by_side": None, "written": False}
+        return dataclasses.replace(self, **changed, **same)
 
     def __repr__(self) -> str:
         rows, heads = self.keys.shape[:2]
         return (
             f"Memory({_named(self.policy.spec)}, {rows} rows × {heads} heads, seen {self.seen_rows.tolist()}, "
             f"window {self.held_rows.tolist()}, slots {self.live_rows.tolist()}, {self.bytes:,} bytes"
-            f"{', taken over' if self.taken else ''})"
+            f"{', lost' if self.lost else ', taken over' if self.taken else ''})"
         )
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memkit.errors import MemoryStateError, PolicyError, short, shown
+from memkit.pieces.needs import Need
 from memkit.pieces.registry import SpecError
 from memkit.policy import Policy, PolicySpec
 from memkit.yaml12 import load
@@ -134,7 +135,7 @@ def _wrong_shapes(policy: Policy, tensors: dict[str, Tensor]) -> str | None:
         return f"keys must be float32, float64, bfloat16 or float16, got {keys.dtype}"
     value_width, slots = tensors["values"].shape[-1], tensors["sums"].shape[2]
     wide = torch.promote_types(keys.dtype, torch.float32)
-    weighs, rotates = policy.merging.learned and not policy.exact_slots, policy.needs_rotation
+    weighs, rotates = Need.MERGE_WEIGHTS in policy.needs, policy.needs_rotation
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "keys": ((rows, heads, room, width), keys.dtype),
         "values": ((rows, heads, room, value_width), keys.dtype),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memkit.catalog import as_policy
+from memkit.pieces.needs import Need
 from memkit.policy import Policy, PolicySpec
 from memkit.whole import MOST, whole_number
 
@@ -19,6 +20,11 @@ class PolicyParameters(nn.Module):
 
     key_norm_weight, key_norm_bias [d]: the memory-key LayerNorm, shared by all heads (1 and 0 at first);
     temperature_window, temperature_memory [h]: factors on the queries (1 at first).
+
+    A memory that decodes keeps a copy of its slots as these tensors read them, and reads them anew when one has
+    changed: by an optimiser, by `load_state_dict`, by any change in place under `torch.no_grad()`. A change through
+    `.data` or a NumPy view is one that PyTorch does not count, and is not seen until the next chunk leaves the window;
+    after such a change go on with `memory.fork()`, which has no such copy.
     """
 
     key_norm_weight: nn.Parameter | None
@@ -30,12 +36,12 @@ class PolicyParameters(nn.Module):
         super().__init__()
         policy = as_policy(policy)
         heads, head_width = whole_number("heads", heads, 1, MOST), whole_number("head_width", head_width, 1, MOST)
-        norm = policy.readout.layer_norm and not policy.exact_slots
+        norm = Need.KEY_NORM in policy.needs
         self.key_norm_weight = nn.Parameter(torch.ones(head_width)) if norm else None
         self.key_norm_bias = nn.Parameter(torch.zeros(head_width)) if norm else None
-        heated = policy.readout.spec.temperatures
-        self.temperature_window = nn.Parameter(torch.ones(heads)) if heated else None
-        self.temperature_memory = nn.Parameter(torch.ones(heads)) if heated and not policy.exact_slots else None
+        scaled = Need.QUERY_SCALES in policy.needs
+        self.temperature_window = nn.Parameter(torch.ones(heads)) if scaled else None
+        self.temperature_memory = nn.Parameter(torch.ones(heads)) if scaled and not policy.exact_slots else None
 
     @property
     def key_norm(self) -> tuple[Tensor, Tensor] | None:

@@ -6,7 +6,8 @@ Rules that span several pieces are checked here, before any tensor exists.
 from __future__ import annotations
 
 import functools
-from typing import Annotated
+import threading
+from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -14,6 +15,7 @@ from memkit.pieces.admission import AdmissionSpec, NoAdmissionSpec, NoveltySpec
 from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
 from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
 from memkit.pieces.merging import MeanSpec, Merging, MergingSpec
+from memkit.pieces.needs import Need
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import AnyOf, Spec
 from memkit.pieces.rotary import KeepSpec, RotarySpec
@@ -25,6 +27,8 @@ __all__ = ["Policy", "PolicySpec"]
 
 MOST_SINKS = 2**20
 """Sinks there may be: under a sliding window each of them is a step of its own."""
+
+_BUILDING = threading.RLock()
 
 
 class PolicySpec(Spec):
@@ -84,10 +88,19 @@ class PolicySpec(Spec):
         return dump(self.model_dump(mode="json"))
 
     def build(self) -> Policy:
-        """The pieces, put together (once)."""
-        if self._policy is None or self._policy.spec is not self:  # a changed copy takes private attributes along
-            self._policy = Policy(self)
-        return self._policy
+        """The pieces, put together (once, whatever the threads)."""
+        policy = self._policy
+        if policy is None or policy.spec is not self:  # a changed copy takes private attributes along
+            with _BUILDING:
+                policy = self._policy
+                if policy is None or policy.spec is not self:
+                    policy = self._policy = Policy(self)
+        return policy
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """For pickle: the declaration and its name, without what was built of it."""
+        state = super().__getstate__()
+        return {**state, "__pydantic_private__": {"_name": self._name, "_policy": None}}
 
     def _repr_html_(self) -> str:
         return f"<b>{self.name or 'policy'}</b><pre>{self.to_yaml()}</pre>"
@@ -138,9 +151,8 @@ def _joining(spec: PolicySpec) -> None:
         return
     policy = Policy(spec)
     # Chunks of sinks alone found whole; the budget then decides about the first chunk that has another token.
-    begin = spec.sinks // policy.chunk * policy.chunk
-    first_whole = begin == 0 and spec.growth.first_chunk == "whole"
-    slots = begin + (policy.chunk if first_whole else min(policy.chunk, policy.budget(begin) - begin))
+    index = spec.sinks // policy.chunk
+    slots = policy._slots_after_next(index, index * policy.chunk)
     if slots <= spec.sinks:
         raise ValueError(
             f"growth: a budget that can equal its sinks needs merging drop, for a token would have no slot to join; "
@@ -181,7 +193,7 @@ def _radius(spec: PolicySpec) -> None:
 
 
 class Policy:
-    """A policy's pieces, and what follows from them alone.
+    """A policy's pieces, and what follows from them alone. Never changes, so that threads and copies may share it.
 
     chunk: tokens that leave together (0 where nothing leaves); columns: the numbers a slot keeps besides its sums;
     exact_slots: slots are sinks and nothing else, read as plain tokens (growth none).
@@ -200,7 +212,19 @@ class Policy:
         self.rotary = spec.rotary.build()
         self.chunk = self.window.unit or 0
         self.exact_slots = self.growth is None
+        # Slots after each chunk, as far as anybody has asked: entries are only ever added, one thread at a time.
         self._slots: list[int] = [0]
+        self._counting = threading.Lock()
+
+    def __copy__(self) -> Policy:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Policy:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the declaration, built again."""
+        return PolicySpec.build, (self.spec,)
 
     @property
     def name(self) -> str | None:
@@ -221,20 +245,22 @@ class Policy:
         mass = ("mass",) if self.weighted and (self.readout.divides_by_mass or position) else ()
         return ("count", *mass, *self.readout.columns(), *position)
 
+    @functools.cached_property
+    def needs(self) -> frozenset[Need]:
+        """What it needs besides queries, keys and values: what its pieces need."""
+        needs = self.merging.needs | self.readout.needs | self.rotary.needs
+        # Slots that are plain tokens take nothing but the window's query scale.
+        return needs & {Need.QUERY_SCALES} if self.exact_slots else needs
+
     @property
-    def needs_rotation(self) -> bool:
-        """Whether `attend` must be given `rotation`."""
-        return self.rotary.needs_rotation and not self.exact_slots
+    def learned(self) -> tuple[Need, ...]:
+        """Those of its needs that a layer must have learned; empty where a stock model can run it."""
+        return tuple(need for need in Need if need.learned and need in self.needs)
 
     @functools.cached_property
-    def learned(self) -> tuple[str, ...]:
-        """What a layer must have learned for this policy; empty where a stock model can run it."""
-        parts = {
-            "merge weights": self.merging.learned and not self.exact_slots,
-            "a memory-key LayerNorm": self.readout.layer_norm and not self.exact_slots,
-            "temperatures": self.readout.spec.temperatures,
-        }
-        return tuple(part for part, needed in parts.items() if needed)
+    def needs_rotation(self) -> bool:
+        """Whether `attend` must be given `rotation`."""
+        return Need.ROTATION in self.needs
 
     def budget(self, begin: int) -> int:
         """Slots allowed once the chunk that starts at token `begin` has left the window, sinks counted."""
@@ -253,13 +279,18 @@ class Policy:
         """
         if self.growth is None:
             return min(self.sinks, (index + 1) * self.chunk)
-        while len(self._slots) <= index + 1:
-            slots, begin = self._slots[-1], (len(self._slots) - 1) * self.chunk
-            granted = min(self.chunk, max(0, self.budget(begin) - slots))
-            if begin == 0 and self.growth.spec.first_chunk == "whole":
-                granted = self.chunk
-            self._slots.append(slots + granted)
+        if len(self._slots) <= index + 1:
+            with self._counting:
+                while len(self._slots) <= index + 1:
+                    self._slots.append(self._slots_after_next(len(self._slots) - 1, self._slots[-1]))
         return self._slots[index + 1]
+
+    def _slots_after_next(self, index: int, slots: int) -> int:
+        """Slots once chunk `index` has left, where there are `slots` before."""
+        assert self.growth is not None
+        if index == 0 and self.growth.spec.first_chunk == "whole":
+            return slots + self.chunk
+        return slots + min(self.chunk, max(0, self.budget(index * self.chunk) - slots))
 
     def slots_after(self, tokens: int) -> int:
         """Slots there are to read after `tokens` tokens of one row."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from memkit import Memory, PolicySpec
-from memkit.engine import fold, parts, recall, schedule, timeline
+from memkit.engine import backward, fold, parts, schedule, timeline
 from memkit.engine import torch as engine
 from memkit.pieces import Merging, Readout, ReadoutSpec
 from memkit.pieces.admission import Admission, Novelty
@@ -304,7 +304,7 @@ class DividesByZero(Readout):
         return sums / scalars["mass"].unsqueeze(-1)
 
 
-# Mistakes in memkit itself: each patches a function while the law is judged over random policies
+# Mistakes in memkit itself: each patches a function while the law is verified over random policies
 
 
 def _weights_twice(right):
@@ -452,7 +452,7 @@ def _in_policies(law: Law, wrong: Callable[[Any], Any], *places: tuple[Any, str]
 
 WEIGHTED = WeightedMeanSpec(weight="learned")
 GROWS = FixedGrowthSpec(slots=4)
-CONTRIBUTIONS = ((fold, "contributions"), (recall, "contributions"))
+CONTRIBUTIONS = ((fold, "contributions"), (backward, "contributions"))
 
 FAULTS = (
     Fault(laws.conservation, ForgetsMass),
@@ -463,7 +463,7 @@ FAULTS = (
     Fault(laws.isotropy, Loudest),
     Fault(laws.merge_gradients, NoGradient),
     Fault(laws.weights_are_weights, NegativeWeight),
-    Fault(laws.heads_and_slots_are_strangers, BatchNormed),
+    Fault(laws.merging_batch_invariance, BatchNormed),
     Fault(laws.weight_zero, WeighsNothing),
     Fault(laws.chunks_do_not_matter, Tired),
     Fault(laws.merging_is_pure, WritesToSlots),
@@ -486,9 +486,9 @@ FAULTS = (
     _in_policies(laws.same_plan_same_answer, _no_gradient_of_weights, *CONTRIBUTIONS, merging=WEIGHTED),
     _in_policies(laws.sinks, _sink_overwritten, (engine, "place"), growth=GROWS, sinks=1),
     _in_policies(laws.conservation_in_memory, _last_token_lost, (engine, "place"), growth=GROWS),
-    _in_policies(laws.rows_are_strangers, _heads_mixed_up, (fold.Slots, "flat"), growth=GROWS),
+    _in_policies(laws.batch_invariance, _heads_mixed_up, (fold.Slots, "flat"), growth=GROWS),
     _in_policies(laws.budget, _one_slot_more, (Policy, "budget"), growth=GROWS),
-    _in_policies(laws.rows_are_strangers, _padding_counted, (timeline.Timeline, "own_columns")),
+    _in_policies(laws.batch_invariance, _padding_counted, (timeline.Timeline, "own_columns")),
     _in_policies(laws.split_equals_whole, _one_chunk_late, (schedule.Schedule, "_exit"), growth=GROWS),
     _in_policies(laws.same_plan_same_answer, _window_too_long, (BlockWindow, "begin")),
     _in_policies(laws.causality, _sees_what_follows, (parts.Parts, "of")),

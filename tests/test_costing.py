@@ -9,6 +9,7 @@ import torch
 
 import memkit
 from memkit.costing import FITTED_LENGTHS, cost
+from memkit.pieces import Need
 
 POLICIES = memkit.policy_names()
 SMALL = {"chunker.size": 8}
@@ -24,7 +25,7 @@ def carried(policy: memkit.Policy, tokens: int, dtype: torch.dtype, **shape: int
         return torch.randn(rows, heads, tokens, width, generator=generator).to(dtype)
 
     queries, keys = random(heads, shape["head_width"]), random(kv_heads, shape["head_width"])
-    rotation = memkit.Rotation("half-split", 4, torch.tensor([1.0, 0.1])) if policy.needs_rotation else None
+    rotation = memkit.Rotation("half-split", 4, torch.tensor([1.0, 0.1])) if Need.ROTATION in policy.needs else None
     return memkit.attend(policy, queries, keys, random(kv_heads, shape["value_width"]), rotation=rotation)[1]
 
 

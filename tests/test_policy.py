@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import memkit
+from memkit.pieces import Need
 from memkit.pieces.merging import Weigh
 from memkit.pieces.readout import ReadoutSpec
 from memkit.policy import PolicySpec
@@ -172,7 +173,7 @@ def test_every_field_says_what_it_means():
 
 def test_a_policy_knows_what_must_be_learned():
     learned = {name: memkit.load_policy(name).build().learned for name in memkit.policy_names()}
-    assert learned["kvm-sqrt-16"] == ("merge weights", "a memory-key LayerNorm", "temperatures")
+    assert learned["kvm-sqrt-16"] == (Need.MERGE_WEIGHTS, Need.KEY_NORM, Need.QUERY_SCALES)
     assert [name for name, parts in learned.items() if parts and not name.startswith("kvm-")] == []
 
 

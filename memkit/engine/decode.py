@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from memkit.engine.call import Call
-from memkit.engine.fold import parameter_versions, read_slots
+from memkit.engine.fold import SlotRules, parameter_versions, read_slots
 from memkit.engine.read import default_scale
 from memkit.engine.validation import check_signs
 from memkit.memory import Memory, Ready, SideBySide
@@ -54,7 +54,9 @@ def decode_again(
 ) -> tuple[Tensor, Memory] | None:
     """`decode` of a call that looks like the one before it, which has been checked; None where it does not."""
     side = memory.side_by_side
-    if side is None or memory.taken or memory.end >= side.until or torch.is_grad_enabled():
+    if side is None or memory.taken or memory.lost or memory.end >= side.until or torch.is_grad_enabled():
+        return None
+    if side.keys.is_inference() and not torch.is_inference_mode_enabled():
         return None
     scale = default_scale(queries.shape[-1]) if scale is None else scale
     if not (side.policy is policy and side.parameters is parameters and side.rotation is rotation):
@@ -63,7 +65,11 @@ def decode_again(
         return None
     if weights is not None:
         check_signs(weights)
-    return _one_more(memory, queries, keys, values, weights, scale)
+    try:
+        return _one_more(memory, queries, keys, values, weights, scale)
+    except BaseException as error:
+        memory.call_failed(error)
+        raise
 
 
 def _looks(queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor | None, scale: float) -> tuple[Any, ...]:
@@ -87,6 +93,7 @@ def _one_more(
     if side.band:
         begin = end + 1 - side.band
         if side.sinks is not None:  # over what the window leaves behind
+            memory.written = True
             side.keys.narrow(2, begin, side.slots).copy_(side.sinks[0])
             side.values.narrow(2, begin, side.slots).copy_(side.sinks[1])
     columns = side.slots + end + 1 - begin
@@ -164,6 +171,7 @@ def _place_side_by_side(call: Call, memory: Memory, made_with: tuple[int, ...]) 
         moved = dataclasses.replace(memory, end=held, keys=keys[:, :, slots:], values=values[:, :, slots:], ready=None)
         for buffer, axis in ((moved.weights, 2), (moved.positions, 1)):
             if buffer is not None:
+                memory.written = True
                 buffer.narrow(axis, 0, held).copy_(buffer.narrow(axis, memory.end - held, held).clone())
     heat = None if call.parameters is None else call.parameters.temperature_window
     until = room
@@ -194,7 +202,7 @@ def _ready(call: Call, memory: Memory, slots: int, made_with: tuple[int, ...]) -
     """The slots as they are read, which the call that took the last chunk in has left here in most cases."""
     ready = memory.ready
     if ready is None or ready.made_with != made_with:
-        return read_slots(call, memory.sums[:, :, :slots], memory.scalars[:, :, :slots])
+        return read_slots(SlotRules.of(call), memory.sums[:, :, :slots], memory.scalars[:, :, :slots])
     bias = None if ready.bias is None else ready.bias[:, :, :slots]
     return Ready(ready.route[:, :, :slots], ready.keys[:, :, :slots], ready.values[:, :, :slots], bias)
 

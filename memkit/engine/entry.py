@@ -55,7 +55,9 @@ def attend(
     outputs are 0.
     plan: follow this plan instead of making one. backend: "reference" is the oracle, token by token in float64.
 
-    Under `torch.autocast` nothing is cast here; under `torch.compile` the call stands between two graphs.
+    Under `torch.autocast` nothing is cast here; under `torch.compile` the call stands between two graphs. Several
+    threads may call it at once, each with memories of its own. Where a call fails, the memory it was given is as it
+    was, or says that it is lost. There is no second derivative: asking for one is an error.
 
     Returns outputs [b, h, t, v] in the inputs' dtype, and the memory. Raises `InputError`, `MemoryStateError`,
     `PolicyError`: rule, value, remedy.
@@ -111,7 +113,7 @@ def _attend(
         plan=plan,
     )
     if backend == "reference":
-        from memkit.engine import reference
+        from memkit import reference
 
         return reference.attend(call)
     return fast.attend(call)

@@ -6,19 +6,30 @@ scalars. An additive rule adds all rows of a chunk at once; another takes them o
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from memkit.engine.call import Call
-from memkit.memory import Ready
+from memkit.memory import Memory, Ready
 from memkit.parameters import PolicyParameters
+from memkit.pieces.rotary import Rotation
 from memkit.pieces.routing import Placement
 from memkit.policy import Policy
 
-__all__ = ["Chunk", "Fold", "Slots", "contributions", "memory_keys", "parameter_versions", "read_slots", "read_tokens"]
+__all__ = [
+    "Chunk",
+    "Fold",
+    "SlotRules",
+    "Slots",
+    "contributions",
+    "flat_slots",
+    "memory_keys",
+    "parameter_versions",
+    "read_slots",
+    "read_tokens",
+]
 
 
 @dataclass
@@ -39,19 +50,42 @@ class Chunk:
     memory_keys: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class SlotRules:
+    """How one call's slots sum tokens, and how they are read.
+
+    width: channels of a key; dtype: what slots are read in; key_norm: weight and bias of the memory-key LayerNorm, None
+    for 1 and 0; valued: whether there are values (a plan does without).
+    """
+
+    policy: Policy
+    width: int
+    dtype: torch.dtype
+    key_norm: tuple[Tensor, Tensor] | None
+    rotation: Rotation | None
+    valued: bool
+
+    @classmethod
+    def of(cls, call: Call) -> SlotRules:
+        """The rules of a call."""
+        shape, dtype = call.keys.shape, call.keys.dtype
+        return cls(call.policy, shape[-1], dtype, call.key_norm, call.rotation, call.values is not None)
+
+
 @dataclass
 class Fold:
     """What undoing one fold takes: kept where a backward pass will run through it.
 
-    target [n]: the slot of each of the chunk's tokens, as rows of the tensors seen as [b·g·m, …];
-    touched [n']: the slots that were read anew; sums, scalars: what they held after the fold; before: how they read
-    before it, None where all slots were read anew (the sums that the fold before it left tell).
+    slot [b, g, c]: each token's slot, −1 where dropped; founders [b, g, c]: which of them founded, None for nobody;
+    where, first: as in `Chunk`. sums, scalars: what the slots that were read anew held after the fold (those of the
+    chunk's tokens, [b·g·c, …], or all, [b·g·m, …]); before: how they read before it, None where all slots were read
+    anew (the sums that the fold before it left tell).
     """
 
-    placement: Placement
-    chunk: Chunk
-    target: Tensor
-    touched: Tensor
+    slot: Tensor
+    founders: Tensor | None
+    where: slice | Tensor
+    first: bool | Tensor
     sums: Tensor
     scalars: Tensor
     before: tuple[Tensor | None, ...] | None
@@ -61,11 +95,20 @@ class Slots:
     """What slots sum, and how they read: sums [b, g, m, d + v], scalars [b, g, m, s], with room past the live ones.
 
     in_place: whether folding may write into these tensors, or makes new ones, so that autograd can follow.
+    memory: the one whose tensors these were, which learns that they are written into.
     undo: every fold so far, where asked for (`keep_undo`).
     """
 
-    def __init__(self, call: Call, sums: Tensor, scalars: Tensor, ready: Ready | None, in_place: bool) -> None:
-        self.call, self.policy, self.in_place = call, call.policy, in_place
+    def __init__(
+        self,
+        rules: SlotRules,
+        sums: Tensor,
+        scalars: Tensor,
+        ready: Ready | None,
+        in_place: bool,
+        memory: Memory | None = None,
+    ) -> None:
+        self.rules, self.policy, self.in_place, self.memory = rules, rules.policy, in_place, memory
         self.sums, self.scalars = sums, scalars
         self._ready = ready
         self.undo: list[Fold] | None = None
@@ -74,7 +117,7 @@ class Slots:
     def ready(self) -> Ready:
         """The slots as they are read."""
         if self._ready is None:
-            self._ready = read_slots(self.call, self.sums, self.scalars)
+            self._ready = read_slots(self.rules, self.sums, self.scalars)
         return self._ready
 
     @property
@@ -102,22 +145,21 @@ class Slots:
         """Take a chunk in. Dropped tokens have slot −1."""
         if self.sums.shape[2] == 0:  # a budget of no slots at all
             return
-        rows, scalars = contributions(self.call, chunk, placement.founders)
+        rows, scalars = contributions(self.rules, chunk, placement.founders)
         stored = placement.slot >= 0
-        target = self.flat(placement.slot.clamp(min=0))
+        target = flat_slots(placement.slot, self.sums.shape[2])
         if self.policy.merging.additive or self.policy.exact_slots:
             if placement.drops:
                 rows, scalars = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, scalars))
+            self._before_writing()
             self.sums, self.scalars = self._add(self.sums, target, rows), self._add(self.scalars, target, scalars)
         else:
             self._fold_in_turn(target.view(stored.shape), stored, placement.founded, rows, scalars)
         self._read_anew(placement, chunk, target)
 
-    def flat(self, slot: Tensor) -> Tensor:
-        """Slot numbers [b, g, c] → rows of the tensors seen as [b·g·m, …], flat."""
-        rows, heads, room = self.sums.shape[:3]
-        base = torch.arange(rows * heads, device=slot.device).view(rows, heads, 1) * room
-        return (slot + base).flatten()
+    def _before_writing(self) -> None:
+        if self.in_place and self.memory is not None:
+            self.memory.written = True
 
     def _add(self, sums: Tensor, target: Tensor, rows: Tensor) -> Tensor:
         flat, rows = sums.flatten(0, 2), rows.flatten(0, 2).to(sums.dtype)
@@ -154,6 +196,7 @@ class Slots:
             state = state.index_copy(0, where, both)
         sums, numbers = state[:, :width].to(self.sums.dtype).view_as(self.sums), state[:, width:].view_as(self.scalars)
         if self.in_place:
+            self._before_writing()
             self.sums.copy_(sums)
             self.scalars.copy_(numbers)
         else:
@@ -162,12 +205,11 @@ class Slots:
     def _read_anew(self, placement: Placement, chunk: Chunk, target: Tensor) -> None:
         """Read the slots that a chunk has touched again: few of many, or simply all."""
         few = self.sums.shape[2] > placement.slot.shape[2]
-        chunk = dataclasses.replace(chunk, memory_keys=None)
+        facts = (placement.slot, placement.founders, chunk.where, chunk.first)
         if not few:
             if self.undo is not None:
                 sums, scalars = self.sums.flatten(0, 2).clone(), self.scalars.flatten(0, 2).clone()
-                touched = torch.arange(len(sums), device=target.device)
-                self.undo.append(Fold(placement, chunk, target, touched, sums, scalars, None))
+                self.undo.append(Fold(*facts, sums, scalars, None))
             self._ready = None
             return
         if self.undo is None and (self._ready is None or not self.in_place or self.policy.exact_slots):
@@ -175,11 +217,11 @@ class Slots:
             return
         ready = self.ready
         sums, scalars = self.sums.flatten(0, 2)[target], self.scalars.flatten(0, 2)[target]
-        fresh = read_slots(self.call, sums, scalars)
+        fresh = read_slots(self.rules, sums, scalars)
         if self.undo is not None:
             read = (ready.keys, ready.values, ready.bias)
             before = tuple(None if tensor is None else tensor.flatten(0, 2)[target] for tensor in read)
-            self.undo.append(Fold(placement, chunk, target, target, sums, scalars, before))
+            self.undo.append(Fold(*facts, sums, scalars, before))
         pairs = [(ready.keys, fresh.keys), (ready.values, fresh.values)]
         if ready.route is not ready.keys:
             pairs.append((ready.route, fresh.route))
@@ -188,32 +230,29 @@ class Slots:
         for whole, part in pairs:
             whole.flatten(0, 2).index_copy_(0, target, part)
 
-    def restore(self, fold: Fold, sums: Tensor | None, scalars: Tensor | None) -> None:
-        """Read again what was read before a fold, from the sums of then where the fold does not say; None: nothing."""
-        if fold.before is None:
-            self._ready = None if sums is None or scalars is None else read_slots(self.call, sums, scalars)
-            return
-        ready = self.ready
-        for whole, part in zip((ready.keys, ready.values, ready.bias), fold.before, strict=True):
-            if whole is not None and part is not None:
-                whole.flatten(0, 2).index_copy_(0, fold.touched, part)
+
+def flat_slots(slot: Tensor, room: int) -> Tensor:
+    """Slot numbers [b, g, c] → rows of tensors seen as [b·g·m, …], m = `room`, flat; slot 0 for dropped tokens."""
+    rows, heads = slot.shape[:2]
+    base = torch.arange(rows * heads, device=slot.device).view(rows, heads, 1) * room
+    return (slot.clamp(min=0) + base).flatten()
 
 
-def memory_keys(call: Call, chunk: Chunk) -> Tensor:
+def memory_keys(rules: SlotRules, chunk: Chunk) -> Tensor:
     """What slots sum of a chunk's keys: [b, g, c, d], float32 or float64."""
     keys = chunk.keys.to(torch.promote_types(chunk.keys.dtype, torch.float32))
-    if call.policy.exact_slots:
+    if rules.policy.exact_slots:
         return keys
-    keys = call.policy.rotary.memory_keys(keys, call.rotation, chunk.positions)
-    return call.policy.readout.key(keys, {}, call.key_norm) if call.policy.readout.layer_norm else keys
+    keys = rules.policy.rotary.memory_keys(keys, rules.rotation, chunk.positions)
+    return rules.policy.readout.key(keys, {}, rules.key_norm) if rules.policy.readout.layer_norm else keys
 
 
-def contributions(call: Call, chunk: Chunk, founded: Tensor | None) -> tuple[Tensor, Tensor]:
+def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> tuple[Tensor, Tensor]:
     """Each token's row of sums [b, g, c, d + v] and of scalars [b, g, c, s], founders weighed as the rule says.
 
     founded [b, g, c]; None where no token founds.
     """
-    policy, keys = call.policy, memory_keys(call, chunk) if chunk.memory_keys is None else chunk.memory_keys
+    policy, keys = rules.policy, memory_keys(rules, chunk) if chunk.memory_keys is None else chunk.memory_keys
     dtype, ones = keys.dtype, torch.ones_like(keys[..., 0])
     values = keys[..., :0] if chunk.values is None else chunk.values.to(dtype)
     for_keys = for_values = for_radius = ones
@@ -255,30 +294,30 @@ def contributions(call: Call, chunk: Chunk, founded: Tensor | None) -> tuple[Ten
     return torch.cat((keys * for_keys.unsqueeze(-1), values * for_values.unsqueeze(-1)), dim=-1), scalars
 
 
-def read_slots(call: Call, sums: Tensor, scalars: Tensor) -> Ready:
+def read_slots(rules: SlotRules, sums: Tensor, scalars: Tensor) -> Ready:
     """Sums [..., d + v] and scalars [..., s] as they are read, on any leading axes."""
-    policy, width, dtype = call.policy, call.keys.shape[-1], call.keys.dtype
+    policy, width, dtype = rules.policy, rules.width, rules.dtype
     keys, values = sums[..., :width], sums[..., width:]
     if policy.exact_slots:
         return Ready(keys, keys.to(dtype), values.to(dtype), None)
     numbers = scalars_by_name(policy, scalars)
-    route = keys = policy.readout.key(keys, numbers, call.key_norm)
+    route = keys = policy.readout.key(keys, numbers, rules.key_norm)
     if policy.rotary.rotates_slots:
         mass = numbers["mass"]
-        keys = policy.rotary.slot_keys(keys, call.rotation, numbers["position"] / torch.where(mass > 0, mass, 1))
-    if call.values is None:
+        keys = policy.rotary.slot_keys(keys, rules.rotation, numbers["position"] / torch.where(mass > 0, mass, 1))
+    if not rules.valued:
         return Ready(route, route, values, None)
     bias = policy.readout.bias(numbers)
     values = policy.readout.value(values, numbers)
     return Ready(route, keys.to(dtype), values.to(dtype), None if bias is None else bias.detach().to(dtype))
 
 
-def read_tokens(call: Call, chunk: Chunk) -> Tensor:
+def read_tokens(rules: SlotRules, chunk: Chunk) -> Tensor:
     """The chunk's tokens as slots of their own would be read by routing, [b, g, c, d]."""
     everyone = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=chunk.keys.device)
-    rows, scalars = contributions(call, chunk, everyone)
-    numbers = scalars_by_name(call.policy, scalars)
-    return call.policy.readout.key(rows[..., : chunk.keys.shape[-1]], numbers, call.key_norm)
+    rows, scalars = contributions(rules, chunk, everyone)
+    numbers = scalars_by_name(rules.policy, scalars)
+    return rules.policy.readout.key(rows[..., : chunk.keys.shape[-1]], numbers, rules.key_norm)
 
 
 def parameter_versions(parameters: PolicyParameters | None) -> tuple[int, ...]:

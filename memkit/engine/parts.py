@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.call import Call
-from memkit.engine.read import Part, hidden
+from memkit.engine.read import Part
 from memkit.engine.schedule import Schedule, Step, common
 from memkit.engine.timeline import Timeline, on_device
 from memkit.memory import Ready
@@ -131,11 +131,13 @@ class Parts:
         if ready is not None:
             most = step.most_slots
             bias = None if ready.bias is None else ready.bias[:, :, None, :most]
-            if common(step.slots, step.active) is None:
+            uneven = common(step.slots, step.active) is None
+            if uneven:
                 slots = torch.arange(most, device=self.device)
                 beyond = self._hiding(slots >= self._per_row(step.slots))
                 bias = beyond if bias is None else bias + beyond
-            parts.append(Part(queries.for_slots(span), ready.keys[:, :, :most], ready.values[:, :, :most], bias))
+            read = (ready.keys[:, :, :most], ready.values[:, :, :most])
+            parts.append(Part(queries.for_slots(span), *read, bias, hides=uneven))
         windowed = queries.for_window(span)
         begin, end = self.schedule.old + step.start, self.schedule.old + step.stop
         alone = step.stop - step.start == 1
@@ -194,12 +196,12 @@ class Parts:
 
     def _part(self, queries: Tensor, begin: int, end: int, bias: Tensor | None, causal: bool = False) -> Part:
         keys, values = self.keys[:, :, begin:end], self.values[:, :, begin:end]
-        return Part(queries, keys, values, bias, causal, columns=(begin, end))
+        return Part(queries, keys, values, bias, causal, columns=(begin, end), hides=bias is not None)
 
     def _hiding(self, hide: Tensor) -> Tensor:
         """A bias that hides keys: hide [b, n] → [b, 1, 1, n]."""
         bias = torch.zeros(hide.shape, dtype=self.dtype, device=self.device)
-        return bias.masked_fill_(hide, hidden(self.dtype))[:, None, None]
+        return bias.masked_fill_(hide, -torch.inf)[:, None, None]
 
     def _per_row(self, numbers: np.ndarray) -> Tensor:
         return on_device(numbers, self.device)[:, None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.call import Call
-from memkit.engine.fold import Chunk, Slots, memory_keys, read_tokens
+from memkit.engine.fold import Chunk, SlotRules, Slots, memory_keys, read_tokens
 from memkit.engine.schedule import Exit, Schedule, common
 from memkit.engine.timeline import Timeline, columns
 from memkit.pieces.routing import Leaving, Placement
@@ -29,7 +29,7 @@ def leaving_chunk(call: Call, timeline: Timeline, schedule: Schedule, exit_: Exi
         first=_shared(timeline, exit_.begin == 0, exit_.leaves) != 0,
         where=where,
     )
-    return dataclasses.replace(chunk, memory_keys=memory_keys(call, chunk))
+    return dataclasses.replace(chunk, memory_keys=memory_keys(SlotRules.of(call), chunk))
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def place(call: Call, timeline: Timeline, exit_: Exit, chunk: Chunk, slots: Slot
                 sinks=policy.sinks,
                 forced=forced,
                 grant=grant,
-                alone=lambda: read_tokens(call, chunk),
+                alone=lambda: read_tokens(slots.rules, chunk),
                 joining=policy.merging.joins,
                 most=int(exit_.grant[exit_.leaves].max()),
             ),

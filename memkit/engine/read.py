@@ -8,6 +8,7 @@ The gradient of each set's attention, taken with the *merged* o and l, is that s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Part", "attend_parts", "attend_parts_backward", "default_scale", "differentiable_parts", "hidden"]
+from memkit.errors import InputError
+
+__all__ = ["Part", "attend_parts", "attend_parts_backward", "default_scale", "differentiable_parts", "once_only"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -32,8 +35,8 @@ class Part:
     """One set of keys and the queries that meet it.
 
     queries [b, h, s, d], keys [b, g, n, d], values [b, g, n, v], n ≥ 1; bias [b|1, g|1, s|1, n]: added to the scores,
-    no gradient; causal: query i sees keys 0 … i (then n = s); columns: where on the timeline the keys stand, None for
-    slots.
+    no gradient, −∞ hides a key; causal: query i sees keys 0 … i (then n = s); columns: where on the timeline the keys
+    stand, None for slots; hides: whether the bias hides keys, so that a query may see none of this set.
     """
 
     queries: Tensor
@@ -42,6 +45,11 @@ class Part:
     bias: Tensor | None = None
     causal: bool = False
     columns: tuple[int, int] | None = None
+    hides: bool = False
+
+    def sees_nothing(self) -> Tensor | None:
+        """Queries from which the whole set is hidden, bool, broadcastable to [b, h, s]; None where there are none."""
+        return (self.bias == -torch.inf).all(-1)[:, :1] if self.hides and self.bias is not None else None
 
 
 def attend_parts(parts: list[Part], scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -55,8 +63,11 @@ def attend_parts(parts: list[Part], scale: float, out: Tensor | None = None) -> 
     for part in parts:
         layout = _Layout(part)
         output, lse = _forward(layout, part.causal, scale)
-        outputs.append(layout.ungroup(output, heads)[..., :width])
-        sums.append(layout.ungroup(lse, heads))
+        output, lse = layout.ungroup(output, heads)[..., :width], layout.ungroup(lse, heads)
+        if (nothing := part.sees_nothing()) is not None:  # of which kernels say what they like
+            output, lse = output.masked_fill(nothing.unsqueeze(-1), 0), lse.masked_fill(nothing, -torch.inf)
+        outputs.append(output)
+        sums.append(lse)
     total, merged = sums[0], outputs[0]
     if len(parts) > 1:
         for lse in sums[1:]:
@@ -93,22 +104,52 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: list[Part], scale: float, *tensors: Tensor) -> Tensor:
         output, lse = attend_parts(parts, scale)
-        ctx.scale, ctx.kinds = scale, [(part.bias, part.causal) for part in parts]
-        ctx.save_for_backward(output, lse, *tensors)
+        ctx.scale, ctx.causal = scale, [part.causal for part in parts]
+        ctx.save_for_backward(output, lse, *tensors, *(part.bias for part in parts))
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         output, lse, *tensors = ctx.saved_tensors
-        parts = [Part(*tensors[3 * i : 3 * i + 3], *kind) for i, kind in enumerate(ctx.kinds)]
-        found = attend_parts_backward(parts, ctx.scale, output, lse, grads[0])
-        return None, None, *(grad for triple in found for grad in triple)
+        count = len(ctx.causal)
+        tensors, biases = tensors[: 3 * count], tensors[3 * count :]
+        with torch.no_grad():
+            parts = [
+                Part(tensors[3 * i], tensors[3 * i + 1], tensors[3 * i + 2], bias, causal)
+                for i, (bias, causal) in enumerate(zip(biases, ctx.causal, strict=True))
+            ]
+            found = attend_parts_backward(parts, ctx.scale, output, lse, grads[0])
+        flat = [grad for triple in found for grad in triple]
+        return None, None, *once_only(flat, [*grads, *tensors])
 
 
-def hidden(dtype: torch.dtype) -> float:
-    """The bias of a key that is not to be seen: as good as −∞, but finite, so that a set may be hidden as a whole."""
-    return torch.finfo(dtype).min / 2
+def once_only(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Gradients that a backward pass of ours returns; differentiating them again is an error, not silently zero.
+
+    sources: what the gradients were computed from. Without `create_graph` nothing happens.
+    """
+    live = [source for source in sources if source is not None and source.requires_grad]
+    present = [index for index, grad in enumerate(grads) if grad is not None]
+    if not torch.is_grad_enabled() or not live:
+        return grads
+    marked = _OnceOnly.apply(len(present), *(grads[index] for index in present), *live)
+    found = list(grads)
+    for index, grad in zip(present, marked, strict=True):
+        found[index] = grad
+    return found
+
+
+class _OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise InputError(
+            "memkit.attend has no second derivative, and a gradient of it was differentiated again; "
+            "leave create_graph out, or detach() the gradient where it enters another loss"
+        )
 
 
 def default_scale(width: int) -> float:
@@ -221,5 +262,5 @@ def _scores(part: _Layout, causal: bool, scale: float) -> Tensor:
         scores = scores + part.bias
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, hidden(scores.dtype))
+        scores = scores.masked_fill(later, -torch.inf)
     return scores

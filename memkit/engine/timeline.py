@@ -82,6 +82,7 @@ class Timeline:
             return False
         room, old = memory.keys.shape[2], self.schedule.old
         if memory.end + self.tokens > room >= old + self.tokens:
+            memory.written = True
             for buffer, axis in ((memory.keys, 2), (memory.values, 2), (memory.weights, 2), (memory.positions, 1)):
                 if buffer is not None:
                     buffer.narrow(axis, 0, old).copy_(buffer.narrow(axis, memory.end - old, old).clone())
@@ -136,9 +137,10 @@ def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
 
 
 def window_room(policy: Policy, held: int) -> int:
-    """Tokens for which a prefill that leaves `held` in the window makes room: its most, and some slack."""
+    """Tokens for which a prefill that leaves `held` in the window makes room: a quarter more, at most what the window
+    can hold, and some slack."""
     capacity = policy.window.capacity
-    return held if capacity is None else capacity + WINDOW_SLACK
+    return held if capacity is None else min(capacity, held + held // 4) + WINDOW_SLACK
 
 
 def columns(timeline: Tensor, where: slice | Tensor) -> Tensor:

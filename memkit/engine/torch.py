@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.engine.autocast import autocasts, without_autocast
+from memkit.engine.backward import Inputs, Passed, attend_as_one_node
 from memkit.engine.call import Call
 from memkit.engine.decode import decode
-from memkit.engine.fold import Slots, parameter_versions
+from memkit.engine.fold import SlotRules, Slots, parameter_versions
 from memkit.engine.parts import Parts, Queries, Snapshots, readable_together
 from memkit.engine.placing import follow, leaving_chunk, place, record
 from memkit.engine.read import Part, attend_parts, differentiable_parts
-from memkit.engine.recall import Recorded, backward
 from memkit.engine.schedule import Exit, Schedule, Step
 from memkit.engine.timeline import Timeline
 from memkit.memory import Memory
@@ -36,20 +35,22 @@ UNEQUAL_SLOTS = {"cuda"}
 def attend(call: Call) -> tuple[Tensor, Memory]:
     """Outputs [b, h, t, v] and the memory after the call.
 
-    Without gradients the memory's tensors are taken over. With gradients an additive rule's pass is one node of the
-    graph with a backward of its own (see `recall`); another rule's pass is recorded operation by operation.
+    Without gradients the memory's tensors are taken over; one made in inference mode is copied first, outside of it.
+    With gradients an additive rule's pass is one node of the
+    graph with a backward of its own (see `backward`); another rule's pass is recorded operation by operation.
     """
+    if call.memory is not None and call.memory.frozen:
+        call = dataclasses.replace(call, memory=call.memory.fork())
     if call.differentiable:
         run = _Run(call)
         additive = call.policy.merging.additive or call.policy.exact_slots
-        output = _recall(run) if additive else run.read_with_graph(run.queries())
+        output = run.read_as_one_node() if additive else run.read_with_graph(run.queries())
         return run.padded(output), run.memory()
-    if (memory := call.memory) is not None:
-        if memory.requires_grad:  # another graph may still need these tensors: leave them alone
-            call = dataclasses.replace(call, memory=memory.fork().detach())
-        else:
-            memory.taken = True
-    with torch.no_grad():
+    memory = call.memory
+    if memory is not None and memory.requires_grad:  # another graph may still need these tensors: leave them alone
+        memory = memory.detach()
+        call = dataclasses.replace(call, memory=memory)
+    with torch.no_grad(), nullcontext() if memory is None else memory.taken_over():
         if (decoded := decode(call)) is not None:
             return decoded
         run = _Run(call)
@@ -80,6 +81,7 @@ class _Run:
 
     def _open_slots(self) -> Slots:
         call, memory = self.call, self.call.memory
+        rules = SlotRules.of(call)
         room = int(self.schedule.slots_after.max(initial=0))
         if memory is None:
             rows, heads, _, width = call.keys.shape
@@ -87,14 +89,16 @@ class _Run:
             dtype = torch.promote_types(call.keys.dtype, torch.float32)
             sums = call.keys.new_zeros(rows, heads, room, width, dtype=dtype)
             scalars = call.keys.new_zeros(rows, heads, room, len(call.policy.columns), dtype=torch.float64)
-            return Slots(call, sums, scalars, None, in_place=not call.differentiable)
+            return Slots(rules, sums, scalars, None, in_place=not call.differentiable)
         sums, scalars = memory.sums, memory.scalars
         if call.values is None:  # a plan only reads the memory, and only its keys
             sums, scalars = sums[..., : call.keys.shape[-1]].clone(), scalars.clone()
+        elif call.differentiable:  # the memory that is returned shares nothing with this one
+            sums, scalars = sums.clone(), scalars.clone()
         ready = memory.ready if self.timeline.in_place else None
         if ready is not None and ready.made_with != parameter_versions(call.parameters):
             ready = None
-        slots = Slots(call, sums, scalars, ready, in_place=not call.differentiable)
+        slots = Slots(rules, sums, scalars, ready, in_place=not call.differentiable, memory=memory)
         if room > sums.shape[2]:
             # Decoding makes room for half as many again, if the schedule will ever grant so many.
             ahead = min(room * 3 // 2, self._slots_ahead()) if self.timeline.in_place else room
@@ -138,6 +142,27 @@ class _Run:
                 whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
         output[:, :, int(self.call.lengths.max(initial=0)) :] = 0
         return output, sums
+
+    def read_as_one_node(self) -> Tensor:
+        """The outputs of `read`, as one node of autograd's graph."""
+        timeline, call = self.timeline, self.call
+        assert timeline.values is not None
+        inputs = Inputs(
+            self.queries(), timeline.keys, timeline.values, timeline.weights, self.slots.sums, self.slots.scalars
+        )
+        fresh = call.memory is None
+        facts = (SlotRules.of(call), self.schedule, call.scale, timeline.positions, fresh)
+        output, self.slots.sums, self.slots.scalars = attend_as_one_node(self._pass, inputs, *facts)
+        return output
+
+    def _pass(self, inputs: Inputs) -> Passed:
+        """The pass itself, without a graph: what undoing each fold takes is kept."""
+        slots = Slots(self.slots.rules, inputs.sums.clone(), inputs.scalars.clone(), None, in_place=True)
+        slots.keep_undo()
+        given, self.slots = self.slots, slots
+        output, lse = self.read(inputs.queries)
+        self.slots = given
+        return Passed(output, lse, slots.sums, slots.scalars, slots.ready, slots.undo or [])
 
     def read_with_graph(self, queries: Queries) -> Tensor:
         """The outputs of `read`, recorded operation by operation."""
@@ -194,81 +219,6 @@ class _Run:
             assert self.call.memory is not None
             if (ready := self.slots.working_copy) is not None:
                 ready.made_with = parameter_versions(self.call.parameters)
-            return dataclasses.replace(self.call.memory, **carried, ready=ready, side_by_side=None, taken=False)
+            fresh: dict[str, Any] = {"ready": ready, "side_by_side": None, "taken": False, "written": False}
+            return dataclasses.replace(self.call.memory, **carried, **fresh)
         return Memory(policy=self.call.policy, **carried)
-
-
-def _recall(run: _Run) -> Tensor:
-    """Run the call as one node of the graph."""
-    timeline, slots, queries = run.timeline, run.slots, run.queries()
-    output, sums, scalars = _Recall.apply(
-        run,
-        queries.windowed,
-        None if queries.alike else queries.remembering,
-        queries.window_heat,
-        queries.memory_heat,
-        timeline.keys,
-        timeline.values,
-        timeline.weights,
-        *(run.call.key_norm or (None, None)),
-        slots.sums,
-        slots.scalars,
-    )
-    slots.sums, slots.scalars = sums, scalars
-    return output
-
-
-class _Recall(torch.autograd.Function):
-    """The pass as one node; `recall.backward` is its gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: _Run,
-        windowed: Tensor,
-        remembering: Tensor | None,
-        window_heat: Tensor | None,
-        memory_heat: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-        weights: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        sums: Tensor,
-        scalars: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        slots = Slots(run.call, sums.clone(), scalars.clone(), None, in_place=True)
-        slots.keep_undo()
-        given, run.slots = run.slots, slots
-        queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
-        output, lse = run.read(queries)
-        run.slots = given
-        memory = run.call.memory
-        first = (None, None) if memory is None else (sums.detach(), scalars.detach())
-        parts = Parts(run.schedule, keys.detach(), values.detach())
-        kept = Slots(run.call, sums.new_empty(0), scalars.new_empty(0), slots.ready, in_place=True)
-        kept.undo = slots.undo
-        ctx.recorded = Recorded(run.call, run.schedule.steps, parts, kept, *first)
-        ctx.save_for_backward(windowed, remembering, window_heat, memory_heat, weights, output, lse)
-        return output, slots.sums, slots.scalars
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        windowed, remembering, window_heat, memory_heat, weights, output, lse = ctx.saved_tensors
-        queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
-        with without_autocast(windowed.device) if autocasts(windowed.device) else nullcontext():
-            grads = backward(ctx.recorded, queries, weights, output, lse, *given)
-        return (
-            None,
-            grads.windowed,
-            None if remembering is None else grads.remembering,
-            grads.window_heat,
-            grads.memory_heat,
-            grads.keys.to(ctx.recorded.call.keys.dtype),
-            grads.values.to(ctx.recorded.call.keys.dtype),
-            grads.weights,
-            *(grads.norm or (None, None)),
-            grads.sums,
-            grads.scalars,
-        )

@@ -92,7 +92,7 @@ def sample(
     temperature 0: the likeliest (the lowest id on ties). Otherwise drawn from softmax(logits / temperature) over the
     top_k likeliest, and of these the fewest that hold top_p of the probability, the one that reaches it included.
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return logits.argmax(-1)
     # From the likeliest down, so that no temperature makes an infinite score of it; 1/tiny is finite yet.

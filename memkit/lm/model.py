@@ -132,7 +132,8 @@ class MemoryLM(nn.Module):
             targets = targets.masked_fill(~valid[:, 1:, 0], -100)
         if documents is not None:
             targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
-        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+        logits = logits[:, :-1].flatten(0, 1)
+        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
 
     def read_packed(self, ids: Tensor, documents: Tensor) -> Tensor:
         """Logits of rows that hold several documents each, none of which sees another.

@@ -4,6 +4,7 @@ from memkit.pieces.admission import Admission, AdmissionSpec
 from memkit.pieces.chunking import Chunker, ChunkerSpec
 from memkit.pieces.growth import Growth, GrowthSpec
 from memkit.pieces.merging import Merging, MergingSpec, Weigh
+from memkit.pieces.needs import Need
 from memkit.pieces.readout import Readout, ReadoutSpec
 from memkit.pieces.registry import Spec, SpecError, kinds, register
 from memkit.pieces.rotary import Rotary, RotarySpec, Rotation
@@ -20,6 +21,7 @@ __all__ = [
     "Leaving",
     "Merging",
     "MergingSpec",
+    "Need",
     "Placement",
     "Readout",
     "ReadoutSpec",

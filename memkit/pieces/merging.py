@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from memkit.pieces.needs import Need
 from memkit.pieces.registry import FamilySpec, Spec, register
 
 __all__ = ["DropSpec", "MeanSpec", "Merging", "MergingSpec", "Weigh", "WeightedMeanSpec"]
@@ -43,6 +44,11 @@ class Merging:
     """Where the weights count."""
     learned: bool = False
     """Whether the weights are given to `attend` (learned by the layer)."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it needs besides keys and values."""
+        return frozenset({Need.MERGE_WEIGHTS} if self.learned else ())
 
     def weight(self, keys: Tensor, weights: Tensor | None) -> Tensor | None:
         """Weight ≥ 0 of each token, [b, g, c], None for 1 each.

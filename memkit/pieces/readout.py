@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
+from memkit.pieces.needs import Need
 from memkit.pieces.registry import Spec
 
 __all__ = ["LAYER_NORM_EPS", "Readout", "ReadoutSpec"]
@@ -56,6 +57,12 @@ class Readout:
         self.spec = spec
         self.layer_norm = spec.key == "layer-norm"
         self.divides_by_mass = spec.key in ("mean", "mean-norm") or spec.value in ("mean", "mean-norm")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it needs besides a slot's sums."""
+        wanted = {Need.KEY_NORM: self.layer_norm, Need.QUERY_SCALES: self.spec.temperatures}
+        return frozenset(need for need, needed in wanted.items() if needed)
 
     def columns(self) -> tuple[str, ...]:
         """The numbers a slot must keep, besides its sums, its count and its mass."""

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from memkit.errors import InputError, shown
+from memkit.pieces.needs import Need
 from memkit.pieces.registry import FamilySpec, register
 from memkit.whole import MOST, whole_number
 
@@ -83,8 +84,8 @@ def _made_of(given: object) -> str:
 class Rotary:
     """`keep`: keys stay as they are."""
 
-    needs_rotation: bool = False
-    """Whether `attend` must be told how keys were rotated."""
+    needs: frozenset[Need] = frozenset()
+    """What it needs besides queries and keys: `Need.ROTATION` where `attend` must be told how they were rotated."""
     rotates_slots: bool = False
     """Whether slots are rotated to their mean position when read."""
 
@@ -176,7 +177,7 @@ class UnrotateSpec(RotarySpec):
 class Unrotate(Rotary):
     """Slots live where nothing is rotated."""
 
-    needs_rotation = True
+    needs = frozenset({Need.ROTATION})
 
     def memory_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
         assert rotation is not None and positions is not None
@@ -200,7 +201,7 @@ class RerotateSpec(RotarySpec):
 class Rerotate(Rotary):
     """Slots stand at the mean position of their tokens."""
 
-    needs_rotation = True
+    needs = frozenset({Need.ROTATION})
     rotates_slots = True
 
     def memory_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:

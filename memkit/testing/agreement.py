@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memkit.testing.law import Broken
 
-__all__ = ["agree", "eps_of", "show"]
+__all__ = ["Results", "agree", "by_differences", "eps_of", "identical", "show", "size"]
 
 Results = dict[str, Tensor]
 
@@ -90,6 +90,33 @@ def _noise(
                 worst[name], float(effect.nan_to_num(torch.inf, torch.inf).max()) if effect.numel() else 0
             )
     return worst
+
+
+def identical(got: Tensor, what: str, expected: Tensor, other: str, nan: bool = False) -> None:
+    """Raise `Broken` where two tensors are not bitwise equal; with `nan`, NaN equals NaN."""
+    alike = torch.equal(got, expected)
+    if not alike and nan:
+        alike = torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(), expected.nan_to_num())
+    if not alike:
+        raise Broken(f"{what}:\n{show(got)}\n{other}:\n{show(expected)}")
+
+
+def by_differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float) -> Tensor:
+    """The gradient of a sum at `at` without autograd: (f(x + h) − f(x − h)) / 2h, one number after another."""
+    gradient, flat = torch.zeros_like(at), at.detach().reshape(-1)
+    for i in range(len(flat)):
+        ends: list[float] = []
+        for h in (step, -step):
+            moved = flat.clone()
+            moved[i] += h
+            ends.append(float(function(moved.view_as(at)).sum()))
+        gradient.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
+    return gradient
+
+
+def size(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor, 0 for an empty one."""
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
 
 
 def show(tensor: Tensor) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 import memkit
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
+from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.plan import Plan
 from memkit.policy import Policy
@@ -43,7 +44,7 @@ class Case:
     learned: whether LayerNorm and temperatures are random, not 1, 0 and 1; positions: whether rotary positions are
     given (with gaps), or continue from the memory; pieces: how to split the tokens, repeated until they are used up
     (row r begins with the r-th, so that rows get out of step);
-    gradients: whether gradients are judged, too.
+    gradients: whether gradients are compared, too.
     """
 
     lengths: tuple[int, ...] = (4,)
@@ -98,7 +99,7 @@ class Case:
         keys = data(self.keys, self.kv_heads, self.width)
         values = data(self.values, self.kv_heads, self.value_width)
         weights = None
-        if policy.merging.learned and not policy.exact_slots and self.weights != "none":
+        if Need.MERGE_WEIGHTS in policy.needs and self.weights != "none":
             shape = (rows, self.kv_heads, self.tokens)
             weights = torch.randint(1, 9, shape, generator=generator).to(dtype) / 4
             if self.weights == "some-zero":
@@ -110,7 +111,7 @@ class Case:
                 noise = torch.rand(parameter.shape, generator=generator)
                 parameter.data = ((noise - 0.5) if name.endswith("bias") else (noise + 0.5)).to(dtype)
         rotation = None
-        if policy.needs_rotation:
+        if Need.ROTATION in policy.needs:
             turned = self.width // 2 * 2
             positions = None
             if self.positions:
@@ -137,6 +138,11 @@ class Inputs:
     def padded(self) -> bool:
         """Whether some row is shorter than others."""
         return bool((self.lengths < self.keys.shape[2]).any())
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are no padding, [b, 1, t, 1] bool."""
+        return (torch.arange(self.keys.shape[2]) < self.lengths[:, None])[:, None, :, None]
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -343,7 +349,7 @@ def cases(
 ) -> Case:
     """Cases for a policy: unequal rows, heads grouped or not, lengths around its boundaries, data that hurt."""
     rows = draw(st.integers(1, max_rows))
-    least = max(min_width, 2 if policy.needs_rotation else 1, getattr(policy.spec.rotary, "width", None) or 1)
+    least = max(min_width, 2 if Need.ROTATION in policy.needs else 1, getattr(policy.spec.rotary, "width", None) or 1)
     width = draw(st.integers(least, max(4, least)))
     return Case(
         lengths=tuple(draw(lengths(policy)) for _ in range(rows)),
@@ -357,7 +363,7 @@ def cases(
         dtype=draw(st.sampled_from(dtypes)),  # type: ignore[arg-type]
         weights=draw(st.sampled_from(("none", "positive", "some-zero"))) if policy.merging.learned else "none",
         learned=draw(st.booleans()),
-        positions=draw(st.booleans()) if policy.needs_rotation else False,
+        positions=draw(st.booleans()) if Need.ROTATION in policy.needs else False,
         pieces=draw(splits()),
         gradients=draw(st.integers(0, 2)) == 2,
     )

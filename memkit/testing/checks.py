@@ -1,12 +1,11 @@
-"""Checks: every law of a piece or a policy, over many drawn examples, and a report."""
+"""Checks: every law of a piece or a policy, over many drawn examples."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -21,17 +20,29 @@ from memkit.pieces.readout import Readout
 from memkit.pieces.registry import Spec, kinds
 from memkit.pieces.routing import Routing
 from memkit.policy import Policy, PolicySpec
-from memkit.testing import growth_laws, merging_laws, placing_laws, policy_laws, readout_laws
 from memkit.testing.cases import Case, cases
 from memkit.testing.claims import claimed
 from memkit.testing.given import as_spec
 from memkit.testing.law import Code, Law, LawBroken, code_of
+from memkit.testing.laws.admission import ADMISSION_LAWS
+from memkit.testing.laws.growth import GROWTH_LAWS, tokens
+from memkit.testing.laws.leaving import exits, with_margin
+from memkit.testing.laws.merging import (
+    MERGING_LAWS,
+    associativity,
+    chunks_do_not_matter,
+    isotropy,
+    merge_gradients,
+)
+from memkit.testing.laws.merging.tokens import merges
+from memkit.testing.laws.policy import POLICY_LAWS, round_trip
+from memkit.testing.laws.readout import READOUT_LAWS, sums_of_slots
+from memkit.testing.laws.routing import ROUTING_LAWS, routing_batch_invariance, slots_follow_their_keys
+from memkit.testing.report import Report, Verdict
 from memkit.testing.scaling import scaled_down
 from memkit.testing.specs import policies
 
 __all__ = [
-    "Report",
-    "Verdict",
     "calls",
     "check",
     "check_admission",
@@ -43,44 +54,6 @@ __all__ = [
     "examine",
     "examine_policies",
 ]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one law. error: the counter-example, where it is broken."""
-
-    law: Law
-    status: Literal["held", "broken", "not claimed"]
-    error: LawBroken | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """The verdicts on one subject. note: what the reader must know about how it was examined."""
-
-    subject: str
-    verdicts: tuple[Verdict, ...]
-    note: str = ""
-
-    @property
-    def broken(self) -> list[LawBroken]:
-        """The counter-examples, in the order of the laws."""
-        return [verdict.error for verdict in self.verdicts if verdict.error is not None]
-
-    def raise_if_broken(self) -> Report:
-        """The report itself where every law held; else raises the first counter-example."""
-        if self.broken:
-            raise self.broken[0]
-        return self
-
-    def __str__(self) -> str:
-        width = max(len(_title(verdict.law)) for verdict in self.verdicts)
-        lines = [f"{_title(verdict.law):<{width}}  {verdict.status}" for verdict in self.verdicts]
-        return "\n".join([self.subject, *([self.note] if self.note else []), *lines])
-
-
-def _title(law: Law) -> str:
-    return f"{law.family}: {law.name}"
 
 
 SLOW_IS_FINE = [
@@ -95,12 +68,12 @@ SLOW_IS_FINE = [
 class Asked(NamedTuple):
     """A law, the strategy of its examples, and what of an example it is called with.
 
-    judge: (example) → None; claims: whom the claim is asked of.
+    verify: (example) → None; claims: whom the claim is asked of.
     """
 
     law: Law
     examples: st.SearchStrategy[Any]
-    judge: Callable[[Any], None]
+    verify: Callable[[Any], None]
     claims: Any
 
 
@@ -195,7 +168,7 @@ def _verdict(asked: Asked, examples: int, shrink: bool) -> Verdict:
     )
     @given(asked.examples)
     def tried(example: Any) -> None:
-        asked.judge(example)
+        asked.verify(example)
 
     try:
         tried()
@@ -209,40 +182,13 @@ def _asked(subject: Any) -> tuple[str, str, list[Asked]]:
     if isinstance(subject, (str, Path, PolicySpec, Policy)):
         return _asked_of_policy(as_policy(subject))
     piece, spec, code = _built(subject)
-    name = code.expression
-    match piece:
-        case Merging():
-            asked = _of_rule(piece, code)
-            return name, "", [*asked, *_in_policies("merging", spec or as_spec(piece), piece, spec is not None)]
-        case Growth():
-            asked = [_one(law, growth_laws.tokens(), piece, code) for law in growth_laws.GROWTH_LAWS]
-            if isinstance(spec, GrowthSpec):
-                asked += _in_policies("growth", spec, piece, True)
-            return name, "", asked
-        case Admission():
-            asked = [_one(law, placing_laws.exits(), piece, code) for law in placing_laws.ADMISSION_LAWS]
-            return name, "", [*asked, *_in_policies("admission", spec or as_spec(piece), piece, spec is not None)]
-        case Routing():
-            sure = (placing_laws.slots_follow_their_keys, placing_laws.routing_rows_are_strangers)
-            new = getattr(piece, "new_slots", True)
-            asked = [
-                _one(
-                    law,
-                    placing_laws.with_margin(new) if law in sure else placing_laws.exits(joins_new=new),
-                    piece,
-                    code,
-                )
-                for law in placing_laws.ROUTING_LAWS
-            ]
-            return name, "", [*asked, *_in_policies("routing", spec or as_spec(piece), piece, spec is not None)]
-        case Readout():
-            asked = [_one(law, readout_laws.sums_of_slots(), piece, code) for law in readout_laws.READOUT_LAWS]
-            return name, "", [*asked, *_in_policies("readout", piece.spec, piece, True)]
-        case _:
-            raise PolicyError(
-                f"what can be checked is a policy, a merge rule, a growth, an admission, a routing or a readout, "
-                f"got {type(piece).__name__}"
-            )
+    for family, (kind, laws_of) in FAMILIES.items():
+        if isinstance(piece, kind):
+            return code.expression, "", [*laws_of(piece, code), *_in_policies(family, piece, spec)]
+    raise PolicyError(
+        f"what can be checked is a policy, a merge rule, a growth, an admission, a routing or a readout, "
+        f"got {type(piece).__name__}"
+    )
 
 
 def _asked_of_policy(policy: Policy) -> tuple[str, str, list[Asked]]:
@@ -252,32 +198,56 @@ def _asked_of_policy(policy: Policy) -> tuple[str, str, list[Asked]]:
     if small is not spec:
         note = f"in small: chunks of {small.build().chunk} tokens for {policy.chunk}, budgets in proportion"
     built = small.build() if small is not spec else policy
-    asked = [_one(law, cases(built), built, None) for law in policy_laws.POLICY_LAWS]
+    asked = [_one(law, cases(built), built, None) for law in POLICY_LAWS]
     return policy.name or "policy", note, asked
 
 
 def _of_rule(rule: Merging, code: Code) -> list[Asked]:
     tame = ("integers", "normal", "clusters", "duplicates", "zeros", "antipodal")
     wild = (*tame, "tiny", "huge", "spread")
-    data = {
-        merging_laws.associativity: tame,
-        merging_laws.isotropy: tame,
-        merging_laws.merge_gradients: ("normal", *tame),
-    }
+    data = {associativity: tame, isotropy: tame, merge_gradients: ("normal", *tame)}
     return [
         _one(
             law,
-            merging_laws.merges(
+            merges(
                 rule,
                 data=data.get(law, wild),
-                dtypes=("float64",) if law is merging_laws.merge_gradients else ("float64", "float32"),
-                drops=law is not merging_laws.chunks_do_not_matter,
+                dtypes=("float64",) if law is merge_gradients else ("float64", "float32"),
+                drops=law is not chunks_do_not_matter,
             ),
             rule,
             code,
         )
-        for law in merging_laws.MERGING_LAWS
+        for law in MERGING_LAWS
     ]
+
+
+def _of_growth(growth: Growth, code: Code) -> list[Asked]:
+    return [_one(law, tokens(), growth, code) for law in GROWTH_LAWS]
+
+
+def _of_admission(admission: Admission, code: Code) -> list[Asked]:
+    return [_one(law, exits(), admission, code) for law in ADMISSION_LAWS]
+
+
+def _of_routing(routing: Routing, code: Code) -> list[Asked]:
+    sure = (slots_follow_their_keys, routing_batch_invariance)
+    new = getattr(routing, "new_slots", True)
+    return [_one(law, with_margin(new) if law in sure else exits(joins_new=new), routing, code) for law in ROUTING_LAWS]
+
+
+def _of_readout(readout: Readout, code: Code) -> list[Asked]:
+    return [_one(law, sums_of_slots(), readout, code) for law in READOUT_LAWS]
+
+
+FAMILIES: dict[str, tuple[type, Callable[[Any, Code], list[Asked]]]] = {
+    "merging": (Merging, _of_rule),
+    "growth": (Growth, _of_growth),
+    "admission": (Admission, _of_admission),
+    "routing": (Routing, _of_routing),
+    "readout": (Readout, _of_readout),
+}
+"""What can be checked by itself: each family's piece, and the laws to ask it."""
 
 
 def _one(law: Law, examples: st.SearchStrategy[Any], subject: Any, code: Code | None) -> Asked:
@@ -285,18 +255,23 @@ def _one(law: Law, examples: st.SearchStrategy[Any], subject: Any, code: Code | 
     return Asked(law, examples, lambda example: law(subject, example, code), claims)
 
 
-def _in_policies(family: str, spec: Any, piece: Any, named: bool) -> Iterator[Asked]:
+def _in_policies(family: str, piece: Any, spec: Any) -> Iterator[Asked]:
     """The ten laws in random policies that have this piece; round trips only where YAML can name it."""
-    examples = calls(remembers=True, **{family: spec})
+    if isinstance(piece, Readout):
+        spec = piece.spec
+    elif isinstance(piece, Growth) and not isinstance(spec, GrowthSpec):
+        return  # a schedule without a spec stands in no policy
+    named, given = spec is not None, cast(Any, piece)
+    examples = calls(remembers=True, **{family: spec if named else as_spec(given)})
     merging = piece if isinstance(piece, Merging) else Merging()
-    for law in policy_laws.POLICY_LAWS:
-        if law is policy_laws.round_trip and not (named and _registered(family, spec)):
+    for law in POLICY_LAWS:
+        if law is round_trip and not (named and _registered(family, spec)):
             continue
 
-        def judge(call: Any, law: Law = law) -> None:
+        def verify(call: Any, law: Law = law) -> None:
             law(*call)
 
-        yield Asked(law, examples, judge, merging)
+        yield Asked(law, examples, verify, merging)
 
 
 @st.composite

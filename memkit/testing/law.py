@@ -38,15 +38,15 @@ class Code:
 
 
 class Law:
-    """A law of one family. Calling it judges one example and raises `LawBroken` where it does not hold.
+    """A law of one family. Calling it verifies one example and raises `LawBroken` where it does not hold.
 
     name: as tables and errors show it; family: `policy`, or the family of pieces it is about;
     claim: the claim whose holders are asked, None where everybody is.
     """
 
-    def __init__(self, name: str, family: str, claim: str | None, judge: Callable[[Any, Any], None]) -> None:
-        self.name, self.family, self.claim, self.judge = name, family, claim, judge
-        self.__name__, self.__doc__, self.__wrapped__ = judge.__name__, judge.__doc__, judge
+    def __init__(self, name: str, family: str, claim: str | None, verify: Callable[[Any, Any], None]) -> None:
+        self.name, self.family, self.claim, self.verify = name, family, claim, verify
+        self.__name__, self.__doc__, self.__wrapped__ = verify.__name__, verify.__doc__, verify
 
     @property
     def says(self) -> str:
@@ -54,9 +54,9 @@ class Law:
         return (self.__doc__ or "").strip().splitlines()[0]
 
     def __call__(self, subject: Any, example: Any, code: Code | None = None) -> None:
-        """Judge one example; `code`: how the subject is written in Python, for the error."""
+        """Verify one example; `code`: how the subject is written in Python, for the error."""
         try:
-            self.judge(subject, example)
+            self.verify(subject, example)
         except Broken as broken:
             raise self._broken(subject, example, code, str(broken)) from None
         except Exception as error:  # a rule that raises on data it must take keeps no law
@@ -75,7 +75,7 @@ class Law:
 
 def law(name: str, family: str, claim: str | None = None) -> Callable[[Callable[[Any, Any], None]], Law]:
     """Makes a function (subject, example) → None a law."""
-    return lambda judge: Law(name, family, claim, judge)
+    return lambda verify: Law(name, family, claim, verify)
 
 
 def code_of(subject: Any) -> Code:

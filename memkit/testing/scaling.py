@@ -1,4 +1,4 @@
-"""A policy in small: the same declaration with short chunks, so that its laws can be judged in seconds."""
+"""A policy in small: the same declaration with short chunks, so that its laws can be verified in seconds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import Any
 from memkit.catalog import load_policy
 from memkit.errors import PolicyError
 from memkit.pieces.growth import GrowthSpec, PowerGrowthSpec
-from memkit.policy import PolicySpec
+from memkit.policy import Policy, PolicySpec
 
-__all__ = ["scaled_down"]
+__all__ = ["least_policy", "scaled_down"]
+
+
+def least_policy(chunk: int, slots: int, **families: Any) -> Policy:
+    """The least policy that merges: chunks of so many tokens, a window of one chunk, so many slots."""
+    return PolicySpec(
+        chunker={"kind": "fixed", "size": chunk},  # type: ignore[arg-type]
+        window={"kind": "block", "chunks": 1},  # type: ignore[arg-type]
+        growth={"kind": "fixed", "slots": slots},  # type: ignore[arg-type]
+        **families,
+    ).build()
 
 
 def scaled_down(spec: PolicySpec, chunk: int = 4) -> PolicySpec:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from memkit.errors import ModelError
+from memkit.viz.tables import empty_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +21,7 @@ __all__ = ["plot", "save", "table"]
 
 def table(bench: Bench) -> RenderableType:
     """One row per policy, mode and length, with the settings below."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    grid = empty_table()
     for index, head in enumerate(("policy", "mode", "tokens", "ms", "low–high", "× full", "of limit", "peak GB")):
         grid.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
     for row in bench.timings:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from memkit.viz.tables import empty_table
+
 if TYPE_CHECKING:
-    from memkit.testing.checks import Report
     from memkit.testing.law import Law
+    from memkit.testing.report import Report
 
 __all__ = ["report", "watching"]
 
@@ -22,7 +22,7 @@ STYLES = {"held": "green", "broken": "bold red", "not claimed": "dim"}
 
 def report(examined: Report) -> RenderableType:
     """A line per law, and the counter-examples of the broken ones below."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table = empty_table(gap=1)
     for column in ("law", "verdict", "what it says"):
         table.add_column(column, no_wrap=column != "what it says")
     family = ""

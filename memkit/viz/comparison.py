@@ -8,13 +8,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from memkit.errors import ModelError
+from memkit.viz.tables import empty_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +39,7 @@ HEADERS = (
 
 def table(comparison: Comparison) -> RenderableType:
     """Sorted by memory; policies on the memory–loss front are marked; the settings below."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    grid = empty_table()
     for index, (above, below) in enumerate(HEADERS):
         grid.add_column(f"{above}\n{below}", justify="right" if index else "left", no_wrap=True)
     for entry in _by_memory(comparison):

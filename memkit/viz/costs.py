@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from memkit.costing import Cost
+from memkit.viz.tables import empty_table
 
 __all__ = ["amount", "cells", "columns", "table"]
 
@@ -41,7 +41,7 @@ def cells(cost: Cost) -> tuple[str, ...]:
 
 def columns(first: str, *others: str) -> Table:
     """An empty table: names on the left, numbers on the right."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    grid = empty_table(gap=1)
     grid.add_column(first, no_wrap=True)
     for header in others:
         grid.add_column(header, justify="right", no_wrap=True)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from memkit.lm import AttentionMixerSpec, MemoryLM, MixerSpec, ModelSpec
 from memkit.lm.footprint import memory_bytes
 from memkit.viz.costs import amount, columns
 from memkit.viz.policies import tokens_in_words
+from memkit.viz.tables import empty_table
 
 __all__ = ["details", "listing"]
 
@@ -22,7 +21,7 @@ SHOWN_LENGTHS = tuple(4096 << (2 * index) for index in range(5))
 
 def listing(models: Iterable[tuple[ModelSpec, str]]) -> RenderableType:
     """One line per model: its name, its parameters, what it is."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    grid = empty_table(gap=1)
     grid.add_column("model", no_wrap=True)
     grid.add_column("parameters", justify="right")
     grid.add_column("what it is")

@@ -10,6 +10,7 @@ from rich.text import Text
 from memkit.engine import plan
 from memkit.errors import MemkitError
 from memkit.pieces.chunking import FixedChunkerSpec
+from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.pieces.window import BlockWindowSpec, SlidingWindowSpec
 from memkit.policy import Policy
@@ -54,7 +55,7 @@ def picture(policy: Policy) -> Picture | None:
     small, scale = _scaled(policy)
     try:
         made = plan(
-            small, _keys(), rotation=Rotation("half-split", 2, torch.zeros(1)) if small.needs_rotation else None
+            small, _keys(), rotation=Rotation("half-split", 2, torch.zeros(1)) if Need.ROTATION in small.needs else None
         )
     except MemkitError:
         return None

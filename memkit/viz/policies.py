@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from memkit.costing import Cost, cost
@@ -16,6 +14,7 @@ from memkit.pieces.registry import Spec
 from memkit.policy import PolicySpec
 from memkit.viz.costs import cells, columns
 from memkit.viz.picture import draw, picture
+from memkit.viz.tables import empty_table
 from memkit.yaml12 import dump
 
 __all__ = ["details", "listing", "tokens_in_words"]
@@ -25,7 +24,7 @@ SHOWN_LENGTHS = tuple(1024 << (2 * i) for i in range(6))
 
 def listing(policies: Iterable[tuple[PolicySpec, str]]) -> RenderableType:
     """One line per policy: its name, how it grows, what it is."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    grid = empty_table(gap=1)
     grid.add_column("policy", no_wrap=True)
     grid.add_column("growth", max_width=22)
     grid.add_column("what it is")
@@ -41,7 +40,7 @@ def details(spec: PolicySpec, header: str) -> RenderableType:
     if header:
         parts.append(Text(header))
     parts += [Text(), declaration(spec), Text()]
-    learned = policy.learned
+    learned = tuple(need.phrase for need in policy.learned)
     parts.append(Text(f"A layer must have learned {_and(learned)}." if learned else "Nothing is learned."))
     parts.append(_growth_table(cost(spec, SHOWN_LENGTHS)))
     drawn = picture(policy)

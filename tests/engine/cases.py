@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import memkit
+from memkit.pieces import Need
 from memkit.pieces.growth import GrowthSpec, PowerGrowthSpec
 from memkit.pieces.window import SlidingWindowSpec
 
@@ -114,7 +115,7 @@ class Case:
 
     def oracle_plan(self, **options: Any) -> memkit.Plan:
         """The plan that the oracle makes."""
-        from memkit.engine import reference
+        from memkit import reference
         from memkit.engine.validation import check_call
 
         given: dict[str, Any] = dict.fromkeys(("weights", "scale", "memory", "lengths", "plan"))
@@ -167,7 +168,7 @@ def make_case(
         "keys": keys,
         "values": normal(rows, kv_heads, tokens, value_width),
     }
-    if policy.merging.learned and not policy.exact_slots:
+    if Need.MERGE_WEIGHTS in policy.needs:
         tensors["weights"] = normal(rows, kv_heads, tokens).exp().float().double()
     of_parameters = memkit.PolicyParameters(policy, heads, WIDTH)
     learned = {
@@ -175,7 +176,7 @@ def make_case(
         for name, tensor in of_parameters.named_parameters()
     }
     rotation = None
-    if policy.needs_rotation:
+    if Need.ROTATION in policy.needs:
         width = 6  # not all channels
         rotation = memkit.Rotation(pairing, width, 0.7 ** torch.arange(width // 2).double())
     return Case(spec, tensors, learned, rotation)

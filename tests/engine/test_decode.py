@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import memkit
+from memkit.pieces import Need
 
 TOKENS, WIDTH, HEADS = 90, 8, 4
 
@@ -21,10 +22,10 @@ def test_one_token_at_a_time_equals_whole(name: str, kv_heads: int) -> None:
     policy = spec.build()
     queries, keys = torch.randn(2, HEADS, TOKENS, WIDTH), torch.randn(2, kv_heads, TOKENS, WIDTH)
     values = torch.randn(2, kv_heads, TOKENS, WIDTH + 2)
-    weights = torch.rand(2, kv_heads, TOKENS) if policy.merging.learned and not policy.exact_slots else None
+    weights = torch.rand(2, kv_heads, TOKENS) if Need.MERGE_WEIGHTS in policy.needs else None
     parameters = memkit.PolicyParameters(policy, HEADS, WIDTH)
     rotation = None
-    if policy.needs_rotation:
+    if Need.ROTATION in policy.needs:
         rotation = memkit.Rotation("adjacent", WIDTH, 1 / torch.logspace(0, 2, WIDTH // 2))
     with torch.no_grad():
         for tensor in parameters.parameters():

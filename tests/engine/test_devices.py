@@ -16,6 +16,7 @@ import memkit
 import memkit.engine.torch as engine
 from memkit.engine import read
 from memkit.engine.parts import Parts
+from memkit.pieces import Need
 
 HEADS, WIDTH = 4, 8
 EPS = torch.finfo(torch.float32).eps
@@ -34,11 +35,11 @@ def _given(
     policy = _small(name).build()
     shapes = [(rows, HEADS, tokens, WIDTH), (rows, kv_heads, tokens, WIDTH), (rows, kv_heads, tokens, WIDTH)]
     tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
-    learned = policy.merging.learned and not policy.exact_slots
+    learned = Need.MERGE_WEIGHTS in policy.needs
     more: dict[str, Any] = {"weights": torch.rand(shapes[1][:3], device=device) if learned else None}
     if policy.learned:
         more["parameters"] = memkit.PolicyParameters(policy, HEADS, WIDTH).to(device)
-    if policy.needs_rotation:
+    if Need.ROTATION in policy.needs:
         more["rotation"] = memkit.Rotation("adjacent", WIDTH, 1 / torch.logspace(0, 2, WIDTH // 2, device=device))
     return policy, tensors, more
 

@@ -18,6 +18,7 @@ from memkit.pieces import (
     Leaving,
     Merging,
     MergingSpec,
+    Need,
     Placement,
     Rotary,
     RotarySpec,
@@ -153,7 +154,7 @@ class HalfSpec(RotarySpec):
 class Ahead(Rotary):
     """Slots stand three positions after their tokens' mean."""
 
-    needs_rotation = True
+    needs = frozenset({Need.ROTATION})
     rotates_slots = True
 
     def memory_keys(self, keys: Tensor, rotation: Any, positions: Any) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import memkit
-from memkit.engine import reference
 from memkit.engine.validation import check_call
 from memkit.memory import Memory
+from memkit.reference.rules import Rules
 from tests.engine.cases import WIDTH, Case, assert_same_plan, awkward_lengths, make_case, small
 
 NAMES = memkit.policy_names()
@@ -275,7 +275,7 @@ def test_budgets_agree(growth: dict[str, Any], chunk: int):
     )
     keys: Tensor = torch.zeros(1, 1, 1, WIDTH)
     nothing: dict[str, Any] = dict.fromkeys(("weights", "parameters", "rotation", "scale", "memory", "lengths", "plan"))
-    rules = reference.Rules(check_call(spec.build(), None, keys, None, **nothing))
+    rules = Rules(check_call(spec.build(), None, keys, None, **nothing))
     for left in range(0, 400 * chunk, chunk):
         slots = rules.slots(left)
         assert spec.build().slots_after(left + chunk + 1) == slots, f"after {left} tokens have left"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import memkit
+from memkit.pieces import Need
 from tests.engine.cases import cotangent, error, make_case, small
 
 NAMES = memkit.policy_names()
@@ -51,7 +52,7 @@ def test_many_small_tokens_are_not_lost_in_a_bfloat16_sum(name: str):
     spec = memkit.load_policy(small(name), {"growth": {"kind": "fixed", "slots": 8}})
     keys = torch.zeros(1, 1, 3000, 8, dtype=torch.bfloat16)
     values = torch.ones(1, 1, 3000, 8, dtype=torch.bfloat16)
-    rotation = memkit.Rotation("adjacent", 8, torch.ones(4)) if spec.build().needs_rotation else None
+    rotation = memkit.Rotation("adjacent", 8, torch.ones(4)) if Need.ROTATION in spec.build().needs else None
     with torch.no_grad():
         output, memory = memkit.attend(spec, keys, keys, values, rotation=rotation)
     sums = memory.sums[..., 8:].sum()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import memkit
+from memkit.pieces import Need
 from memkit.pieces.rotary import KeepSpec, RerotateSpec, Rotation, UnrotateSpec, ZeroSpec
 
 FREQUENCIES = torch.tensor([1.0, 0.3, 0.01])
@@ -54,7 +55,7 @@ def test_angles_are_exact_far_out(keys):
 def test_keep_changes_nothing(keys, positions):
     rotary = KeepSpec().build()
     assert rotary.memory_keys(keys, None, None) is keys
-    assert not rotary.needs_rotation
+    assert not rotary.needs
 
 
 @pytest.mark.parametrize(("spec", "width"), [(ZeroSpec(share=0.5), 4), (ZeroSpec(width=6), 6), (ZeroSpec(share=1), 8)])
@@ -78,7 +79,7 @@ def test_zero_takes_exactly_one_measure(fields):
 @pytest.mark.parametrize("spec", [UnrotateSpec(), RerotateSpec()])
 def test_memory_keys_are_unrotated(spec, keys, positions):
     turn, rotary = rotation("half-split"), spec.build()
-    assert rotary.needs_rotation
+    assert rotary.needs == {Need.ROTATION}
     torch.testing.assert_close(rotary.memory_keys(turn.apply(keys, positions), turn, positions), keys)
 
 

@@ -26,11 +26,11 @@ from memkit.pieces.registry import kinds
 from memkit.pieces.routing import NearestSpec, SegmentSpec
 from memkit.testing import CLAIMS, LawBroken, check, check_growth, check_merge_rule, check_policy, examine, laws
 from memkit.testing.claims import claimed
-from memkit.testing.policy_laws import POLICY_LAWS
+from memkit.testing.laws import POLICY_LAWS
 from tests.faults import ForgetsMass, NearestAdmitted, Overshoots, Shrinks
 from tests.testing.ema import Ema
 
-# Fewer, and not made smaller, where the same tests judge hundreds of mutants (make mutants).
+# Fewer, and not made smaller, where the same tests try hundreds of mutants (make mutants).
 FEW = "MEMKIT_LAW_EXAMPLES" in os.environ
 PIECES = [
     MeanSpec(),

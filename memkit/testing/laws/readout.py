@@ -11,10 +11,10 @@ from torch import Tensor
 import memkit
 from memkit.parameters import PolicyParameters
 from memkit.pieces.readout import Readout
-from memkit.policy import PolicySpec
-from memkit.testing.agreement import agree, show
+from memkit.testing.agreement import agree, by_differences, identical, show
 from memkit.testing.cases import DATA, Case, Data, make
 from memkit.testing.law import Broken, law
+from memkit.testing.scaling import least_policy
 
 __all__ = [
     "READOUT_LAWS",
@@ -172,8 +172,7 @@ def slots_are_read_apart(readout: Readout, example: Sums) -> None:
             ("reversed", read(sums[turn], turned)[turn]),
             ("deeper", read(sums[None, None], deep)[0, 0]),
         ):
-            if not torch.equal(here, there):
-                raise Broken(f"{name} of slots {what}:\n{show(there)}\nexpected\n{show(here)}")
+            identical(there, f"{name} of slots {what}", here, "expected")
 
 
 @law("gradients", "readout")
@@ -195,11 +194,7 @@ def reading_gradients(readout: Readout, example: Sums) -> None:
             raise Broken(f"gradient of {name}:\n{show(found)}\nat\n{show(sums)}")
         if example.data != "normal" or min(example.counts) == 0 or float(sums.norm(dim=-1).min()) < 0.1:
             continue
-        h, numeric = 1e-6, torch.zeros_like(sums)
-        for i in range(sums.numel()):
-            step = torch.zeros_like(sums)
-            step.view(-1)[i] = h
-            numeric.view(-1)[i] = ((read(sums + step) - read(sums - step)) * weighing).sum() / (2 * h)
+        numeric = by_differences(lambda s, read=read, weighing=weighing: read(s) * weighing, sums, 1e-6)
         # The LayerNorm of two equal channels is steep: its eps of 1e-5 makes for derivatives of 300.
         if not bool(((found - numeric).abs() <= 1e-4 * (1 + numeric.abs().max())).all()):
             raise Broken(f"gradient of {name}:\n{show(found)}\nby differences:\n{show(numeric)}")
@@ -212,12 +207,7 @@ def temperature_one(readout: Readout, example: Sums) -> None:
     attend(parameters = 1, 0, 1) = attend(parameters = none): a policy that has just been put into a model starts as
     one that has learned nothing.
     """
-    policy = PolicySpec(
-        chunker={"kind": "fixed", "size": 2},  # type: ignore[arg-type]
-        window={"kind": "block", "chunks": 1},  # type: ignore[arg-type]
-        growth={"kind": "fixed", "slots": 2},  # type: ignore[arg-type]
-        readout=readout.spec,
-    ).build()
+    policy = least_policy(2, 2, readout=readout.spec)
     case = Case(lengths=(5,), width=example.width, value_width=example.width, seed=example.seed, dtype="float64")
     inputs = case.inputs(policy)
     plain = inputs.attend(policy)[0]

@@ -1,0 +1,434 @@
+"""One call as one node of autograd's graph, for additive policies: no graph per chunk.
+
+Forward keeps, per chunk, how the slots it touched read before and what they summed after: as many numbers as the chunk
+has. Backward then walks the steps in reverse, restores how slots read at each, and carries two gradients along: that of
+how each slot reads, until the fold that read it anew turns it into its sums' gradient; and that of the sums, which a
+slot's tokens gather on the way (it is the suffix sum over all later readings).
+
+Every tensor that backward needs goes through `save_for_backward`: autograd then notices what was changed in place
+since, saved-tensor hooks see them, and they are freed with the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkit.engine.autocast import autocasts, without_autocast
+from memkit.engine.fold import Chunk, Fold, SlotRules, contributions, flat_slots, read_slots
+from memkit.engine.parts import Parts, Queries, heated
+from memkit.engine.read import attend_parts_backward, once_only
+from memkit.engine.schedule import Schedule
+from memkit.engine.timeline import columns
+from memkit.memory import Ready
+from memkit.pieces.rotary import Rotation
+
+__all__ = ["Inputs", "Passed", "attend_as_one_node"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a pass is given that gradients may flow to.
+
+    queries; keys [b, g, n, d], values [b, g, n, v], weights [b, g, n]: the timeline; sums [b, g, m, d + v], scalars
+    [b, g, m, s]: what slots hold at first. The LayerNorm is in the rules.
+    """
+
+    queries: Queries
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None
+    sums: Tensor
+    scalars: Tensor
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pass leaves. output [b, h, t, v]; lse [b, h, t]; sums, scalars: what slots hold at last; ready: how they
+    read then; folds: what undoing each fold takes, the first one first."""
+
+    output: Tensor
+    lse: Tensor
+    sums: Tensor
+    scalars: Tensor
+    ready: Ready
+    folds: list[Fold]
+
+
+def attend_as_one_node(
+    forward: Callable[[Inputs], Passed],
+    inputs: Inputs,
+    rules: SlotRules,
+    schedule: Schedule,
+    scale: float,
+    positions: Tensor | None,
+    fresh: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, sums and scalars of a pass, with a gradient.
+
+    positions [b, n]: those of the timeline; fresh: whether there was no memory, so that nothing was read at first.
+    """
+    queries = inputs.queries
+    facts = (rules, schedule, scale, positions, fresh)
+    return _Pass.apply(
+        forward,
+        facts,
+        queries.windowed,
+        None if queries.alike else queries.remembering,
+        queries.window_heat,
+        queries.memory_heat,
+        inputs.keys,
+        inputs.values,
+        inputs.weights,
+        *(rules.key_norm or (None, None)),
+        inputs.sums,
+        inputs.scalars,
+    )
+
+
+class _Pass(torch.autograd.Function):
+    """The pass as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        forward: Callable[[Inputs], Passed],
+        facts: tuple[SlotRules, Schedule, float, Tensor | None, bool],
+        windowed: Tensor,
+        remembering: Tensor | None,
+        window_heat: Tensor | None,
+        memory_heat: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        weights: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        sums: Tensor,
+        scalars: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rules, schedule, scale, positions, fresh = facts
+        queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
+        passed = forward(Inputs(queries, keys, values, weights, sums, scalars))
+        rotation = rules.rotation
+        kept = _Kept(
+            read=(_apart(passed.ready.keys, passed.sums), _apart(passed.ready.values, passed.sums), passed.ready.bias),
+            folds=passed.folds,
+            lse=passed.lse,
+            started=None if fresh else (sums, scalars),
+            room=passed.sums.shape[2],
+            positions=positions,
+            frequencies=None if rotation is None else rotation.frequencies,
+        )
+        inputs = (windowed, remembering, window_heat, memory_heat, keys, values, weights, norm_weight, norm_bias)
+        saved: list[Tensor | None] = [*inputs, passed.output]
+        # Rules and schedule stay, but for their tensors.
+        ctx.rules, ctx.schedule, ctx.scale = dataclasses.replace(rules, key_norm=None, rotation=None), schedule, scale
+        ctx.rotation = None if rotation is None else (rotation.pairing, rotation.width)
+        ctx.kept = _without_tensors(kept, saved)
+        ctx.save_for_backward(*saved)
+        return passed.output, passed.sums, passed.scalars
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        windowed, remembering, window_heat, memory_heat, keys, values, weights, norm_weight, norm_bias, output = saved[
+            :10
+        ]
+        kept: _Kept = _with_tensors(ctx.kept, saved)
+        rotation = None
+        if ctx.rotation is not None and kept.frequencies is not None:
+            rotation = Rotation(ctx.rotation[0], ctx.rotation[1], kept.frequencies)
+        norm = None if norm_weight is None else (norm_weight.detach(), norm_bias.detach())
+        rules = dataclasses.replace(ctx.rules, key_norm=norm, rotation=rotation)
+        queries = Queries(windowed, windowed if remembering is None else remembering, window_heat, memory_heat)
+        with torch.no_grad(), without_autocast(keys.device) if autocasts(keys.device) else nullcontext():
+            walk = _Backward(rules, ctx.schedule, ctx.scale, queries, keys, values, weights, kept)
+            grads = walk.run(output, *given)
+        found = [
+            grads.windowed,
+            None if remembering is None else grads.remembering,
+            grads.window_heat,
+            grads.memory_heat,
+            grads.keys.to(keys.dtype),
+            grads.values.to(values.dtype),
+            grads.weights,
+            *(grads.norm or (None, None)),
+            grads.sums,
+            grads.scalars,
+        ]
+        return None, None, *once_only(found, [*given, *saved])
+
+
+def _apart(tensor: Tensor, returned: Tensor) -> Tensor:
+    """The tensor, or a copy of a view of one that the node returns: that one holds the node, which would hold it."""
+    same = tensor.untyped_storage().data_ptr() == returned.untyped_storage().data_ptr()
+    return tensor.clone() if same else tensor
+
+
+@dataclass
+class _Kept:
+    """What a pass leaves for its backward pass besides its inputs and its output.
+
+    read: how slots read at last; started: the sums and scalars they started from, None where there was no memory;
+    room: slots there is room for; positions [b, n] of the timeline; frequencies of the rotation.
+    """
+
+    read: tuple[Tensor, Tensor, Tensor | None]
+    folds: list[Fold]
+    lse: Tensor
+    started: tuple[Tensor, Tensor] | None
+    room: int
+    positions: Tensor | None
+    frequencies: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor stands among the saved ones."""
+
+    index: int
+
+
+def _without_tensors(part: Any, saved: list[Tensor | None]) -> Any:
+    """A copy of nested records with a `_Place` for each tensor, which goes to the end of `saved`."""
+    if isinstance(part, Tensor):
+        saved.append(part)
+        return _Place(len(saved) - 1)
+    return _mapped(part, lambda each: _without_tensors(each, saved))
+
+
+def _with_tensors(part: Any, saved: tuple[Tensor, ...]) -> Any:
+    """The records again."""
+    if isinstance(part, _Place):
+        return saved[part.index]
+    return _mapped(part, lambda each: _with_tensors(each, saved))
+
+
+def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(part, (list, tuple)):
+        return type(part)(change(each) for each in part)
+    if isinstance(part, (_Kept, Fold)):
+        changed = copy.copy(part)
+        for name, each in vars(part).items():
+            setattr(changed, name, change(each))
+        return changed
+    return part
+
+
+@dataclass
+class _Grads:
+    """Gradients of what the pass was given: queries for the window and the slots (one tensor where those are),
+    temperatures, timeline, LayerNorm, first sums."""
+
+    windowed: Tensor
+    remembering: Tensor
+    window_heat: Tensor | None
+    memory_heat: Tensor | None
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None
+    norm: list[Tensor]
+    sums: Tensor
+    scalars: Tensor
+
+
+class _Backward:
+    """One walk back through the steps of a pass. The graph may be walked again: nothing that was kept is changed."""
+
+    def __init__(
+        self,
+        rules: SlotRules,
+        schedule: Schedule,
+        scale: float,
+        queries: Queries,
+        keys: Tensor,
+        values: Tensor,
+        weights: Tensor | None,
+        kept: _Kept,
+    ) -> None:
+        self.rules, self.schedule, self.scale, self.queries, self.weights = rules, schedule, scale, queries, weights
+        self.kept, self.folds = kept, list(kept.folds)
+        self.parts = Parts(schedule, keys.detach(), values.detach())
+        self.ready = self._record(*(None if tensor is None else tensor.clone() for tensor in kept.read))
+
+    def run(self, output: Tensor, grad_output: Tensor, grad_sums: Tensor, grad_scalars: Tensor) -> _Grads:
+        """Gradients of all inputs from those of the output, the final sums and the final scalars."""
+        grads, reading = self._nothing_yet(grad_sums, grad_scalars)
+        queries, lse = self.queries, self.kept.lse
+        for step in reversed(self.schedule.steps):
+            if step.stop > step.start:
+                span = slice(step.start, step.stop)
+                met = self.parts.of(step, queries, self.ready if step.most_slots else None)
+                found = attend_parts_backward(
+                    met, self.scale, output[:, :, span], lse[:, :, span], grad_output[:, :, span]
+                )
+                for part, (asked, keys, values) in zip(met, found, strict=True):
+                    if part.columns is None:
+                        _cool(asked, queries.remembering[:, :, span], queries.memory_heat, grads.memory_heat)
+                        grads.remembering[:, :, span] += heated(asked, queries.memory_heat)
+                        reading[0][:, :, : keys.shape[2]] += keys
+                        reading[1][:, :, : keys.shape[2]] += values
+                    else:
+                        _cool(asked, queries.windowed[:, :, span], queries.window_heat, grads.window_heat)
+                        grads.windowed[:, :, span] += heated(asked, queries.window_heat)
+                        grads.keys[:, :, slice(*part.columns)] += keys
+                        grads.values[:, :, slice(*part.columns)] += values
+            if step.exit is not None and self.folds:
+                fold = self.folds.pop()
+                self._unfold(fold, reading, grads)
+                self._restore(fold)
+        if self.kept.started is not None:
+            sums, scalars, *norm = _through_reading(self.rules, *self.kept.started, reading)
+            grads.sums += sums
+            grads.scalars += scalars
+            _add(grads.norm, norm)
+        return grads
+
+    def _nothing_yet(self, grad_sums: Tensor, grad_scalars: Tensor) -> tuple[_Grads, list[Tensor]]:
+        """The gradients to add to, and those of how slots read."""
+        queries, parts, wide = self.queries, self.parts, grad_sums.dtype
+        for_windowed = torch.zeros_like(queries.windowed)
+        grads = _Grads(
+            windowed=for_windowed,
+            remembering=for_windowed if queries.alike else torch.zeros_like(queries.remembering),
+            window_heat=None if queries.window_heat is None else torch.zeros_like(queries.window_heat),
+            memory_heat=None if queries.memory_heat is None else torch.zeros_like(queries.memory_heat),
+            keys=torch.zeros_like(parts.keys, dtype=wide),
+            values=torch.zeros_like(parts.values, dtype=wide),
+            weights=None if self.weights is None else torch.zeros_like(self.weights),
+            norm=[torch.zeros_like(tensor) for tensor in self.rules.key_norm or ()],
+            sums=grad_sums.clone(memory_format=torch.contiguous_format),
+            scalars=grad_scalars.clone(memory_format=torch.contiguous_format),
+        )
+        return grads, [torch.zeros_like(tensor, dtype=wide) for tensor in (self.ready.keys, self.ready.values)]
+
+    def _unfold(self, fold: Fold, reading: list[Tensor], grads: _Grads) -> None:
+        """Carry gradients back through one fold."""
+        target = flat_slots(fold.slot, self.kept.room)
+        flat = [tensor.flatten(0, 2) for tensor in reading]
+        touched = torch.arange(len(flat[0]), device=target.device) if fold.before is None else target
+        # A slot touched by several tokens stands several times in `touched`; its gradient passes through one of them.
+        order = torch.arange(len(touched), device=touched.device)
+        first = torch.full((flat[0].shape[0],), len(touched), device=touched.device)
+        first = first.scatter_reduce(0, touched, order, "amin")[touched] == order
+        given = [tensor[touched] * first.unsqueeze(-1) for tensor in flat]
+        for tensor in flat:
+            tensor.index_fill_(0, touched, 0)
+        sums, scalars, *norm = _through_reading(self.rules, fold.sums, fold.scalars, given)
+        _add(grads.norm, norm)
+        all_sums, all_scalars = grads.sums.flatten(0, 2), grads.scalars.flatten(0, 2)
+        all_sums.index_add_(0, touched, sums)
+        all_scalars.index_add_(0, touched, scalars)
+
+        stored = (fold.slot >= 0).unsqueeze(-1)
+        rows = all_sums[target].view(*stored.shape[:3], -1) * stored
+        numbers = all_scalars[target].view(*stored.shape[:3], -1) * stored
+        chunk = self._chunk(fold)
+        keys, values, weights, *norm = _through_contributions(self.rules, chunk, fold.founders, rows, numbers)
+        _add(grads.norm, norm)
+        for whole, part in ((grads.keys, keys), (grads.values, values), (grads.weights, weights)):
+            if whole is not None and part is not None:
+                _add_columns(whole, fold.where, part)
+
+    def _chunk(self, fold: Fold) -> Chunk:
+        """The tokens of a fold."""
+        positions = self.kept.positions
+        return Chunk(
+            keys=columns(self.parts.keys, fold.where),
+            values=columns(self.parts.values, fold.where),
+            weights=None if self.weights is None else columns(self.weights, fold.where),
+            positions=None if positions is None else columns(positions[:, None], fold.where),
+            first=fold.first,
+            where=fold.where,
+        )
+
+    def _restore(self, fold: Fold) -> None:
+        """Read again what was read before a fold, from the sums of then where the fold does not say."""
+        if fold.before is not None:
+            target = flat_slots(fold.slot, self.kept.room)
+            for whole, part in zip((self.ready.keys, self.ready.values, self.ready.bias), fold.before, strict=True):
+                if whole is not None and part is not None:
+                    whole.flatten(0, 2).index_copy_(0, target, part)
+            return
+        started = self.kept.started
+        if self.folds:
+            last = self.folds[-1]
+            if last.before is not None:  # how slots read before that one is noted there, and after it not needed
+                return
+            started = (last.sums, last.scalars)
+        if started is not None:
+            rows, heads, room = (*self.parts.keys.shape[:2], self.kept.room)
+            self.ready = read_slots(self.rules, *(tensor.reshape(rows, heads, room, -1) for tensor in started))
+
+    @staticmethod
+    def _record(keys: Tensor | None, values: Tensor | None, bias: Tensor | None) -> Ready:
+        assert keys is not None and values is not None
+        return Ready(keys, keys, values, bias)
+
+
+def _cool(grad: Tensor, queries: Tensor, heat: Tensor | None, into: Tensor | None) -> None:
+    """Add a temperature's gradient, [h], from that of the heated queries [b, h, s, d]."""
+    if heat is not None and into is not None:
+        into += torch.einsum("bhsd,bhsd->h", grad, queries).to(into.dtype)
+
+
+def _through_reading(rules: SlotRules, sums: Tensor, scalars: Tensor, grads: list[Tensor]) -> list[Tensor]:
+    """Gradients of sums, scalars and LayerNorm from those of how slots read."""
+    with torch.enable_grad():
+        sums, scalars, rules = _leaf(sums), _leaf(scalars), _with_norm_as_leaves(rules)
+        ready = read_slots(rules, sums, scalars)
+        return _gradients([ready.keys, ready.values], [sums, scalars, *(rules.key_norm or ())], grads)
+
+
+def _through_contributions(
+    rules: SlotRules, chunk: Chunk, founded: Tensor | None, rows: Tensor, scalars: Tensor
+) -> list[Tensor | Any]:
+    """Gradients of a chunk's keys, values, weights (None where it has none) and LayerNorm from those of its rows."""
+    with torch.enable_grad():
+        rules = _with_norm_as_leaves(rules)
+        given = {name: getattr(chunk, name) for name in ("keys", "values", "weights")}
+        leaves = {name: None if tensor is None else _leaf(tensor) for name, tensor in given.items()}
+        outputs = contributions(rules, dataclasses.replace(chunk, **leaves), founded)
+        present = [leaf for leaf in leaves.values() if leaf is not None]
+        found = _gradients(list(outputs), [*present, *(rules.key_norm or ())], [rows, scalars])
+    if leaves["weights"] is None:
+        found.insert(2, None)  # type: ignore[arg-type]
+    return found
+
+
+def _gradients(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Gradients of the inputs; zeros where an output does not depend on one."""
+    pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+    found = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
+    return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, found, strict=True)]
+
+
+def _with_norm_as_leaves(rules: SlotRules) -> SlotRules:
+    if rules.key_norm is None:
+        return rules
+    weight, bias = rules.key_norm
+    return dataclasses.replace(rules, key_norm=(_leaf(weight), _leaf(bias)))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _add(sums: list[Tensor], parts: list[Tensor]) -> None:
+    for whole, part in zip(sums, parts, strict=True):
+        whole += part
+
+
+def _add_columns(timeline: Tensor, where: slice | Tensor, part: Tensor) -> None:
+    if isinstance(where, slice):
+        columns(timeline, where).add_(part)
+        return
+    index = where.reshape(where.shape[0], 1, where.shape[1], *[1] * (timeline.ndim - 3))
+    timeline.scatter_add_(2, index.expand_as(part), part.to(timeline.dtype))

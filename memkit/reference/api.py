@@ -1,0 +1,138 @@
+"""`attend` and `plan` by the book: every row, every head, one token after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit.engine.call import Call
+from memkit.memory import Memory
+from memkit.plan import Plan
+from memkit.reference.head import Head
+from memkit.reference.rules import Rules
+from memkit.reference.words import definitely, stacked
+
+__all__ = ["attend", "plan"]
+
+
+def attend(call: Call) -> tuple[Tensor, Memory]:
+    """Outputs [b, h, t, v] in the inputs' dtype and the memory after the call, by the book."""
+    queries, memory = call.queries, call.memory
+    assert queries is not None and call.values is not None
+    if memory is not None:
+        memory.check_usable()
+        memory.taken = not (call.differentiable or memory.requires_grad)
+    group = queries.shape[1] // call.keys.shape[1]
+    with torch.set_grad_enabled(call.differentiable):
+        rules = Rules(call)
+        heads = [[Head(rules, call, r, g) for g in range(call.keys.shape[1])] for r in range(queries.shape[0])]
+        silence = call.values.new_zeros(call.values.shape[-1], dtype=torch.float64)
+        outputs: list[Tensor] = []
+        for r, row in enumerate(heads):
+            for i in range(queries.shape[2]):
+                if i >= call.lengths[r]:  # padding
+                    outputs += [silence] * queries.shape[1]
+                    continue
+                for head in row:
+                    head.arrive(head.seen + i)
+                for h in range(queries.shape[1]):
+                    head = row[h // group]
+                    outputs.append(head.read(queries[r, h, i].double(), h, head.seen + i))
+        shape = (queries.shape[0], queries.shape[2], queries.shape[1], len(silence))
+        output = stacked(outputs, silence).reshape(shape).transpose(1, 2).to(queries.dtype)
+        return output, written(rules, call, heads)
+
+
+@torch.no_grad()
+def plan(call: Call) -> Plan:
+    """Where each token goes that leaves the window during the call. Memory is only read."""
+    rules = Rules(call)
+    rows, heads = call.keys.shape[:2]
+    states = [[Head(rules, call, r, g) for g in range(heads)] for r in range(rows)]
+    begin = np.array([row[0].left for row in states], dtype=np.int64)
+    for r, row in enumerate(states):
+        for head in row:
+            for i in range(int(call.lengths[r])):
+                head.arrive(head.seen + i)
+    length = np.array([row[0].left for row in states], dtype=np.int64) - begin
+    most = int(length.max())
+    slot = torch.full((rows, heads, most), -1, dtype=torch.int64)
+    founded = torch.zeros(rows, heads, most, dtype=torch.bool)
+    for r, row in enumerate(states):
+        for g, head in enumerate(row):
+            for j, (where, founds) in enumerate(head.record):
+                slot[r, g, j], founded[r, g, j] = where, founds
+    chunks = most // rules.chunk if rules.chunk else 0
+    slots = [
+        [rules.slots(int(begin[r]) + min((i + 1) * rules.chunk, int(length[r]))) for i in range(chunks)]
+        for r in range(rows)
+    ]
+    return Plan(
+        slot=slot.to(call.keys.device),
+        founded=founded.to(call.keys.device),
+        begin=begin,
+        length=length,
+        slots=np.array(slots, dtype=np.int64).reshape(rows, chunks),
+    )
+
+
+def written(rules: Rules, call: Call, heads: list[list[Head]]) -> Memory:
+    """The memory after the call, in the layout that `Memory` describes."""
+    keys, before = call.keys, call.memory
+    first = [row[0] for row in heads]
+    seen = np.array([head.seen + int(length) for head, length in zip(first, call.lengths, strict=True)], dtype=np.int64)
+    keep = max(int(tokens) - head.left for tokens, head in zip(seen, first, strict=True))
+
+    def window(row: Callable[[Head], Tensor], dtype: torch.dtype) -> Tensor:
+        """What each head's window holds, newest last, zeros before it."""
+        return torch.stack(
+            [torch.stack([newest(row(head)[head.left - head.origin :]) for head in r]) for r in heads]
+        ).to(dtype)
+
+    def newest(held: Tensor) -> Tensor:
+        return torch.cat((held.new_zeros(keep - len(held), *held.shape[1:]), held))
+
+    most = max(len(head.slots) for row in heads for head in row)
+    columns = len(rules.policy.columns)
+
+    def filled(head: Head) -> Tensor:
+        rows = [rules.row(slot) for slot in head.slots]
+        return torch.stack(rows + [rules.row(head.nothing())] * (most - len(rows))) if most else head.keys[:0]
+
+    sums_width = keys.shape[-1] + first[0].values.shape[-1]
+    rows = torch.stack([torch.stack([filled(head) for head in row]) for row in heads])
+    if most == 0:
+        rows = rows.new_zeros(*rows.shape[:2], 0, sums_width + columns)
+    weights = positions = next_positions = None
+    if first[0].weights is not None:
+        dtype = keys.dtype if call.weights is None else call.weights.dtype
+        if before is not None and before.weights is not None:
+            dtype = torch.promote_types(dtype, before.weights.dtype)
+        weights = window(lambda head: definitely(head.weights), dtype)
+    if first[0].places is not None:
+        positions = window(lambda head: definitely(head.places), torch.float64)[:, 0]
+        next_positions = torch.stack([going_on(call, head, r) for r, head in enumerate(first)])
+    return Memory(
+        policy=rules.policy,
+        seen_rows=seen,
+        end=keep,
+        keys=window(lambda head: head.keys, keys.dtype),
+        values=window(lambda head: head.values, keys.dtype),
+        weights=weights,
+        positions=positions,
+        next_positions=next_positions,
+        sums=rows[..., :sums_width].to(torch.promote_types(keys.dtype, torch.float32)),
+        scalars=rows[..., sums_width:],
+    )
+
+
+def going_on(call: Call, head: Head, row: int) -> Tensor:
+    """The position of a row's next token."""
+    if call.lengths[row]:
+        return definitely(head.places)[-1] + 1
+    if call.memory is not None and call.memory.next_positions is not None:
+        return call.memory.next_positions[row]
+    return head.keys.new_zeros(())

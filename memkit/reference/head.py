@@ -1,0 +1,157 @@
+"""One row and one key/value head: its window, its slots, and the softmax over both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkit.engine.call import Call
+from memkit.pieces.needs import Need
+from memkit.reference.placing import Placed, place
+from memkit.reference.rules import Rules
+from memkit.reference.slot import Slot, Token
+from memkit.reference.words import stacked
+
+__all__ = ["Head"]
+
+
+class Head:
+    """The stream of one row and one key/value head: the tokens it still holds, and its slots.
+
+    seen: tokens before this call; left: tokens that have left the window; origin: the first token held.
+    """
+
+    def __init__(self, rules: Rules, call: Call, row: int, head: int) -> None:
+        self.rules, memory = rules, call.memory
+        self.seen = 0 if memory is None else int(memory.seen_rows[row])
+        self.left = 0 if self.seen == 0 else rules.sees_from(self.seen - 1)
+        self.origin, held = self.left, self.seen - self.left
+        self.given = None if call.plan is None else (call.plan, row, head)
+        self.slots: list[Slot] = []
+        self.record: list[Placed] = []
+        self.as_read: tuple[Tensor, Tensor, Tensor] | None = None
+
+        new = slice(0, int(call.lengths[row]))
+        keys, values = call.keys[row, head, new].double(), None
+        if call.values is not None:
+            values = call.values[row, head, new].double()
+        learned = self.rules.policy.merging.learned and not rules.sinks_are_tokens
+        weights = keys.new_ones(len(keys)) if learned else None
+        if call.weights is not None:
+            weights = call.weights[row, head, new].double()
+        places = new_places(rules, call, row)
+        if memory is not None:
+            old = slice(memory.end - held, memory.end)
+            keys = torch.cat((memory.keys[row, head, old].double(), keys))
+            if values is not None:
+                values = torch.cat((memory.values[row, head, old].double(), values))
+            if weights is not None and memory.weights is not None:
+                weights = torch.cat((memory.weights[row, head, old].double(), weights))
+            if places is not None and memory.positions is not None:
+                places = torch.cat((memory.positions[row, old], places))
+            width = keys.shape[1] + (0 if values is None else memory.values.shape[-1])
+            for index in range(rules.slots(self.left)):
+                sums = memory.sums[row, head, index, :width].double()
+                self.slots.append(rules.slot(torch.cat((sums, memory.scalars[row, head, index])), keys.shape[1]))
+        self.keys, self.weights, self.places = keys, weights, places
+        # A plan is made without values.
+        self.values = keys[:, :0] if values is None else values
+
+    def token(self, position: int) -> Token:
+        """The token at `position`, which must still be held."""
+        at = position - self.origin
+        return Token(
+            treatment=self.rules.treatment,
+            position=position,
+            key=self.keys[at],
+            value=self.values[at],
+            weight=None if self.weights is None else self.weights[at],
+            place=None if self.places is None else self.places[at],
+        )
+
+    def arrive(self, position: int) -> None:
+        """A token arrives: what it no longer sees leaves the window, chunk by chunk."""
+        while self.left < self.rules.sees_from(position):
+            self.leave()
+
+    def leave(self) -> None:
+        """The oldest chunk becomes part of the slots."""
+        rules, begin, before = self.rules, self.left, len(self.slots)
+        chunk = [self.token(position) for position in range(begin, begin + rules.chunk)]
+        granted = rules.slots(begin + rules.chunk) - rules.slots(begin)
+        placed = self.from_plan(begin) if self.given is not None else place(rules, chunk, self.slots, granted)
+        weights = rules.weights(chunk)
+        self.slots += [self.nothing()] * granted
+        # Founders first, so that a token may join a slot whose founder stands behind it in the chunk.
+        for token, weight, (slot, founds) in zip(chunk, weights, placed, strict=True):
+            if founds:
+                assert slot >= before
+                self.slots[slot] = rules.alone(token, weight, founds=True)
+        for token, weight, (slot, founds) in zip(chunk, weights, placed, strict=True):
+            if slot >= 0 and not founds:
+                self.slots[slot] = rules.joined(self.slots[slot], rules.alone(token, weight, founds=False))
+        self.record += placed
+        self.left = begin + rules.chunk
+        self.as_read = None
+
+    def from_plan(self, begin: int) -> list[Placed]:
+        """What an injected plan says about the chunk at `begin`."""
+        assert self.given is not None
+        given, row, head = self.given
+        columns = range(begin - int(given.begin[row]), begin - int(given.begin[row]) + self.rules.chunk)
+        return [(int(given.slot[row, head, j]), bool(given.founded[row, head, j])) for j in columns]
+
+    def nothing(self) -> Slot:
+        """A slot without tokens."""
+        width = self.keys.shape[1] + self.values.shape[1] + len(self.rules.policy.columns)
+        return self.rules.slot(self.keys.new_zeros(width), self.keys.shape[1])
+
+    def memory(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots' keys as queries meet them [m, d], values [m, v], and what their scores get on top [m]."""
+        if self.as_read is None:
+            exact = self.rules.sinks_are_tokens
+            keys = [slot.key if exact else slot.met for slot in self.slots]
+            values = [slot.value if exact else slot.answer for slot in self.slots]
+            biases = [torch.zeros_like(slot.count) if exact else slot.bias for slot in self.slots]
+            self.as_read = (
+                stacked(keys, self.keys[0]),
+                stacked(values, self.values[0]),
+                stacked(biases, self.keys[0, 0]),
+            )
+        return self.as_read
+
+    def read(self, query: Tensor, head: int, position: int) -> Tensor:
+        """The answer [v] to query head `head` at `position`: one softmax over slots and visible tokens.
+
+        scale · τ_mem · q·K_i + bias_i for slots, scale · τ_win · q·k_j for tokens; sinks of a policy without growth
+        are tokens wherever they stand.
+        """
+        rules = self.rules
+        visible = slice(rules.sees_from(position) - self.origin, position + 1 - self.origin)
+        windowed = query if rules.window_scale is None else rules.window_scale[head] * query
+        if rules.sinks_are_tokens:
+            remembering = windowed
+        else:
+            place = None if self.places is None else self.places[position - self.origin]
+            remembering = rules.treatment.memory_query(query, place)
+            if rules.memory_scale is not None:
+                remembering = rules.memory_scale[head] * remembering
+        keys, values, biases = self.memory()
+        of_slots = rules.scale * (keys @ remembering) + biases
+        of_tokens = rules.scale * (self.keys[visible] @ windowed)
+        shares = torch.cat((of_slots, of_tokens)).softmax(0)
+        return shares @ torch.cat((values, self.values[visible]))
+
+
+def new_places(rules: Rules, call: Call, row: int) -> Tensor | None:
+    """Rotary positions of a row's new tokens, [n] float64: as given, else going on where the memory stands."""
+    if Need.ROTATION not in rules.policy.needs:
+        return None
+    assert call.rotation is not None
+    count = int(call.lengths[row])
+    if call.rotation.positions is not None:
+        return call.rotation.positions[row, :count].double().to(call.keys.device)
+    begin = call.keys.new_zeros((), dtype=torch.float64)
+    if call.memory is not None and call.memory.next_positions is not None:
+        begin = call.memory.next_positions[row]
+    return begin + torch.arange(count, dtype=torch.float64, device=call.keys.device)

@@ -1,0 +1,80 @@
+"""What a memory must hold, worked out from the definitions: how many slots, which weights, which keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from memkit.pieces.readout import LAYER_NORM_EPS
+from memkit.policy import Policy
+from memkit.testing.agreement import eps_of
+from memkit.testing.cases import Inputs
+from memkit.testing.laws.weights import weights_in_sums
+
+__all__ = ["SUMS_EPS", "memory_keys", "slots_allowed", "sums_of_tokens", "tokens_left"]
+
+
+SUMS_EPS = eps_of(torch.float32)
+"""Sums are taken in float32 or better, whatever the inputs' dtype."""
+
+
+def tokens_left(policy: Policy, seen: int) -> int:
+    """Tokens that have left the window of a row that has seen so many."""
+    return int(policy.window.begin(seen - 1)) if seen > 0 else 0
+
+
+def slots_allowed(policy: Policy, left: int) -> tuple[int, int]:
+    """Slots once `left` tokens have left, and the most that the budget allows, from the definition."""
+    if policy.growth is None:
+        return min(policy.sinks, left), policy.sinks
+    growth, size = policy.growth.spec, policy.chunk
+    slots = most = 0
+    for begin in range(0, left, size):
+        seen = begin + (policy.window.capacity or 0)
+        allowed = policy.growth.budget(seen if growth.counts == "seen" else begin + size)
+        allowed = min(max(policy.sinks, allowed), begin + size)
+        whole = begin == 0 and growth.first_chunk == "whole"
+        slots += size if whole else min(size, max(0, allowed - slots))
+        most = max(most, allowed, size if growth.first_chunk == "whole" else 0)
+    return slots, most
+
+
+def memory_keys(policy: Policy, inputs: Inputs, row: int, tokens: int) -> Tensor:
+    """What a row's first tokens bring to a key sum, [g, tokens, d] float64.
+
+    The key after the rotary treatment, then the LayerNorm; the key itself where slots are plain tokens.
+    """
+    keys = inputs.keys[row, :, :tokens].double()
+    if policy.exact_slots:
+        return keys
+    positions = None
+    if inputs.rotation is not None:
+        given = inputs.rotation.positions
+        positions = torch.arange(keys.shape[1]).double() if given is None else given[row, : keys.shape[1]]
+        positions = positions[None, None]
+    keys = policy.rotary.memory_keys(keys[None], inputs.rotation, positions)[0]
+    if policy.readout.layer_norm:
+        norm = None if inputs.parameters is None else inputs.parameters.key_norm
+        weight, bias = (None, None) if norm is None else (part.detach().double() for part in norm)
+        keys = layer_norm(keys, keys.shape[-1:], weight, bias, LAYER_NORM_EPS)
+    return keys
+
+
+def sums_of_tokens(policy: Policy, inputs: Inputs, row: int, founded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each of a row's first tokens adds to key sum [g, n, d], value sum [g, n, v] and mass [g, n], float64.
+
+    founded [g, n] bool: which of them found a slot.
+    """
+    tokens = founded.shape[1]
+    keys, values = memory_keys(policy, inputs, row, tokens), inputs.values[row, :, :tokens].double()
+    if policy.exact_slots or tokens == 0:
+        return keys, values, torch.ones(founded.shape, dtype=torch.float64)
+    for_keys, for_values, mass = weights_in_sums(
+        policy.merging,
+        inputs.keys[row : row + 1, :, :tokens],
+        None if inputs.weights is None else inputs.weights[row : row + 1, :, :tokens],
+        founded[None],
+        torch.arange(tokens) < policy.chunk,
+    )
+    return keys * for_keys[0].unsqueeze(-1), values * for_values[0].unsqueeze(-1), mass[0]

@@ -1,0 +1,58 @@
+"""Law 5, conservation in memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memkit.catalog import as_policy
+from memkit.policy import Policy
+from memkit.testing.agreement import agree, show, size
+from memkit.testing.cases import Case
+from memkit.testing.law import Broken, law
+from memkit.testing.laws.policy.definitions import SUMS_EPS, sums_of_tokens, tokens_left
+
+__all__ = ["conservation_in_memory"]
+
+
+@law("conservation in memory", "policy", claim="conserves")
+def conservation_in_memory(policy: Policy, case: Case) -> None:
+    """Counts sum to the tokens absorbed and not dropped, masses to their weights, sums to Σ weight·key and ·value.
+
+    Σ_i K_i = Σ_j w_j k̄_j over the tokens j that a slot took, and likewise V, mass and count. What is lost here, the
+    model can never read again; what is counted twice drowns the rest.
+    """
+    policy = as_policy(policy)
+    inputs = case.inputs(policy)
+    plan = inputs.plan(policy)
+    memory = inputs.attend(policy, plan=plan)[1]
+    for row, length in enumerate(case.lengths):
+        left = tokens_left(policy, length)
+        left = left if not policy.exact_slots else min(left, policy.sinks)
+        taken = plan.slot[row, :, :left] >= 0
+        founded = plan.founded[row, :, :left]
+        if left and not bool((taken | (not policy.merging.joins)).all()):
+            raise Broken(f"row {row}: every token joins, but these have no slot:\n{show(plan.slot[row, :, :left])}")
+        keys, values, mass = sums_of_tokens(policy, inputs, row, founded)
+        expected = {
+            "key_sum": _total(keys, taken),
+            "value_sum": _total(values, taken),
+            "count": taken.double().sum(-1),
+            "mass": (mass * taken).sum(-1),
+        }
+        slots = int(memory.slots[row])
+        sums = memory.sums[row, :, :slots].double()
+        got = {"key_sum": sums[..., : case.width].sum(1), "value_sum": sums[..., case.width :].sum(1)}
+        got["count"] = memory.counts[row].double().sum(-1)
+        if "mass" in policy.columns:
+            got["mass"] = memory.scalar("mass")[row, :, :slots].sum(-1)
+        scales = {
+            "key_sum": size(keys) * max(left, 1),
+            "value_sum": size(values) * max(left, 1),
+            "count": 0.0,
+            "mass": size(mass) * max(left, 1),
+        }
+        agree(got, {name: expected[name] for name in got}, scales=scales, eps=SUMS_EPS, what=f"row {row}: ")
+
+
+def _total(vectors: Tensor, taken: Tensor) -> Tensor:
+    return (vectors * taken.unsqueeze(-1)).sum(1)
