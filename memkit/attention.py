@@ -13,13 +13,15 @@ from torch.nn.functional import elu
 
 from memkit.catalog import as_policy
 from memkit.engine import attend
-from memkit.errors import InputError
+from memkit.engine.inputs import Lengths
+from memkit.errors import InputError, shown
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
 from memkit.pieces.registry import Spec
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
+from memkit.whole import MOST, whole_number
 
 __all__ = ["MemoryAttention", "QueryKeyNorm", "RotaryEmbedding", "RotaryEmbeddingSpec"]
 
@@ -35,7 +37,7 @@ class RotaryEmbeddingSpec(Spec):
     """
 
     width: int | None = Field(
-        default=None, ge=0, description="channels of each head that turn, even; 0: none; left out: all"
+        default=None, ge=0, le=MOST, description="channels of each head that turn, even; 0: none; left out: all"
     )
     theta: float = Field(default=10_000.0, gt=1, description="base of the frequencies; more than 1")
     pairing: Literal["adjacent", "half-split"] = Field(
@@ -142,16 +144,15 @@ class MemoryAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.policy = as_policy(policy)
-        self.width, self.heads, self.kv_heads = width, heads, heads if kv_heads is None else kv_heads
-        self.head_width = _head_width(width, heads) if head_width is None else head_width
-        self.value_width = self.head_width if value_width is None else value_width
-        for name in ("width", "heads", "kv_heads", "head_width", "value_width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.width, self.heads = whole_number("width", width, 1, MOST), whole_number("heads", heads, 1, MOST)
+        self.kv_heads = whole_number("kv_heads", heads if kv_heads is None else kv_heads, 1, MOST)
+        head_width = _head_width(width, heads) if head_width is None else head_width
+        self.head_width = whole_number("head_width", head_width, 1, MOST)
+        self.value_width = whole_number("value_width", head_width if value_width is None else value_width, 1, MOST)
         if heads % self.kv_heads:
             raise InputError(f"heads must be a multiple of kv_heads, got {heads} and {self.kv_heads}")
-        if qk_norm not in ("none", "layer-norm", "unit"):
-            raise InputError(f"qk_norm must be 'none', 'layer-norm' or 'unit', got {qk_norm!r}")
+        if not isinstance(qk_norm, str) or qk_norm not in ("none", "layer-norm", "unit"):
+            raise InputError(f"qk_norm must be 'none', 'layer-norm' or 'unit', got {shown(qk_norm)}")
         self.qk_norm = qk_norm
 
         self.query = nn.Linear(width, heads * self.head_width, bias=False)
@@ -164,6 +165,8 @@ class MemoryAttention(nn.Module):
         self.query_scale = nn.Parameter(torch.ones(heads)) if qk_norm == "unit" else None
 
         if not isinstance(rotary, RotaryEmbeddingSpec):
+            if not isinstance(rotary, dict | None) or not all(isinstance(name, str) for name in rotary or ()):
+                raise InputError(f"rotary must be a RotaryEmbeddingSpec or a dict of its fields, got {shown(rotary)}")
             rotary = RotaryEmbeddingSpec(**(rotary or {}))
         self.rotary = rotary.build(self.head_width)
         if Need.ROTATION in self.policy.needs and self.rotary.rotation is None:
@@ -175,7 +178,7 @@ class MemoryAttention(nn.Module):
         weighed = Need.MERGE_WEIGHTS in self.policy.needs
         self.gate = nn.Linear(width, self.kv_heads, bias=False) if weighed else None
 
-    def forward(self, x: Tensor, memory: Memory | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Memory]:
+    def forward(self, x: Tensor, memory: Memory | None = None, lengths: Lengths | None = None) -> tuple[Tensor, Memory]:
         """x [b, t, width] → y [b, t, width] and the memory to go on with.
 
         memory: what an earlier call returned (without gradients this call takes it over, see `memkit.attend`);
@@ -190,7 +193,7 @@ class MemoryAttention(nn.Module):
         keys: Tensor,
         values: Tensor,
         memory: Memory | None = None,
-        lengths: Tensor | None = None,
+        lengths: Lengths | None = None,
     ) -> tuple[Tensor, Memory]:
         """What follows the projections, for layers that do something of their own to them.
 
@@ -243,6 +246,6 @@ class MemoryAttention(nn.Module):
 
 
 def _head_width(width: int, heads: int) -> int:
-    if heads < 1 or width % heads:
+    if width % heads:
         raise InputError(f"width must be a multiple of heads, got {width} and {heads}; or give head_width")
     return width // heads

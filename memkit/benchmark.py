@@ -31,6 +31,7 @@ from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
+from memkit.whole import MOST, SEEDS, whole_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["MODES", "Bench", "Timing", "bench"]
 
 Mode = Literal["forward", "train", "decode"]
+MOST_NUMBERS = 2**34
+"""Of queries, keys, values and outputs together: 64 GiB in float32."""
+
 MODES: tuple[Mode, ...] = ("forward", "train", "decode")
 AnyPolicy = str | Path | PolicySpec | Policy
 Progress = Callable[[str], None]
@@ -129,12 +133,25 @@ def bench(
     peak: also measure the most memory a training step takes, each in a fresh process.
     Raises `InputError` where an argument is out of range.
     """
-    lengths = [tokens] if isinstance(tokens, int) else list(tokens)
-    if not lengths or min(lengths) < 2 or repeats < 1:
-        raise InputError(f"tokens must be at least 2 and repeats at least 1, got {lengths} and {repeats}")
+    lengths = [
+        whole_number("tokens", length, 2, MOST) for length in (tokens if isinstance(tokens, Sequence) else [tokens])
+    ]
+    repeats, seed = whole_number("repeats", repeats, 1, MOST), whole_number("seed", seed, *SEEDS)
+    if not lengths:
+        raise InputError("tokens must be one length or several, got none")
     if unknown := set(modes) - set(MODES):
         raise InputError(f"modes must be among {', '.join(MODES)}, got {', '.join(sorted(unknown))}")
-    shape = _Shape(rows, heads, kv_heads or heads, head_width, dtype)
+    kv_heads = heads if kv_heads is None else kv_heads
+    sizes = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "width": head_width}
+    shape = _Shape(**{name: whole_number(name, size, 1, MOST) for name, size in sizes.items()}, dtype=dtype)
+    if shape.heads % shape.kv_heads:
+        raise InputError(f"heads must be a multiple of the {shape.kv_heads} kv_heads, got {shape.heads}")
+    numbers = 4 * shape.rows * shape.heads * max(lengths) * shape.width
+    if numbers > MOST_NUMBERS:
+        raise InputError(
+            f"rows × heads × tokens × head_width must give at most {MOST_NUMBERS // 4:,} numbers a tensor, "
+            f"got {numbers // 4:,}; lower one of them"
+        )
     built = [as_policy(policy) for policy in policies]
     timings: list[Timing] = []
     for length in lengths:

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from memkit.errors import PolicyError, unknown_name
+from memkit import yaml12
+from memkit.errors import MemkitError, PolicyError, short, shown, unknown_name
 from memkit.pieces.registry import SpecError
 from memkit.policy import Policy, PolicySpec
 
@@ -48,15 +47,18 @@ def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | 
     `load_policy("kvm-sqrt-16", {"growth.factor": 8})`. Overriding a `kind` with another one drops the family's other
     fields, since they belong to the kind. Raises `PolicyError` naming the file, the field and what is allowed.
     """
+    changes = checked_overrides(overrides, PolicyError)
     if isinstance(policy, PolicySpec):
         name, source, data = policy.name, policy.name or "policy", policy.model_dump(mode="json")
+    elif not isinstance(policy, (str, Path)):
+        remedy = "; write PolicySpec(**fields) for a mapping" if isinstance(policy, Mapping) else ""
+        raise PolicyError(f"a policy is a name, a path or a PolicySpec, got {shown(policy)}{remedy}")
     else:
-        if not overrides and not _is_path(policy):
+        if not changes and not _is_path(policy):
             return _shipped(str(policy))
         path = _path(policy)
-        name, source, data = path.stem, str(policy), _read(path)
-    changes = (overrides or {}).items()
-    for field, value in sorted(changes, key=lambda change: change[0].split(".")[-1] != "kind"):
+        name, source, data = path.stem, short(str(policy)), _read(path)
+    for field, value in sorted(changes.items(), key=lambda change: change[0].split(".")[-1] != "kind"):
         _override(data, source, field, value)
     return _validate(data, source).named(name)
 
@@ -68,6 +70,26 @@ def as_policy(policy: str | Path | PolicySpec | Policy) -> Policy:
     if isinstance(policy, (str, Path, PolicySpec)):
         return (policy if isinstance(policy, PolicySpec) else load_policy(policy)).build()
     raise PolicyError(f"a policy is a name, a path, a PolicySpec or a Policy, got {type(policy).__name__}")
+
+
+def checked_overrides(overrides: Mapping[str, Any] | None, kind: type[MemkitError]) -> dict[str, Any]:
+    """Overrides as a dict of dotted paths; else raises `kind`."""
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise kind(f"overrides must be a mapping of fields, as {{'growth.factor': 8}}, got {shown(overrides)}")
+    for field in overrides:
+        if not isinstance(field, str) or not all(field.split(".")):
+            raise kind(f"overrides must name fields by dotted paths, as 'growth.factor', got {shown(field)}")
+    return dict(overrides)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is no error."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 @functools.cache
@@ -82,22 +104,20 @@ def _is_path(policy: str | Path) -> bool:
 def _path(policy: str | Path) -> Path:
     if _is_path(policy):
         path = Path(policy)
-        if not path.is_file():
+        if not is_file(path):
             raise PolicyError(
-                f"{policy}: no such file; give the path of a policy's YAML or one of: {', '.join(policy_names())}"
+                f"{short(str(policy))}: no such file; give the path of a policy's YAML or one of: "
+                f"{', '.join(policy_names())}"
             )
         return path
     path = policies_folder() / f"{policy}.yaml"
-    if not path.is_file():
+    if not is_file(path):
         raise PolicyError(unknown_name("policy", str(policy), policy_names()) + "; or give the path of a YAML file")
     return path
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    data = yaml12.read(path)
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -117,7 +137,8 @@ def _override(data: dict[str, Any], source: str, field: str, value: Any) -> None
         data = data.setdefault(parent, _default_family(parent) if depth == 0 else {})
         if not isinstance(data, dict):
             raise PolicyError(
-                f"{source}: {field}: {parent} is a plain value and has no field {last}; set {parent} itself"
+                f"{source}: {short(field)}: {short(parent)} is a plain value and has no field {short(last)}; "
+                f"set {short(parent)} itself"
             )
     if last == "kind" and data.get("kind") != value:
         data.clear()

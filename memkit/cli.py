@@ -4,29 +4,55 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from typer.core import TyperGroup
 
-from memkit import __version__
+from memkit import __version__, yaml12
 from memkit.catalog import load_policy, policy_header, policy_names
-from memkit.errors import InputError, MemkitError, PolicyError, unknown_name
+from memkit.errors import InputError, MemkitError, PolicyError, short, shown, unknown_name
 
 __all__ = ["app"]
 
+FIGURES = (".png", ".svg", ".pdf")
+
+
+# Where click is, as a package of its own or within typer, depends on typer's version.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+@contextmanager
+def _bad_input_is_one_line() -> Generator[None]:
+    try:
+        yield
+    except MemkitError as error:
+        said = str(error)
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        command = "memkit" if error.ctx is None else error.ctx.command_path
+        problem = " ".join(short(word) for word in error.format_message().split())
+        said = f"{command}: {problem} See {command} --help"
+    else:
+        return
+    typer.echo(" ".join(said.split()), err=True)
+    raise typer.Exit(2)
+
 
 class _Commands(TyperGroup):
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        with _bad_input_is_one_line():
+            return super().make_context(*arguments, **settings)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _bad_input_is_one_line():
             return super().invoke(ctx)
-        except MemkitError as error:
-            typer.echo(" ".join(str(error).split()), err=True)
-            raise typer.Exit(2) from None
 
 
 app = typer.Typer(
@@ -195,8 +221,7 @@ def compare(
     What each costs, and how well the model then predicts, measured in one run.
     """
     overrides = _overrides(changes)
-    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
-        raise InputError(f"--json {json_file}: must be a file in a folder that exists; make the folder first")
+    _check_writable("--json", json_file)
     from memkit import comparison, viz
     from memkit.viz.comparison import progress_bar
 
@@ -237,6 +262,10 @@ def bench(
     Prefill, training step and decoding, as factors measured in one run.
     """
     overrides = _overrides(changes)
+    _check_writable("--json", json_file)
+    _check_writable("--figure", figure)
+    if figure is not None and figure.suffix.lower() not in FIGURES:
+        raise InputError(f"--figure {short(str(figure))}: must end in {', '.join(FIGURES)}")
     from memkit import benchmark, viz
     from memkit.viz.benchmark import save
 
@@ -264,7 +293,7 @@ def check(
     subject: Annotated[
         str, typer.Argument(metavar="SUBJECT", help="A policy's name or YAML file, or module:Name of a piece.")
     ],
-    examples: Annotated[int, typer.Option(metavar="N", min=1, help="Examples to try each law on.")] = 50,
+    examples: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Examples to try each law on.")] = 50,
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
 ) -> None:
@@ -377,10 +406,10 @@ def generate(
 
 
 def _ids(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option} {text}: must be token ids with commas between them, as in 1,2,3") from None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"-?[0-9]{1,18}", part, re.ASCII) for part in parts):
+        raise InputError(f"{option} {shown(text)[1:-1]}: must be token ids with commas between them, as in 1,2,3")
+    return [int(part) for part in parts]
 
 
 def _overrides(changes: list[str]) -> dict[str, Any]:
@@ -389,13 +418,26 @@ def _overrides(changes: list[str]) -> dict[str, Any]:
     for change in changes:
         field, equals, value = change.partition("=")
         if not equals or not field.strip():
-            raise PolicyError(f"--set {change}: must be FIELD=VALUE, as in --set growth.factor=8")
+            raise PolicyError(f"--set {short(change)}: must be FIELD=VALUE, as in --set growth.factor=8")
+        if (field := field.strip()) in overrides:
+            raise PolicyError(f"--set {short(change)}: {short(field)} is given twice; leave one of them out")
         try:
-            overrides[field.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or "cannot be read"
-            raise PolicyError(f"--set {change}: {problem}; the value is YAML, as 8 or '{{kind: none}}'") from None
+            overrides[field] = yaml12.load(value, f"--set {short(change)}")
+        except PolicyError as error:
+            raise PolicyError(f"{error}; the value is YAML, as 8 or '{{kind: none}}'") from None
     return overrides
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """Raise where a file of that name cannot be written, before work is done for it."""
+    if path is None:
+        return
+    try:
+        fine = not path.is_dir() and path.absolute().parent.is_dir()
+    except OSError:  # a name longer than a file's may be
+        fine = False
+    if not fine:
+        raise InputError(f"{option} {short(str(path))}: must be a file in a folder that exists; make the folder first")
 
 
 def _write(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from memkit.catalog import as_policy, load_policy
 from memkit.errors import InputError, ModelError
 from memkit.policy import Policy, PolicySpec
+from memkit.whole import SEEDS, whole_number
 
 if TYPE_CHECKING:
     import pandas
@@ -158,9 +159,15 @@ def compare(
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `load_policy`, `hf.load` and
     `hf.attach` do.
     """
-    _check_at_least("skip", skip, 1)
-    _check_at_least("tokens", tokens, skip + 1)
-    _check_at_least("decoded", decoded, 1)
+    skip, decoded = whole_number("skip", skip, 1), whole_number("decoded", decoded, 1)
+    tokens = whole_number("tokens", tokens, 1)
+    if tokens <= skip:
+        raise InputError(
+            f"tokens must be a whole number, at least {skip + 1} (skip + 1: something must be scored), got {tokens}"
+        )
+    seed = whole_number("seed", seed, *SEEDS)
+    if isinstance(policies, (str, Path, PolicySpec, Policy)):
+        policies = [policies]
     try:
         from memkit import hf
     except ImportError as error:
@@ -219,6 +226,7 @@ def _measure(
 ) -> tuple[Measurement, Tensor]:
     """Read `ids` [1, n], then decode. The second result is the loss at each scored position, float64 [n − skip]."""
     from memkit import hf
+    from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
     head = model.get_output_embeddings()
@@ -233,9 +241,9 @@ def _measure(
         for begin in range(0, tokens, SEGMENT):
             part = ids[:, begin : begin + SEGMENT]
             start = _now(ids.device)
-            output = model.base_model(part, past_key_values=cache, use_cache=True)
+            output = model.base_model(part, use_cache=True, **with_cache(model.base_model, cache))
             seconds += _now(ids.device) - start
-            cache, hidden = output.past_key_values, output.last_hidden_state[0]
+            cache, hidden = returned_cache(output), output.last_hidden_state[0]
             first = max(0, skip - 1 - begin)  # the state of token i predicts token i + 1
             losses += _losses(head, hidden[first:], ids[0, begin + first + 1 : begin + part.shape[1] + 1])
             progress(label, begin + part.shape[1], tokens + decoded)
@@ -245,7 +253,7 @@ def _measure(
         token = head(hidden[-1]).argmax().view(1, 1)
         for step in range(decoded):
             start = _now(ids.device)
-            logits = model(token, past_key_values=cache, use_cache=True).logits
+            logits = model(token, use_cache=True, **with_cache(model, cache)).logits
             times.append(_now(ids.device) - start)
             token = logits[:, -1:].argmax(-1)
             progress(label, tokens + step + 1, tokens + decoded)
@@ -334,12 +342,6 @@ def _token_ids(loaded: LoadedModel, source: str, text: str, tokens: int) -> Tens
             f"tokens must be at most {len(ids)}, the length of {source}, got {tokens}; lower it or give a longer text"
         )
     return torch.tensor([ids[:tokens]], device=loaded.model.device)
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        reason = " (skip + 1: something must be scored)" if name == "tokens" else ""
-        raise InputError(f"{name} must be a whole number, at least {least}{reason}, got {value}")
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,15 +14,19 @@ import torch
 
 from memkit.catalog import as_policy
 from memkit.engine.checks import DTYPES
-from memkit.errors import InputError
+from memkit.errors import InputError, shown
 from memkit.memory.window import room_for
 from memkit.pieces.needs import Need
 from memkit.policy import Policy, PolicySpec
+from memkit.whole import MOST, whole_number
 
 __all__ = ["FITTED_LENGTHS", "Cost", "Flops", "Shape", "cost"]
 
 FITTED_LENGTHS = tuple(4096 << i for i in range(9))
 """Tokens at which the exponent is fitted: 4k, 8k … 1M."""
+
+MOST_TOKENS, MOST_CHUNKS = 2**28, 2**22
+"""Tokens, and chunks that leave, up to which a cost is counted: some seconds, for every one of them is looked at."""
 
 # Positions looked at in one go: a few arrays of 8 MB, however long the text.
 BLOCK = 1 << 20
@@ -179,14 +183,17 @@ def cost(
     Raises `InputError` for numbers that do not fit, `PolicyError` as `load_policy` does.
     """
     shape = _shape(heads, kv_heads, head_width, value_width, dtype, layers, rows)
-    lengths = [tokens] if isinstance(tokens, int) else list(tokens)
-    for length in lengths:
-        _check_at_least("tokens", length, 1)
-    course = _Course(as_policy(policy), max([*lengths, *FITTED_LENGTHS]))
+    several = isinstance(tokens, Iterable) and not isinstance(tokens, (str, bytes, Mapping))
+    several = several and getattr(tokens, "ndim", 1) > 0  # one number may be an array without axes
+    each = list(tokens) if isinstance(tokens, Iterable) and several else [tokens]
+    built = as_policy(policy)
+    most = MOST_TOKENS if built.sinks_only else min(MOST_TOKENS, MOST_CHUNKS * built.chunk)
+    lengths = [whole_number("tokens", length, 1, most) for length in each]
+    course = _Course(built, max([*lengths, *FITTED_LENGTHS]))
     visible = course.visible({*lengths, *FITTED_LENGTHS})
     exponent = _slope({n: _prefill(course, shape, n, visible[n]).total for n in FITTED_LENGTHS})
     costs = [_cost_at(course, shape, length, visible[length], exponent) for length in lengths]
-    return costs[0] if isinstance(tokens, int) else costs
+    return costs if several else costs[0]
 
 
 class _Course:
@@ -304,28 +311,23 @@ def _shape(
     layers: int,
     rows: int,
 ) -> Shape:
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise InputError(f"dtype must be a name or a torch.dtype, got {shown(dtype)}")
     shape = Shape(
-        heads=heads,
-        kv_heads=heads if kv_heads is None else kv_heads,
-        head_width=head_width,
-        value_width=head_width if value_width is None else value_width,
+        heads=whole_number("heads", heads, 1, MOST),
+        kv_heads=whole_number("kv_heads", heads if kv_heads is None else kv_heads, 1, MOST),
+        head_width=whole_number("head_width", head_width, 1, MOST),
+        value_width=whole_number("value_width", head_width if value_width is None else value_width, 1, MOST),
         dtype=str(dtype).removeprefix("torch."),
-        layers=layers,
-        rows=rows,
+        layers=whole_number("layers", layers, 1, MOST),
+        rows=whole_number("rows", rows, 1, MOST),
     )
-    for name in ("heads", "kv_heads", "head_width", "value_width", "layers", "rows"):
-        _check_at_least(name, getattr(shape, name), 1)
     if shape.heads % shape.kv_heads:
         raise InputError(f"heads must be a multiple of the {shape.kv_heads} kv_heads, got {shape.heads}")
     known = [str(known).removeprefix("torch.") for known in DTYPES]
     if shape.dtype not in known:
-        raise InputError(f"dtype must be one of {', '.join(known)}, got {shape.dtype}")
+        raise InputError(f"dtype must be one of {', '.join(known)}, got {shown(shape.dtype)[1:-1]}")
     return shape
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
 def _several(number: int, what: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = ["InputError", "MemkitError", "MemoryStateError", "ModelError", "PolicyError"]
 
@@ -31,13 +32,33 @@ class ModelError(MemkitError):
     """A model that cannot be found, read or run."""
 
 
+MOST_SHOWN = 120
+"""Characters of a refused value that a message shows: who gave a megabyte need not read it again."""
+
+
+def shown(value: Any) -> str:
+    """A refused value as a message shows it: its `repr` in one line, the middle left out where that is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"{type(value).__name__} with a number of thousands of digits"
+    return short(text)
+
+
+def short(text: str) -> str:
+    """A name as a message shows it: the middle left out where it is long."""
+    half = MOST_SHOWN // 2
+    return text if len(text) <= 2 * MOST_SHOWN else f"{text[:half]} … {text[-half:]}"
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` when a known name is close, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name[:MOST_SHOWN], list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that nobody knows: the name, the nearest one, and all known ones."""
     names = sorted(known)
-    return f"unknown {what} '{name}'{nearest_name(name, names) or ';'} known: {', '.join(names)}"
+    told = short(name) if name.isprintable() else shown(name)[1:-1]
+    return f"unknown {what} '{told}'{nearest_name(name, names) or ';'} known: {', '.join(names)}"

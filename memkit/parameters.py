@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memkit.catalog import as_policy
 from memkit.pieces.needs import Need
-from memkit.policy import Policy
+from memkit.policy import Policy, PolicySpec
+from memkit.whole import MOST, whole_number
 
 __all__ = ["PolicyParameters"]
 
@@ -33,8 +36,10 @@ class PolicyParameters(nn.Module):
     query_scale_window: nn.Parameter | None
     query_scale_memory: nn.Parameter | None
 
-    def __init__(self, policy: Policy, heads: int, head_width: int) -> None:
+    def __init__(self, policy: str | Path | PolicySpec | Policy, heads: int, head_width: int) -> None:
         super().__init__()
+        policy = as_policy(policy)
+        heads, head_width = whole_number("heads", heads, 1, MOST), whole_number("head_width", head_width, 1, MOST)
         norm = Need.KEY_NORM in policy.needs
         self.key_norm_weight = nn.Parameter(torch.ones(head_width)) if norm else None
         self.key_norm_bias = nn.Parameter(torch.zeros(head_width)) if norm else None

@@ -9,7 +9,6 @@ import functools
 import threading
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
 from memkit.pieces.admission import Admission, AdmissionSpec, NoAdmissionSpec, NoveltySpec
@@ -24,8 +23,12 @@ from memkit.pieces.rotary import KeepSpec, Rotary, RotarySpec
 from memkit.pieces.routing import Discard, NearestSpec, Routing, RoutingSpec
 from memkit.pieces.statistics import COUNT, MASS, Statistic
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
+from memkit.yaml12 import dump
 
 __all__ = ["Policy", "PolicySpec"]
+
+MOST_SINKS = 2**20
+"""Sinks there may be: under a sliding window each of them is a step of its own."""
 
 _BUILDING = threading.RLock()
 
@@ -42,6 +45,7 @@ class PolicySpec(Spec):
     sinks: int = Field(
         default=0,
         ge=0,
+        le=MOST_SINKS,
         description="first tokens that always found the first slots; counted in the budget, never merged into",
     )
     growth: Annotated[AnyGrowthSpec, AnyOf("growth")] = Field(
@@ -89,7 +93,7 @@ class PolicySpec(Spec):
 
     def to_yaml(self) -> str:
         """The declaration as YAML, every field written out; `load_policy` reads it back to an equal spec."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump(self.model_dump(mode="json"))
 
     def build(self) -> Policy:
         """The pieces, put together (once, whatever the threads)."""
@@ -156,7 +160,9 @@ def _joining(spec: PolicySpec) -> None:
     if not isinstance(spec.growth, GrowthSpec) or not merging.joins:
         return
     policy = Policy(spec)
-    slots = policy.slots_after_chunk(spec.sinks // policy.chunk)
+    # Chunks of sinks alone found whole; the budget then decides about the first chunk that has another token.
+    index = spec.sinks // policy.chunk
+    slots = policy._slots_after_next(index, index * policy.chunk)
     if slots <= spec.sinks:
         raise ValueError(
             f"growth: a budget that can equal its sinks needs merging drop, for a token would have no slot to join; "

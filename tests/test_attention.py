@@ -212,7 +212,7 @@ def test_values_may_be_wider_than_keys():
         ({"kv_heads": 3}, "heads must be a multiple of kv_heads, got 4 and 3"),
         ({"qk_norm": "batch"}, "qk_norm must be 'none', 'layer-norm' or 'unit', got 'batch'"),
         ({"rotary": {"width": 10}}, "rotary.width must be even and at most the head width 8, got 10"),
-        ({"head_width": 0}, "head_width must be at least 1, got 0"),
+        ({"head_width": 0}, "head_width must be a whole number, at least 1, got 0"),
         (
             {"policy": "free-kvm-sqrt", "rotary": {"width": 0}},
             "rotary rerotate un-rotates keys, but this layer rotates",

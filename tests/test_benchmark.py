@@ -41,7 +41,7 @@ def test_peak_is_of_a_process_that_trains() -> None:
 def test_arguments_out_of_range_are_refused() -> None:
     with pytest.raises(memkit.InputError, match="modes must be among forward, train, decode, got bakward"):
         benchmark.bench(["full"], 64, modes=["bakward"])  # type: ignore[list-item]
-    with pytest.raises(memkit.InputError, match="tokens must be at least 2"):
+    with pytest.raises(memkit.InputError, match="tokens must be a whole number, at least 2, got 1"):
         benchmark.bench(["full"], 1)
 
 

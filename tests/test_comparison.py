@@ -16,6 +16,7 @@ import memkit
 from memkit import comparison, hf
 from memkit.comparison import Comparison, Measurement, compare
 from memkit.errors import InputError, ModelError, PolicyError
+from memkit.hf.names import returned_cache
 from tests.hf.tiny import randomised, tiny_config
 
 mpl.use("agg")
@@ -74,7 +75,7 @@ def test_costs_and_differences(loaded: hf.LoadedModel, small: Comparison):
     assert free.slots == policy.slots_after(200)
     with torch.no_grad(), hf.attach(loaded.model, FREE):
         ids = torch.tensor([Letters()(comparison.default_text())["input_ids"][:200]])
-        layers = hf.memories(loaded.model(ids, use_cache=True).past_key_values)
+        layers = hf.memories(returned_cache(loaded.model(ids, use_cache=True)))
     assert free.bytes == sum(memory.bytes for memory in layers)
     assert (full.difference, full.bytes_share, full.held_share) == (0, 1, 1)
     for entry in (window, free):

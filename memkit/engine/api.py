@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +13,8 @@ from memkit.engine import forward
 from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.checks import check
 from memkit.engine.decode import decode_again
-from memkit.engine.inputs import AttendInputs, Plan
-from memkit.errors import InputError
+from memkit.engine.inputs import AttendInputs, Lengths, Plan
+from memkit.errors import InputError, shown
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
@@ -38,7 +37,7 @@ def attend(
     rotation: Rotation | None = None,
     scale: float | None = None,
     memory: Memory | None = None,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Lengths | None = None,
     plan: Plan | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Memory]:
@@ -72,6 +71,7 @@ def attend(
         MemoryStateError: a memory that was taken over, is lost, or belongs to another policy.
         PolicyError: a policy that is not there or not right.
     """
+    policy = as_policy(policy)
     given = AttendInputs(policy, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan)
     return (_attend_outside_graphs if torch.compiler.is_compiling() else _attend)(given, backend)
 
@@ -80,8 +80,9 @@ def _attend(given: AttendInputs, backend: Backend) -> tuple[Tensor, Memory]:
     if isinstance(given.keys, Tensor) and autocasts(given.keys.device):
         with without_autocast(given.keys.device):
             return _attend(given, backend)
-    given.policy = as_policy(given.policy)
-    if backend in ("auto", "torch") and (again := decode_again(given)) is not None:
+    if not isinstance(backend, str) or backend not in ("auto", "torch", "reference"):
+        raise InputError(f"backend must be 'auto', 'torch' or 'reference', got {shown(backend)}")
+    if backend != "reference" and (again := decode_again(given)) is not None:
         return again
     for name, tensor in (("queries", given.queries), ("values", given.values)):
         if tensor is None:  # `check` takes them as left out, for a plan
@@ -91,8 +92,6 @@ def _attend(given: AttendInputs, backend: Backend) -> tuple[Tensor, Memory]:
         from memkit import reference
 
         return reference.attend(inputs)
-    if backend not in ("auto", "torch"):
-        raise InputError(f"backend must be 'auto', 'torch' or 'reference', got {backend!r}")
     return forward.attend(inputs)
 
 
@@ -109,7 +108,7 @@ def plan(
     parameters: PolicyParameters | None = None,
     rotation: Rotation | None = None,
     memory: Memory | None = None,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Lengths | None = None,
 ) -> Plan:
     """Where each token that leaves the window in such a call goes. Arguments as for `attend`; memory is only read."""
     given = (weights, parameters, rotation, None, memory, lengths, None)

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.engine.inputs import AttendInputs, Plan
+from memkit.engine.inputs import AttendInputs, Lengths, Plan
 from memkit.engine.read import default_scale
-from memkit.errors import InputError
+from memkit.errors import InputError, shown
 from memkit.memory import Memory, held
 from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy
+from memkit.whole import is_finite, whole_numbers
 
 __all__ = ["check", "check_signs"]
 
@@ -26,12 +27,15 @@ def check(given: AttendInputs) -> AttendInputs:
     """The call, checked, or an error that says rule, value and remedy."""
     policy, queries, keys, values, weights = given.policy, given.queries, given.keys, given.values, given.weights
     _check_tensors(queries, keys, values)
-    _check_weights(policy, keys, weights)
+    lengths = _check_lengths(keys, given.lengths)
+    _check_weights(policy, keys, weights, lengths)
     _check_rotation(policy, keys, given.rotation)
     _check_parameters(policy, queries, keys, given.parameters)
-    lengths = _check_lengths(keys, given.lengths)
     if given.memory is not None:
         _check_memory(policy, keys, values, given.memory)
+        observed = given.memory.observed
+        if observed is not None and queries is not None and observed.shape[1] != queries.shape[1]:
+            raise InputError(f"memory observes {observed.shape[1]} query heads, got {queries.shape[1]}")
     if (policy.observes or policy.competes) and (queries is None or given.plan is not None):
         raise InputError(
             "a plan is made from keys alone, and this policy's rows are judged by queries or compete for their slots; "
@@ -39,9 +43,9 @@ def check(given: AttendInputs) -> AttendInputs:
         )
     if given.plan is not None:
         _check_plan(policy, keys, given.plan, given.memory, lengths)
+    if given.scale is not None and not is_finite(given.scale):
+        raise InputError(f"scale must be a finite number, got {shown(given.scale)}")
     scale = default_scale(keys.shape[-1]) if given.scale is None else given.scale
-    if not np.isfinite(scale):
-        raise InputError(f"scale must be a finite number, got {scale}")
     sources = [queries, keys, values, weights, *([] if given.parameters is None else given.parameters.parameters())]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in sources)
     wanted = wanted or (given.memory is not None and given.memory.requires_grad)
@@ -81,9 +85,11 @@ def _check_tensors(queries: Tensor | None, keys: Tensor, values: Tensor | None) 
         )
 
 
-def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None:
+def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None, lengths: np.ndarray) -> None:
     if weights is None:
         return
+    if not isinstance(weights, Tensor):
+        raise InputError(f"weights must be a tensor [batch, key/value heads, tokens], got {shown(weights)}")
     if Need.MERGE_WEIGHTS not in policy.needs:
         raise InputError(
             "weights are given, but this policy weighs nothing with them; "
@@ -93,6 +99,9 @@ def _check_weights(policy: Policy, keys: Tensor, weights: Tensor | None) -> None
         raise InputError(f"weights must be [b, g, t] = {tuple(keys.shape[:3])}, got {tuple(weights.shape)}")
     if weights.device != keys.device or not weights.is_floating_point():
         raise InputError(f"weights must be floating point on {keys.device}, got {weights.dtype} on {weights.device}")
+    if weights.device.type == "cpu" and (lengths < keys.shape[2]).any():  # what padding weighs is nobody's business
+        own = torch.arange(keys.shape[2]) < torch.from_numpy(lengths)[:, None]
+        weights = weights.detach().masked_fill(~own[:, None], 0)
     check_signs(weights)
 
 
@@ -116,6 +125,8 @@ def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> 
             f"rotary {policy.spec.rotary.kind} must un-rotate keys and needs to know how they were rotated; "
             "give rotation=memkit.Rotation(pairing, width, frequencies)"
         )
+    if not isinstance(rotation, Rotation):
+        raise InputError(f"rotation must be a memkit.Rotation, got {shown(rotation)}")
     if rotation.width > keys.shape[-1]:
         raise InputError(f"rotation.width must be at most the head width {keys.shape[-1]}, got {rotation.width}")
     expected = (keys.shape[0], keys.shape[2])
@@ -148,19 +159,12 @@ def _check_parameters(
             raise InputError(f"parameters.{name} must have shape ({size},), got {tuple(tensor.shape)}")
 
 
-def _check_lengths(keys: Tensor, lengths: Tensor | None) -> np.ndarray:
+def _check_lengths(keys: Tensor, lengths: Lengths | None) -> np.ndarray:
     rows, tokens = keys.shape[0], keys.shape[2]
     if lengths is None:
         return np.full(rows, tokens, dtype=np.int64)
-    lengths = torch.as_tensor(lengths)
-    if lengths.shape != (rows,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise InputError(
-            f"lengths must be one whole number per row, shape ({rows},), got {lengths.dtype} {tuple(lengths.shape)}"
-        )
-    checked = lengths.cpu().numpy().astype(np.int64)
-    if (checked < 0).any() or (checked > tokens).any():
-        raise InputError(f"lengths must lie between 0 and the call's {tokens} tokens, got {checked.tolist()}")
-    return checked
+    limits = f"lie between 0 and the call's {tokens} tokens"
+    return whole_numbers("lengths", lengths, 0, tokens, count=rows, limits=limits).numpy()
 
 
 def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: Memory) -> None:
@@ -185,6 +189,8 @@ def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: M
 
 def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None, lengths: np.ndarray) -> None:
     rows, heads = keys.shape[:2]
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan must be what memkit.plan returned, got {shown(plan)}")
     if plan.slot.shape[:2] != (rows, heads):
         raise InputError(
             f"plan must be made for the same rows and heads, got {tuple(plan.slot.shape[:2])} for keys of "
@@ -200,5 +206,14 @@ def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None,
         raise InputError(
             f"plan must cover the tokens that leave during the call, {begin[row]} … {end[row] - 1} in row {row}, "
             f"got {f'{first} … {last - 1}' if first < last else 'none'}; "
+            "make it with memkit.plan on these keys and this memory"
+        )
+    position = plan.begin[:, None] + np.arange(plan.slot.shape[2])
+    leaves = (position >= begin[:, None]) & (position < end[:, None])
+    slots = np.array([policy.slots_after(int(tokens)) for tokens in after], dtype=np.int64)
+    placed = plan.slot.cpu().numpy()
+    if (leaves[:, None] & ((placed < -1) | (placed >= slots[:, None, None]))).any():
+        raise InputError(
+            f"plan.slot must name one of the slots there are after the call, {slots.tolist()} in each row, or be −1; "
             "make it with memkit.plan on these keys and this memory"
         )

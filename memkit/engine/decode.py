@@ -62,6 +62,9 @@ def decode_again(given: AttendInputs) -> tuple[Tensor, Memory] | None:
         and buffer.made_with == parameter_versions(given.parameters)
     ):
         return None
+    tensors = (given.queries, given.keys, given.values)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors) or not isinstance(given.weights, Tensor | None):
+        return None
     if given.scale is None:
         given.scale = default_scale(given.queries.shape[-1]) if given.queries is not None else None
     if buffer.signature != _signature(given):

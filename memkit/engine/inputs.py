@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from memkit.errors import InputError
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy
 
-__all__ = ["AttendInputs", "Plan"]
+__all__ = ["AttendInputs", "Lengths", "Plan"]
+
+
+Lengths = Tensor | Sequence[int]
+"""One whole number per row."""
 
 
 @dataclass
@@ -34,7 +40,7 @@ class AttendInputs:
     rotation: Rotation | None
     scale: float | None
     memory: Memory | None
-    lengths: Tensor | Sequence[int] | None
+    lengths: Lengths | None
     plan: Plan | None
     row_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     differentiable: bool = False
@@ -43,6 +49,12 @@ class AttendInputs:
     def key_norm(self) -> tuple[Tensor, Tensor] | None:
         """Weight and bias of the memory-key LayerNorm; None for 1 and 0."""
         return None if self.parameters is None else self.parameters.key_norm
+
+    @property
+    def checked_scale(self) -> float:
+        """What scores are multiplied by, once it is known."""
+        assert self.scale is not None
+        return self.scale
 
     @property
     def even(self) -> bool:
@@ -71,6 +83,24 @@ class Plan:
     begin: np.ndarray
     length: np.ndarray
     slots: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.slot, Tensor) or self.slot.dtype != torch.long or self.slot.ndim != 3:
+            raise InputError("plan.slot must be a tensor [b, g, n] of int64; make a plan with memkit.plan")
+        same = isinstance(self.founded, Tensor) and self.founded.dtype == torch.bool
+        if not same or self.founded.shape != self.slot.shape:
+            raise InputError("plan.founded must be a tensor of bool as plan.slot; make a plan with memkit.plan")
+        rows, _, tokens = self.slot.shape
+        for name, axes in (("begin", 1), ("length", 1), ("slots", 2)):
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.ndim != axes or len(array) != rows:
+                shape = f"({rows},)" if axes == 1 else f"({rows}, chunks)"
+                raise InputError(f"plan.{name} must be an array {shape} of int64; make a plan with memkit.plan")
+        if (self.begin < 0).any() or (self.length < 0).any() or (self.length > tokens).any():
+            raise InputError(
+                f"plan.begin must be at least 0 and plan.length between 0 and its {tokens} tokens, "
+                f"got {self.begin.tolist()} and {self.length.tolist()}"
+            )
 
     def __repr__(self) -> str:
         rows, heads, tokens = self.slot.shape

@@ -96,8 +96,7 @@ class Observer:
         wide = torch.promote_types(queries.dtype, torch.float32)
         queries = scaled(queries.to(wide), scale)
         grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
-        assert self.inputs.scale is not None
-        return grouped @ keys.to(wide).mT * self.inputs.scale
+        return grouped @ keys.to(wide).mT * self.inputs.checked_scale
 
 
 def alike_rows(among: np.ndarray, *facts: np.ndarray) -> Iterator[np.ndarray | None]:

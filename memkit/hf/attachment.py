@@ -6,9 +6,9 @@ Three seams that transformers and torch offer carry it, and nothing is patched:
   It has no mask function, so that no `[tokens, tokens]` mask is built;
 - a transformers `Cache` is a list of layers of any kind: ours hold one `Memory` each;
 - a forward pre-hook on the decoder puts such a cache in, turns the attention mask into lengths per row, sets the
-  positions, and hands the lot to every layer as one keyword argument.
+  positions, and hands the lot to every layer as one keyword argument. Forward hooks note when a call ran to its end.
 
-When the `with` block ends, hook and setting are gone; the function stays in the registry, where nothing else names it.
+When the `with` block ends, hooks and setting are gone; the function stays in the registry, where nothing else names it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.catalog import as_policy
 from memkit.engine import attend
+from memkit.engine.autocast import autocasts
 from memkit.errors import InputError, MemoryStateError, ModelError
-from memkit.hf.cache import CarryingLayer
+from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
+from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.pieces.rotary import Rotation
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ __all__ = ["attach", "check_policy", "memories"]
 
 NAME = "memkit"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# The keyword by which a model with a head hands its decoder a list; the decoder notes the cache of the call there.
+WAITING = "memkit_waiting"
 # Rotary frequencies that change with the length read: a key would be un-rotated by other angles than it was rotated by.
 MOVING_FREQUENCIES = ("dynamic", "longrope")
 
@@ -52,10 +56,11 @@ def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generat
         model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
     ```
 
-    `model(...)` prefills, and continues with any number of tokens when its `past_key_values` are passed on; however a
-    text is split, the result is the same. `model.generate(...)` works as usual: greedy, sampling, beams. Gradients
-    flow. `memories(past_key_values)` gives each layer's memory. Groups of query heads share their key/value head's
-    memory. When the block ends, by an error too, the model is as it was; a cache made inside is of no use outside.
+    `model(...)` prefills, and continues with any number of tokens when its cache is passed on (`past_key_values`, from
+    transformers 5.24 on `cache`); however a text is split, the result is the same. `model.generate(...)` works as
+    usual: greedy, sampling, beams. Gradients flow. `memories(cache)` gives each layer's memory. Groups of query heads
+    share their key/value head's memory. When the block ends, by an error too, the model is as it was; a cache made
+    inside is of no use outside.
 
     Rows of unequal length are padded on the right, with a 2D `attention_mask` over this call's tokens or over all so
     far. `logits[row, length - 1]` then predicts a row's next token, and the next call continues each row at its own
@@ -69,8 +74,13 @@ def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generat
     with ExitStack() as undo:
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(NAME)
-        for module, hook in ((model, _refuse_logits_of_padding), (model.base_model, attachment.before_decoder)):
-            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        decoder = model.base_model
+        for module, before, after in (
+            (model, _before_model, _after_model),
+            (decoder, attachment.before_decoder, attachment.after_decoder),
+        ):
+            undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         yield model
 
 
@@ -84,11 +94,11 @@ def check_policy(policy: Policy) -> None:
 
 
 def memories(past_key_values: Cache) -> list[Memory]:
-    """Each layer's memory, first layer first, out of the `past_key_values` that an attached model returned."""
-    layers = past_key_values.layers
+    """Each layer's memory, first layer first, out of the cache that an attached model returned."""
+    layers = getattr(past_key_values, "layers", None)
     if not layers or not all(isinstance(layer, MemoryLayer) and layer.memory is not None for layer in layers):
         raise MemoryStateError(
-            f"past_key_values must be what an attached model returned, got {past_key_values}; "
+            f"{CACHE} must be what an attached model returned, got {past_key_values}; "
             "call the model inside memkit.hf.attach(model, policy) first"
         )
     return [layer.memory for layer in layers]
@@ -107,25 +117,33 @@ class MemoryLayer(CarryingLayer):
         super().__init__()
         self.policy = policy
 
+    @property
+    def memories(self) -> list[Memory]:
+        return [] if self.memory is None else [self.memory]
+
     def __repr__(self) -> str:
         return f"MemoryLayer({self.memory if self.memory is not None else self.policy})"
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # Only attention functions that want a mask ask, and ours does not: the model is not attached.
         raise MemoryStateError(
-            f"past_key_values made under policy {_name(self.policy)} hold no keys that stock attention could read; "
-            "pass them on inside memkit.hf.attach only, or start without past_key_values"
+            f"{CACHE} made under policy {_name(self.policy)} hold no keys that stock attention could read; "
+            f"pass them on inside memkit.hf.attach only, or start without {CACHE}"
         )
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What one forward call of the decoder tells its attention layers."""
+    """What one forward call of the decoder tells its attention layers.
+
+    waiting: where to note the cache once the decoder has run, if a head is to run after it.
+    """
 
     policy: Policy
     rotation: Rotation | None
     cache: Cache | None
     lengths: Tensor | None
+    waiting: list[Cache] | None
 
 
 def _attention(
@@ -147,6 +165,10 @@ def _attention(
     if dropout:
         raise ModelError(f"attention dropout must be 0 on a memory, got {dropout}; set config.attention_dropout to 0")
     call = memkit_call
+    if autocasts(query.device):
+        # As PyTorch's own attention does: rotation made queries and keys float32, while values are of autocast's dtype.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     output, memory = attend(
         call.policy,
@@ -159,7 +181,7 @@ def _attention(
         lengths=call.lengths,
     )
     if layer is not None:
-        layer.memory = memory
+        layer.memory, layer.columns = memory, layer.columns + query.shape[2]
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -185,7 +207,8 @@ class _Attachment:
             # `attention_scaling` (YaRN) needs nothing: turning back keeps a key's length, and merging is linear in it.
             frequencies = rotary.inv_freq.detach().clone()
             self.rotation = Rotation("half-split", 2 * len(frequencies), frequencies)
-        self.signature = inspect.signature(type(model.base_model).forward)
+        forward = type(model.base_model).forward
+        self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The decoder's arguments as it needs them on our engine."""
@@ -199,44 +222,65 @@ class _Attachment:
         tokens = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         rows, columns = tokens.shape[:2]
 
-        cache = self.cache(decoder, arguments.get("past_key_values"), arguments.get("use_cache"))
-        seen = torch.zeros(rows, dtype=torch.long, device=tokens.device)
-        before = 0
-        if cache is not None and cache.layers[0].memory is not None:
-            seen, before = cache.layers[0].memory.seen, cache.layers[0].columns
+        given, layers = take_cache(arguments), None
+        waiting = arguments.pop(WAITING, None)
+        if given is not None:
+            layers = self.layers_of(given)
+        seen, before = torch.zeros(rows, dtype=torch.long, device=tokens.device), 0
+        if layers is not None and layers[0].memory is not None:
+            seen, before = layers[0].memory.seen.to(tokens.device), layers[0].columns
+            if len(seen) != rows:
+                raise InputError(
+                    f"a call must have the rows of its {CACHE}, {len(seen)}, got {rows}; select or repeat the cache's "
+                    "rows with its batch_select_indices or batch_repeat_interleave"
+                )
         lengths = _lengths(arguments.pop("attention_mask", None), rows, columns, seen, before)
         positions = seen[:, None] + torch.arange(columns, device=seen.device)
         _check_positions(arguments.get("position_ids"), positions, lengths)
         arguments["position_ids"] = positions
-        arguments["past_key_values"] = cache
-        arguments["memkit_call"] = _Call(self.policy, self.rotation, cache, lengths)
+
+        cache = given
+        if decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled():
+            if given is not None:
+                raise InputError(f"gradient checkpointing runs layers twice; leave {CACHE} out while training")
+            arguments["use_cache"] = False
+        elif given is None:
+            wanted = arguments.get("use_cache")
+            if decoder.config.use_cache if wanted is None else wanted:
+                cache = Cache(layers=self.memory_layers())
+        elif layers is None:
+            given.layers = self.memory_layers()  # only now that nothing is refused any more
+        arguments[self.cache_name] = cache
+        arguments["memkit_call"] = _Call(self.policy, self.rotation, cache, lengths, waiting)
         return (), arguments
 
-    def cache(self, decoder: Any, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache to read into: the one given, filled with memory layers if it is new; None where none is kept."""
-        if decoder.gradient_checkpointing and decoder.training:
-            if given is not None:
-                raise InputError("gradient checkpointing runs layers twice; leave past_key_values out while training")
+    def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        """The decoder ran to its end. So did the call, unless a head is still to come."""
+        call = kwargs["memkit_call"]
+        if call.cache is None:
+            return
+        if call.waiting is None:
+            mark_complete(call.cache.layers)
+        else:
+            call.waiting.append(call.cache)
+
+    def layers_of(self, given: Any) -> list[MemoryLayer] | None:
+        """The layers of the cache given, checked; None where it is empty."""
+        layers = layers_of(given, MemoryLayer, "this attached model")
+        if layers is None:
             return None
-        if given is None:
-            keeps = decoder.config.use_cache if use_cache is None else use_cache
-            return Cache(layers=self.memory_layers()) if keeps else None
-        if given.layers and all(isinstance(layer, MemoryLayer) for layer in given.layers):
-            other = given.layers[0].policy
-            if other.spec != self.policy.spec:
-                raise MemoryStateError(
-                    f"past_key_values must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
-                    "start without past_key_values"
-                )
-            return given
-        if type(given) is not DynamicCache or given.offloading or given.get_seq_length():
-            raise InputError(
-                f"past_key_values must be empty or from this attached model, got a {type(given).__name__} of "
-                f"{given.get_seq_length()} tokens; leave past_key_values and cache_implementation out"
+        other = layers[0].policy
+        if other.spec != self.policy.spec:
+            raise MemoryStateError(
+                f"{CACHE} must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
+                f"start without {CACHE}"
             )
-        # `generate` makes its empty cache before the first call, and a user may keep one: it becomes ours in place.
-        given.layers = self.memory_layers()
-        return given
+        if len(layers) != self.layers:
+            raise MemoryStateError(
+                f"{CACHE} must be of a model of {self.layers} layers, got {len(layers)}; start without {CACHE}"
+            )
+        check_whole(layers)
+        return layers
 
     def memory_layers(self) -> list[Any]:
         return [MemoryLayer(self.policy) for _ in range(self.layers)]
@@ -300,11 +344,22 @@ def _check_positions(given: Tensor | None, positions: Tensor, lengths: Tensor | 
         )
 
 
-def _refuse_logits_of_padding(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """`generate` keeps the last column's logits alone; for a padded row they predict nothing."""
+def _before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Before a decoder that has a head."""
+    # `generate` keeps the last column's logits alone; for a padded row they predict nothing.
     keep, mask = kwargs.get("logits_to_keep"), kwargs.get("attention_mask")
     if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
         raise InputError(
             f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in row "
             f"{int((mask[:, -1] == 0).nonzero()[0])}; generate rows of equal length, or one at a time"
         )
+    # Keyword arguments that a head does not know it hands to the decoder, and to the loss, where there is one.
+    if model.base_model is not model and kwargs.get("labels") is None:
+        return args, kwargs | {WAITING: []}
+    return None
+
+
+def _after_model(_model: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+    """The head ran to its end: the caller has the result, and what was read counts."""
+    for cache in kwargs.get(WAITING, ()):
+        mark_complete(cache.layers)

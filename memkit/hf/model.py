@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memkit.errors import InputError, MemoryStateError, ModelError
-from memkit.hf.cache import CarryingLayer
+from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
+from memkit.hf.names import CACHE, NAMES, take_cache
 from memkit.lm import MemoryLM, ModelMemory, ModelSpec
+from memkit.memory import Memory
 
 __all__ = ["MemkitConfig", "MemkitForCausalLM"]
 
@@ -21,7 +23,7 @@ class MemkitConfig(PretrainedConfig):
     """A `ModelSpec` as plain data, beside what transformers wants to know (special ids, dtype, …)."""
 
     model_type = "memkit"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as transformers declares it)
+    keys_to_ignore_at_inference = list(NAMES)  # noqa: RUF012 (as transformers declares it)
 
     def __init__(self, spec: ModelSpec | dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any) -> None:
         """spec: the declaration; None only for transformers, which compares with a config of defaults."""
@@ -60,9 +62,30 @@ class MemkitConfig(PretrainedConfig):
 
 
 class ModelLayer(CarryingLayer):
-    """The whole model's memory, as the one layer of a transformers cache."""
+    """The whole model's memory, as the one layer of a transformers cache.
+
+    last [b, 1, width]: what the model made of each row's last token, short of the head; 0 for a row without one.
+    """
 
     memory: ModelMemory | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    @property
+    def memories(self) -> list[Memory]:
+        found = [] if self.memory is None else self.memory.memories
+        return [memory for memory in found if memory is not None]
+
+    def reset(self) -> None:
+        super().reset()
+        self.last = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.last is not None:
+            self.last = self.last.index_select(0, beam_idx.to(self.last.device))
 
 
 class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
@@ -75,8 +98,8 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
     AutoModelForCausalLM.from_pretrained(folder)  # once memkit.hf is imported
     ```
 
-    A fresh one is initialised as `MemoryLM` is. `past_key_values` is a Cache whose one layer holds the `ModelMemory`;
-    it cannot be cropped, so assisted decoding is refused.
+    A fresh one is initialised as `MemoryLM` is. Its cache (`past_key_values`, from transformers 5.24 on
+    `cache`) is a Cache whose one layer holds the `ModelMemory`; it cannot be cropped, so assisted decoding is refused.
     """
 
     config_class = MemkitConfig
@@ -129,37 +152,49 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
+        carry_logits: bool = False,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """input_ids [b, t] → logits [b, t, vocabulary] (0 at padding), past_key_values, and the loss of labels.
+        """input_ids [b, t] → logits [b, t, vocabulary] (0 at padding), the cache, and the loss of labels.
 
+        past_key_values, cache: the cache to go on with, by whichever name transformers has for it.
         attention_mask: over this call's tokens, or over all so far; 0 where there is no token, anywhere in a row. A
         row's tokens follow each other as if the others were not there, so padding on the left or right changes nothing.
         labels [b, t]: input_ids themselves, −100 where not to learn; next to padding nothing is learned either.
         logits_to_keep: so many columns of logits, the last ones; 0: all.
+        carry_logits: at padding, instead of 0, the logits of the row's last token before it, be it of an earlier call:
+        what comes next in the row. `generate` sets it.
 
         Raises `InputError` for what the model has not: `inputs_embeds`, `position_ids`, `output_attentions`, ….
         """
         for name, given in others.items():
             if given is not None and given is not False:
                 raise InputError(f"a memkit model has no {name}; leave it out")
-        cache = self._cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
-        memory = None if cache is None else cache.layers[0].memory
-        before = 0 if cache is None else cache.layers[0].columns
-        now = _present(attention_mask, input_ids, memory, before)
+        given = take_cache({"past_key_values": past_key_values, "cache": cache})
+        layers = None if given is None else layers_of(given, ModelLayer, "this model")
+        layer = ModelLayer() if layers is None else layers[0]
+        check_whole([layer])
+        memory = layer.memory
+        now = _present(attention_mask, input_ids, memory, layer.columns)
+        shown = now
         if now is None:
-            x, memory = self.model.read(input_ids, memory)
+            x, layer.memory = self.model.read(input_ids, memory)
         else:
-            x, memory = self._read_present(input_ids, memory, now)
-        if cache is not None:
-            cache.layers[0].memory, cache.layers[0].columns = memory, before + input_ids.shape[1]
+            if carry_logits:
+                earlier = torch.zeros(len(now), dtype=torch.bool) if memory is None else memory.seen > 0
+                shown = (now.cumsum(1) > 0) | earlier.to(now.device)[:, None]
+            x, layer.memory = self._read_present(input_ids, layer, now)
+        layer.columns += input_ids.shape[1]
+        if input_ids.shape[1]:
+            layer.last = x[:, -1:].clone()
         if isinstance(logits_to_keep, Tensor):
             kept = logits_to_keep
         else:
             kept = slice(-logits_to_keep if logits_to_keep else None, None)
         logits = self.model.head(x[:, kept])
-        if now is not None:
-            logits = logits.masked_fill(~now[:, kept, None], 0)
+        if shown is not None:
+            logits = logits.masked_fill(~shown[:, kept, None], 0)
         loss = None
         if labels is not None:
             if now is not None:
@@ -167,33 +202,44 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
                 labels[:, 1:] = labels[:, 1:].masked_fill(~now[:, :-1], -100)
             vocabulary = self.config.vocab_size
             loss = self.loss_function(logits, labels, vocab_size=vocabulary, num_items_in_batch=num_items_in_batch)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        mark_complete([layer])
+        if given is not None:
+            given.layers = [layer]
+        elif self.config.use_cache if use_cache is None else use_cache:
+            given = Cache(layers=[layer])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: given})
         return output.to_tuple() if return_dict is False else output
 
-    def _read_present(self, ids: Tensor, memory: ModelMemory | None, now: Tensor) -> tuple[Tensor, ModelMemory]:
-        """`MemoryLM.read` of the tokens that are there [b, t], moved to the left for it and back again."""
+    def _read_present(self, ids: Tensor, layer: ModelLayer, now: Tensor) -> tuple[Tensor, ModelMemory]:
+        """`MemoryLM.read` of the tokens that are there [b, t], moved to the left for it and back again.
+
+        What stands at a column without a token is the output of the row's last token before it, 0 before the first.
+        """
         lengths = now.sum(1)
         order = (~now).long().argsort(dim=1, stable=True)[:, : int(lengths.max())]
-        x, memory = self.model.read(ids.gather(1, order), memory, lengths)
-        if not x.shape[1]:
-            return x.new_zeros(*ids.shape, x.shape[2]), memory
-        places = (now.cumsum(1) - 1).clamp(min=0)
-        return x.gather(1, places[..., None].expand(-1, -1, x.shape[2])), memory
+        x, memory = self.model.read(ids.gather(1, order), layer.memory, lengths)
+        before = x.new_zeros(len(x), 1, x.shape[2]) if layer.last is None else layer.last
+        # Column 0 is what came before this call, column i its i-th token.
+        places = now.cumsum(1)[..., None].expand(-1, -1, x.shape[2])
+        return torch.cat((before, x), dim=1).gather(1, places), memory
 
-    def _cache(self, given: Cache | None, wanted: bool) -> Cache | None:
-        """The cache to read into: the one given, made ours if it is new; None where none is kept."""
-        if given is None:
-            return Cache(layers=[ModelLayer()]) if wanted else None
-        if given.layers and all(isinstance(layer, ModelLayer) for layer in given.layers):
-            return given
-        if type(given) is not DynamicCache or given.offloading or given.get_seq_length():
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As every model's; and `generate`, which looks at the last column, finds there what comes next in any row."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs["carry_logits"] = True
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        # The one step of every kind of generation that comes after the whole prompt is read and before it is continued.
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask.any(1).all()):
             raise InputError(
-                f"past_key_values must be empty or from this model, got a {type(given).__name__} of "
-                f"{given.get_seq_length()} tokens; leave past_key_values and cache_implementation out"
+                f"generate needs a token in every row, got an attention_mask of {len(mask)} rows, "
+                f"{int((~mask.bool().any(1)).sum())} of them without one; leave these out"
             )
-        # `generate` makes its empty cache before the first call: it becomes ours in place.
-        given.layers = [ModelLayer()]
-        return given
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
 
 def _present(mask: Tensor | None, ids: Tensor, memory: ModelMemory | None, before: int) -> Tensor | None:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from memkit.catalog import policies_folder
-from memkit.errors import ModelError, unknown_name
+from memkit import yaml12
+from memkit.catalog import checked_overrides, is_file, policies_folder
+from memkit.errors import ModelError, short, shown, unknown_name
 from memkit.lm.model import MemoryLM
 from memkit.lm.spec import ModelSpec
 from memkit.pieces.registry import SpecError
+from memkit.whole import SEEDS, whole_number
 
 __all__ = [
     "from_pretrained",
@@ -67,13 +69,15 @@ def load_model_spec(model: str | Path, overrides: Mapping[str, Any] | None = Non
     """
     path = _path(model)
     data = _read(path)
-    for field, value in (overrides or {}).items():
+    for field, value in checked_overrides(overrides, ModelError).items():
         *parents, last = field.split(".")
         holder = data
         for parent in parents:
             holder = holder.setdefault(parent, {})
             if not isinstance(holder, dict):
-                raise ModelError(f"{model}: {field}: {parent} is a plain value and has no field {last}")
+                raise ModelError(
+                    f"{model}: {short(field)}: {short(parent)} is a plain value and has no field {short(last)}"
+                )
         holder[last] = value
     try:
         spec = ModelSpec(**{str(field): value for field, value in data.items()})
@@ -89,14 +93,16 @@ def load_model(model: str | Path, overrides: Mapping[str, Any] | None = None, se
     seed: of the initialisation; torch's own generator is left as it was. `overrides` only where there are no weights
     that they would not fit. Raises `ModelError`.
     """
+    seed = whole_number("seed", seed, *SEEDS)
     spec = load_model_spec(model, overrides)
     weights = _path(model).with_suffix(".safetensors")
-    if not weights.is_file():
+    with torch.device("meta"):
+        made = MemoryLM(spec)
+    if not is_file(weights):
+        _check_room(model, made)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return MemoryLM(spec).eval()
-    with torch.device("meta"):
-        made = MemoryLM(spec)
     try:
         made.load_state_dict(load_file(str(weights)), assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -122,27 +128,39 @@ def from_pretrained(folder: str | Path) -> MemoryLM:
 
 
 def _path(model: str | Path) -> Path:
+    if not isinstance(model, (str, Path)):
+        raise ModelError(f"a model is a name, or the path of a YAML file or a folder, got {shown(model)}")
     text = str(model)
     if not isinstance(model, Path) and not text.endswith((".yaml", ".yml")) and not {"/", "\\"} & set(text):
         path = models_folder() / f"{model}.yaml"
-        if path.is_file():
+        if is_file(path):
             return path
-        if not (Path(text) / "model.yaml").is_file():
+        if not is_file(Path(text) / "model.yaml"):
             known = model_names()
             raise ModelError(unknown_name("model", text, known) + "; or give the path of a YAML file or a folder")
     path = Path(model)
-    if path.is_dir():
+    if is_file(path / "model.yaml"):
         path = path / "model.yaml"
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; give a model's YAML or folder, or one of: {', '.join(model_names())}")
+    if not is_file(path):
+        raise ModelError(
+            f"{short(str(path))}: no such file; give a model's YAML or folder, or one of: {', '.join(model_names())}"
+        )
     return path
 
 
+def _check_room(model: str | Path, made: MemoryLM) -> None:
+    """Raise where a model's parameters are more than this machine's memory holds (where the system tells)."""
+    needed = made.parameter_count * torch.get_default_dtype().itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > there:
+        raise ModelError(
+            f"{model}: its {made.parameter_count:,} parameters take {needed / 1e9:,.0f} GB, and this machine has "
+            f"{there / 1e9:,.0f}; lower width, depth or vocabulary"
+        )
+
+
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    data = yaml12.read(path, ModelError)
     if not isinstance(data, dict):
         raise ModelError(f"{path}: a model file is a mapping of fields, got {type(data).__name__}")
     return data

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Required, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from memkit.errors import InputError
+from memkit.errors import InputError, shown, unknown_name
+from memkit.whole import SEEDS, is_finite, whole_number, whole_numbers
 
 if TYPE_CHECKING:
     from memkit.lm.model import MemoryLM
@@ -35,27 +36,32 @@ class Settings(TypedDict, total=False):
 
 def stream(model: MemoryLM, prompts: Prompts, **settings: Unpack[Settings]) -> Iterator[Tensor]:
     """New tokens as they come, [b] each. Bad settings raise `InputError` here, before the first token is asked for."""
-    _check(settings["max_new_tokens"], settings.get("temperature", 0.0), settings.get("top_k"), settings.get("top_p"))
-    return _steps(model, prompts, **settings)
+    if "max_new_tokens" not in settings:
+        raise InputError("max_new_tokens is required: how many tokens to generate at most")
+    if unknown := settings.keys() - Settings.__annotations__.keys():
+        raise InputError(unknown_name("setting", sorted(unknown)[0], Settings.__annotations__))
+    checked = _checked(settings, model.spec.vocabulary)
+    device = model.head.weight.device
+    ids, lengths = _right_padded(prompts, settings.get("mask"), settings.get("lengths"), device, model.spec.vocabulary)
+    return _steps(model, ids, lengths, **checked)
 
 
 @torch.no_grad()
 def _steps(
     model: MemoryLM,
-    prompts: Prompts,
+    ids: Tensor,
+    valid: Tensor,
     *,
     max_new_tokens: int,
-    mask: Tensor | None = None,
-    lengths: Tensor | Sequence[int] | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
-    pad_id: int = 0,
-    seed: int | None = None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    stop_ids: list[int],
+    pad_id: int,
+    seed: int | None,
 ) -> Iterator[Tensor]:
-    device = model.head.weight.device
-    ids, valid = _right_padded(prompts, mask, lengths, device)
+    """New tokens after prompts `ids` [b, t] of `valid` [b] tokens, padded on the right. Everything is checked."""
+    device = ids.device
     generator = None
     if seed is not None:
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -65,8 +71,7 @@ def _steps(
     going = torch.ones_like(valid, dtype=torch.bool)
     for step in range(max_new_tokens):
         chosen = sample(model.head(x), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        chosen = torch.where(going, chosen, pad_id)
-        yield chosen.clone()
+        yield torch.where(going, chosen, pad_id)
         going &= ~torch.isin(chosen, stops)
         if step == max_new_tokens - 1 or not going.any():
             return
@@ -90,7 +95,9 @@ def sample(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return logits.argmax(-1)
-    ranked, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    # From the likeliest down, so that no temperature makes an infinite score of it; 1/tiny is finite yet.
+    heat = max(temperature, torch.finfo(torch.float32).tiny)
+    ranked, order = ((logits - logits.amax(-1, keepdim=True)) / heat).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ranked[:, top_k:] = -torch.inf
     chances = ranked.softmax(-1)
@@ -101,46 +108,73 @@ def sample(
     return order.gather(-1, drawn)[:, 0]
 
 
-def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not temperature >= 0:
-        raise InputError(f"temperature must be at least 0 (0: the likeliest token), got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k must be at least 1, got {top_k}; leave it out to draw from all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p must be more than 0 and at most 1, got {top_p}")
+def _checked(settings: Settings, vocabulary: int) -> dict[str, Any]:
+    """What `_steps` wants, of settings that are in order."""
+    temperature, top_k, top_p = (settings.get(name) for name in ("temperature", "top_k", "top_p"))
+    temperature = 0.0 if temperature is None else temperature
+    if not is_finite(temperature) or temperature < 0:
+        raise InputError(
+            f"temperature must be at least 0 (0: the likeliest token) and finite, got {shown(temperature)}"
+        )
+    if top_k is not None:
+        top_k = min(whole_number("top_k", top_k, 1, remedy="; leave it out to draw from all tokens"), vocabulary)
+    if top_p is not None and not (is_finite(top_p) and 0 < top_p <= 1):
+        raise InputError(f"top_p must be more than 0 and at most 1, got {shown(top_p)}")
+    seed, stop_ids = settings.get("seed"), settings.get("stop_ids", ())
+    if isinstance(stop_ids, (set, frozenset)):
+        stop_ids = list(stop_ids)
+    return {
+        "max_new_tokens": whole_number("max_new_tokens", settings["max_new_tokens"], 0),
+        "temperature": float(temperature),
+        "top_k": top_k,
+        "top_p": None if top_p is None else float(top_p),
+        "stop_ids": whole_numbers("stop_ids", stop_ids, 0, vocabulary - 1, remedy="; [] for none").tolist(),
+        "pad_id": whole_number("pad_id", settings.get("pad_id", 0), -(2**63), 2**63 - 1),
+        "seed": None if seed is None else whole_number("seed", seed, *SEEDS),
+    }
 
 
 def _right_padded(
-    prompts: Prompts, mask: Tensor | None, lengths: Tensor | Sequence[int] | None, device: torch.device
+    prompts: Prompts,
+    mask: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+    device: torch.device,
+    vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
     """Prompts as ids [b, t], padded on the right, and their lengths [b]."""
     if not isinstance(prompts, Tensor):
         for name, given in (("mask", mask), ("lengths", lengths)):
             if given is not None:
                 raise InputError(f"a list of prompts needs no {name}; leave it out")
-        rows = [torch.tensor(list(prompt), dtype=torch.long) for prompt in prompts]
+        if not isinstance(prompts, (list, tuple)):
+            raise InputError(f"prompts must be ids [batch, tokens] or a list of lists, got {shown(prompts)}")
+        rows = [_ids(number, prompt, vocabulary) for number, prompt in enumerate(prompts)]
     else:
-        if prompts.ndim != 2:
+        if prompts.ndim != 2 or prompts.is_floating_point() or prompts.is_complex() or prompts.dtype == torch.bool:
             raise InputError(
-                f"prompts must be ids [batch, tokens] or a list of lists, got shape {tuple(prompts.shape)}"
+                f"prompts must be ids [batch, tokens] or a list of lists, "
+                f"got shape {tuple(prompts.shape)} of {prompts.dtype}"
             )
         if mask is not None and lengths is not None:
             raise InputError("prompts are padded as mask or as lengths say, got both; leave one out")
-        if mask is not None and mask.shape != prompts.shape:
-            raise InputError(f"mask must be as the prompts, {tuple(prompts.shape)}, got {tuple(mask.shape)}")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != prompts.shape):
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else shown(mask)
+            raise InputError(f"mask must be as the prompts, {tuple(prompts.shape)}, got {got}")
         rows = [row if mask is None else row[mask[index].bool()] for index, row in enumerate(prompts)]
         if lengths is not None:
-            wanted = torch.as_tensor(lengths).tolist()
-            if not isinstance(wanted, list) or len(wanted) != len(rows):
-                raise InputError(f"lengths must be one whole number per prompt, {len(rows)}, got {wanted}")
-            if not all(isinstance(each, int) and 0 <= each <= prompts.shape[1] for each in wanted):
-                raise InputError(
-                    f"lengths must be whole numbers between 0 and the prompts' {prompts.shape[1]} tokens, got {wanted}"
-                )
-            rows = [row[:length] for row, length in zip(rows, wanted, strict=True)]
+            limits = f"be whole numbers between 0 and the prompts' {prompts.shape[1]} tokens"
+            wanted = whole_numbers(
+                "lengths", lengths, 0, prompts.shape[1], count=len(rows), per="prompt", limits=limits
+            )
+            rows = [row[:length] for row, length in zip(rows, wanted.tolist(), strict=True)]
+        rows = [_ids(number, row, vocabulary) for number, row in enumerate(rows)]
     if not rows or any(not len(row) for row in rows):
         raise InputError(f"every prompt needs at least one token, got lengths {[len(row) for row in rows]}")
     counts = torch.tensor([len(row) for row in rows], device=device)
     return pad_sequence([row.to(device) for row in rows], batch_first=True), counts
+
+
+def _ids(number: int, prompt: Any, vocabulary: int) -> Tensor:
+    """One prompt's token ids."""
+    hint = "; a single prompt is a list of one list" if isinstance(prompt, int) else ""
+    return whole_numbers(f"prompts[{number}]: ids", prompt, 0, vocabulary - 1, remedy=hint)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memkit.errors import MemoryStateError
 from memkit.lm.parts import State
 from memkit.lm.spec import ModelSpec
-from memkit.memory import Memory
+from memkit.memory import Memory, row_numbers
 
 __all__ = ["ModelMemory"]
 
@@ -58,15 +57,11 @@ class ModelMemory:
 
     def reorder(self, rows: Tensor | list[int]) -> ModelMemory:
         """A memory whose row i is this one's row rows[i]; rows may repeat (beam search) or be left out."""
-        index = torch.as_tensor(rows, dtype=torch.long)
-        if index.ndim != 1 or (len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self.seen))):
-            raise MemoryStateError(
-                f"rows must be a list of numbers from 0 to {len(self.seen) - 1}, got {index.tolist()}"
-            )
+        index = row_numbers(rows, len(self.seen))
         chosen = self._mapped(
             lambda memory: memory.reorder(index), lambda tensor: tensor.index_select(0, index.to(tensor.device))
         )
-        chosen.seen = self.seen[index.cpu()]
+        chosen.seen = self.seen[index]
         return chosen
 
     def _mapped(self, memories: Callable[[Memory], Memory], tensors: Callable[[Tensor], Tensor]) -> ModelMemory:

@@ -14,7 +14,7 @@ from memkit.attention import MemoryAttention, QueryKeyNorm, RotaryEmbeddingSpec
 from memkit.catalog import load_policy
 from memkit.lm.parts import Span, State, TokenShift, ValueResidual, rank, tensor
 from memkit.lm.rounding import rounded
-from memkit.lm.spec import MixerSpec, ModelSpec
+from memkit.lm.spec import MOST_WIDTH, MixerSpec, ModelSpec
 from memkit.pieces.registry import register
 from memkit.policy import PolicySpec
 
@@ -56,7 +56,7 @@ class AttentionMixerSpec(MixerSpec):
         "scores β·√d·q·k with β learned per head), or none",
     )
     rotary: RotaryEmbeddingSpec | None = Field(default=None, description="left out: the model's")
-    kv_heads: int | None = Field(default=None, ge=1, description="left out: the model's")
+    kv_heads: int | None = Field(default=None, ge=1, le=MOST_WIDTH, description="left out: the model's")
     token_shift: bool = Field(
         default=True,
         description="whether projected queries, keys and values are shifted towards the previous token's "
@@ -66,7 +66,10 @@ class AttentionMixerSpec(MixerSpec):
         default="gated", description="how values are mixed with those of the first layer of this kind"
     )
     value_residual_rank: int | None = Field(
-        default=None, ge=1, description="rank of the gate; left out: 1.3·√width to a multiple of 32, at least 32"
+        default=None,
+        ge=1,
+        le=MOST_WIDTH,
+        description="rank of the gate; left out: 1.3·√width to a multiple of 32, at least 32",
     )
 
     @field_validator("policy", mode="before")
@@ -78,6 +81,17 @@ class AttentionMixerSpec(MixerSpec):
 
     def build(self, model: ModelSpec, layer: int) -> AttentionMixer:
         return AttentionMixer(self, model)
+
+    def check(self, model: ModelSpec) -> None:
+        if self.kv_heads is not None and model.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of a mixer's kv_heads, got {model.heads} and {self.kv_heads}")
+        head_width = model.head_width or model.width // model.heads
+        rotary = self.rotary or model.rotary
+        if not rotary.turned_width(head_width) and self.policy.build().needs_rotation:
+            raise ValueError(
+                f"rotary {self.policy.rotary.kind} un-rotates keys, but this model rotates none (rotary.width 0); "
+                "use a policy with rotary: {kind: keep}"
+            )
 
 
 class AttentionMixer(Mixer):

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from memkit.errors import InputError, MemoryStateError
+from memkit.engine.inputs import Lengths
+from memkit.errors import InputError, MemoryStateError, shown
 from memkit.lm.generation import Prompts, Settings, stream
 from memkit.lm.memory import ModelMemory
 from memkit.lm.mixers import Mixer
 from memkit.lm.parts import Linear, Mlp, Span, State
 from memkit.lm.spec import MixerSpec, ModelSpec
+from memkit.whole import whole_numbers
 
 __all__ = ["Block", "MemoryLM"]
 
@@ -78,13 +80,14 @@ class MemoryLM(nn.Module):
             block.mlp.initialise(layer, self.spec.depth)
 
     def forward(
-        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Tensor | None = None
+        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Lengths | None = None
     ) -> tuple[Tensor, ModelMemory]:
         """ids [b, t] → logits [b, t, vocabulary], those at t for token t + 1, and the memory to go on with.
 
         memory: what an earlier call returned; without gradients this call takes it over (`memory.fork()` copies).
         lengths [b]: valid tokens of this call per row, the rest padding on the right, whose logits are 0.
         """
+        lengths = self._lengths(ids, lengths)
         x, memory = self.read(ids, memory, lengths)
         logits = self.head(x)
         if lengths is None:
@@ -94,9 +97,10 @@ class MemoryLM(nn.Module):
         return logits.masked_fill(~valid, 0), memory
 
     def read(
-        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Tensor | None = None
+        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Lengths | None = None
     ) -> tuple[Tensor, ModelMemory]:
         """As a call, but short of the head: what `head` takes, [b, t, width]."""
+        lengths = self._lengths(ids, lengths)
         span = self._span(ids, memory, lengths)
         states: list[State] = [{} for _ in self.blocks] if memory is None else memory.layers
         carried: list[State] = [{} for _ in self.blocks]
@@ -114,11 +118,12 @@ class MemoryLM(nn.Module):
                 x, state = block(*arguments)
             carried[layer] |= state
         seen = torch.zeros(ids.shape[0], dtype=torch.long) if memory is None else memory.seen
-        brought = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths.cpu().long()
+        brought = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths
         return self.head_norm(x), ModelMemory(self.spec, seen + brought, carried)
 
-    def loss(self, ids: Tensor, lengths: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    def loss(self, ids: Tensor, lengths: Lengths | None = None, documents: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of every next token, in nats; of the valid ones, and within documents, where given."""
+        lengths = self._lengths(ids, lengths)
         logits = self(ids, lengths=lengths)[0] if documents is None else self.read_packed(ids, documents)
         targets = ids[:, 1:].clone()
         if lengths is not None:
@@ -136,8 +141,10 @@ class MemoryLM(nn.Module):
         ids, documents [b, t]: a token's document is the run of equal numbers it stands in. Documents are read as rows
         of their own, those of similar length together, so less than half of what is read is padding.
         """
-        if documents.shape != ids.shape:
-            raise InputError(f"documents must be as ids, {tuple(ids.shape)}, got {tuple(documents.shape)}")
+        self._lengths(ids, None)
+        if not isinstance(documents, Tensor) or documents.shape != ids.shape:
+            got = tuple(documents.shape) if isinstance(documents, Tensor) else shown(documents)
+            raise InputError(f"documents must be as ids, {tuple(ids.shape)}, got {got}")
         begins = torch.ones_like(documents, dtype=torch.bool)
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
         starts = begins.flatten().nonzero()[:, 0]
@@ -189,8 +196,6 @@ class MemoryLM(nn.Module):
 
     def _span(self, ids: Tensor, memory: ModelMemory | None, lengths: Tensor | None) -> Span:
         """The call's tokens, checked."""
-        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise InputError(f"ids must be whole numbers [batch, tokens], got {ids.dtype} {tuple(ids.shape)}")
         if (
             ids.device.type == "cpu"
             and ids.numel()
@@ -200,24 +205,28 @@ class MemoryLM(nn.Module):
                 f"ids must lie between 0 and {self.spec.vocabulary - 1}, got {int(ids.min())} … {int(ids.max())}"
             )
         if memory is not None:
+            if not isinstance(memory, ModelMemory):
+                raise InputError(f"memory must be what an earlier call returned, or None, got {shown(memory)}")
             if memory.spec is not self.spec and memory.spec != self.spec:
                 raise MemoryStateError("this memory belongs to another model; start with memory=None")
             if len(memory.seen) != ids.shape[0]:
                 raise InputError(
                     f"memory is for {len(memory.seen)} rows, got ids of {ids.shape[0]}; reorder() changes rows"
                 )
-        if lengths is not None:
-            if lengths.shape != ids.shape[:1] or lengths.is_floating_point():
-                raise InputError(
-                    f"lengths must be one whole number per row, shape ({ids.shape[0]},), got {tuple(lengths.shape)}"
-                )
-            if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]:
-                raise InputError(
-                    f"lengths must lie between 0 and the call's {ids.shape[1]} tokens, got {lengths.tolist()}"
-                )
-            lengths = lengths.to(ids.device)
         begun = None if memory is None else (memory.seen > 0).to(ids.device)
-        return Span(lengths, begun)
+        return Span(None if lengths is None else lengths.to(ids.device), begun)
+
+    @staticmethod
+    def _lengths(ids: Tensor, lengths: Lengths | None) -> Tensor | None:
+        """lengths [b] int64 on the CPU, checked, as are ids' axes and dtype."""
+        if not isinstance(ids, Tensor):
+            raise InputError(f"ids must be a tensor of whole numbers [batch, tokens], got {shown(ids)}")
+        if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InputError(f"ids must be whole numbers [batch, tokens], got {ids.dtype} {tuple(ids.shape)}")
+        if lengths is None:
+            return None
+        limits = f"lie between 0 and the call's {ids.shape[1]} tokens"
+        return whole_numbers("lengths", lengths, 0, ids.shape[1], count=ids.shape[0], limits=limits)
 
     @property
     def parameter_count(self) -> int:

@@ -135,8 +135,10 @@ class ValueResidual(nn.Module):
 class MlpSpec(Spec):
     """The block's MLP: W₂ · ReLU(W₁ x)²."""
 
-    expansion: float = Field(default=4.0, gt=0, description="hidden width per width, before rounding down")
-    multiple_of: int = Field(default=32, ge=1, description="the hidden width is rounded down to a multiple of this")
+    expansion: float = Field(default=4.0, gt=0, le=2**10, description="hidden width per width, before rounding down")
+    multiple_of: int = Field(
+        default=32, ge=1, le=2**20, description="the hidden width is rounded down to a multiple of this"
+    )
     token_shift: bool = Field(
         default=True, description="whether its input is shifted towards the previous token's, which is 0 for the first"
     )

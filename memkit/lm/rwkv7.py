@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, pad, softplus
 
 from memkit.lm.mixers import Mixer
 from memkit.lm.parts import Linear, LowRank, Span, State, TokenShift, centred, rank, tensor
-from memkit.lm.spec import MixerSpec, ModelSpec
+from memkit.lm.spec import MOST_WIDTH, MixerSpec, ModelSpec
 from memkit.pieces.registry import register
 
 __all__ = ["CHUNK", "RWKV7Mixer", "RWKV7MixerSpec", "scan"]
@@ -39,13 +39,28 @@ class RWKV7MixerSpec(MixerSpec):
     token_shift: bool = Field(
         default=True, description="whether inputs are shifted towards the previous token's, which is 0 for the first"
     )
-    decay_rank: int | None = Field(default=None, ge=1, description="left out: 1.8·√width to a multiple of 32")
-    rate_rank: int | None = Field(default=None, ge=1, description="left out: 1.8·√width to a multiple of 32")
-    value_rank: int | None = Field(default=None, ge=1, description="left out: 1.3·√width to a multiple of 32")
-    gate_rank: int | None = Field(default=None, ge=1, description="left out: 0.6·width^0.8 to a multiple of 32")
+    decay_rank: int | None = Field(
+        default=None, ge=1, le=MOST_WIDTH, description="left out: 1.8·√width to a multiple of 32"
+    )
+    rate_rank: int | None = Field(
+        default=None, ge=1, le=MOST_WIDTH, description="left out: 1.8·√width to a multiple of 32"
+    )
+    value_rank: int | None = Field(
+        default=None, ge=1, le=MOST_WIDTH, description="left out: 1.3·√width to a multiple of 32"
+    )
+    gate_rank: int | None = Field(
+        default=None, ge=1, le=MOST_WIDTH, description="left out: 0.6·width^0.8 to a multiple of 32"
+    )
 
     def build(self, model: ModelSpec, layer: int) -> RWKV7Mixer:
         return RWKV7Mixer(self, model)
+
+    def check(self, model: ModelSpec) -> None:
+        if model.width % model.heads:
+            raise ValueError(
+                f"width must be a multiple of heads where a mixer is rwkv7, whatever head_width says, "
+                f"got {model.width} and {model.heads}"
+            )
 
 
 class RWKV7Mixer(Mixer):

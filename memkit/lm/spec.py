@@ -5,18 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
 from memkit.attention import RotaryEmbeddingSpec
 from memkit.lm.parts import MlpSpec
 from memkit.pieces.registry import AnyOf, FamilySpec, Spec
+from memkit.yaml12 import dump
 
 if TYPE_CHECKING:
     from memkit.lm.mixers import Mixer
     from memkit.lm.model import MemoryLM
 
 __all__ = ["LayersSpec", "MixerSpec", "ModelSpec", "OverrideSpec"]
+
+MOST_VOCABULARY, MOST_WIDTH, MOST_DEPTH = 2**24, 2**20, 2**10
+"""Far more than any model has; whether one of these sizes fits this machine is found out when it is made."""
 
 
 class MixerSpec(FamilySpec):
@@ -28,12 +31,17 @@ class MixerSpec(FamilySpec):
     def build(self, model: ModelSpec, layer: int) -> Mixer:
         """The mixer of that layer."""
 
+    def check(self, model: ModelSpec) -> None:
+        """Raise `ValueError` where the mixer does not fit the model's sizes."""
+
 
 class OverrideSpec(Spec):
     """Layers that differ from the default: every n-th, or those listed."""
 
-    every: int | None = Field(default=None, ge=2, description="layers first, first + every, … (0 is the first layer)")
-    first: int = Field(default=0, ge=0, description="where `every` begins")
+    every: int | None = Field(
+        default=None, ge=2, le=MOST_DEPTH, description="layers first, first + every, … (0 is the first layer)"
+    )
+    first: int = Field(default=0, ge=0, le=MOST_DEPTH, description="where `every` begins")
     at: tuple[int, ...] | None = Field(default=None, description="layers by number, from 0; negative: from the end")
     mixer: Annotated[MixerSpec, AnyOf("mixer")] = Field(description="their mixer")
 
@@ -81,12 +89,16 @@ class ModelSpec(Spec):
     weight and bias, projections have no bias, and embedding and head are not tied (the backbone of arXiv 2605.09877).
     """
 
-    vocabulary: int = Field(ge=1, description="token ids, 0 … vocabulary − 1")
-    width: int = Field(ge=1, description="channels of the residual stream")
-    depth: int = Field(ge=1, description="blocks")
-    heads: int = Field(ge=1, description="query heads of a layer")
-    kv_heads: int | None = Field(default=None, ge=1, description="key/value heads; left out: as many as heads")
-    head_width: int | None = Field(default=None, ge=1, description="channels of a head; left out: width / heads")
+    vocabulary: int = Field(ge=1, le=MOST_VOCABULARY, description="token ids, 0 … vocabulary − 1")
+    width: int = Field(ge=1, le=MOST_WIDTH, description="channels of the residual stream")
+    depth: int = Field(ge=1, le=MOST_DEPTH, description="blocks")
+    heads: int = Field(ge=1, le=MOST_WIDTH, description="query heads of a layer")
+    kv_heads: int | None = Field(
+        default=None, ge=1, le=MOST_WIDTH, description="key/value heads; left out: as many as heads"
+    )
+    head_width: int | None = Field(
+        default=None, ge=1, le=MOST_WIDTH, description="channels of a head; left out: width / heads"
+    )
     rotary: RotaryEmbeddingSpec = Field(default=RotaryEmbeddingSpec(), description="how queries and keys are rotated")
     mlp: MlpSpec = Field(default=MlpSpec(), description="the MLP of every block")
     residual_scale: float = Field(default=1.0, gt=0, description="factor on what mixers and MLPs add")
@@ -127,7 +139,7 @@ class ModelSpec(Spec):
 
     def to_yaml(self) -> str:
         """The declaration as YAML, every field and policy written out; `load_model_spec` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump(self.model_dump(mode="json"))
 
     def build(self) -> MemoryLM:
         """The model, freshly initialised."""
@@ -141,6 +153,13 @@ class ModelSpec(Spec):
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}; or set head_width")
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if not self.mlp.hidden(self.width):
+            raise ValueError(
+                f"mlp: expansion × width must reach multiple_of channels, got {self.mlp.expansion} × {self.width} and "
+                f"multiple_of {self.mlp.multiple_of}; lower multiple_of"
+            )
+        for mixer in (self.layers.default, *(override.mixer for override in self.layers.overrides)):
+            mixer.check(self)
         for number, override in enumerate(self.layers.overrides):
             for layer in override.at or ():
                 if not -self.depth <= layer < self.depth:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,20 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from memkit.catalog import as_policy
 from memkit.errors import MemoryStateError
+from memkit.memory import file
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.pieces.statistics import COUNT, MASS, Statistic
 from memkit.policy import Policy, PolicySpec
+from memkit.whole import whole_numbers
 
-__all__ = ["DecodeBuffer", "Memory", "held"]
+__all__ = ["DecodeBuffer", "Memory", "held", "row_numbers"]
 
 FORMAT = "memkit-memory-2"
 
@@ -174,51 +173,31 @@ class Memory:
     def reorder(self, rows: Tensor | list[int]) -> Memory:
         """A memory whose row i is this one's row rows[i]; rows may repeat (beam search) or be left out."""
         self.check_usable()
-        index = torch.as_tensor(rows, dtype=torch.long)
-        batch = len(self.seen_rows)
-        if index.ndim != 1 or (len(index) and (int(index.min()) < 0 or int(index.max()) >= batch)):
-            raise MemoryStateError(f"rows must be a list of numbers from 0 to {batch - 1}, got {index.tolist()}")
+        index = row_numbers(rows, len(self.seen_rows))
         here = index.to(self.keys.device)
         copy = self._mapped(lambda tensor: tensor.index_select(0, here))
-        return dataclasses.replace(copy, seen_rows=self.seen_rows[index.cpu().numpy()])
+        return dataclasses.replace(copy, seen_rows=self.seen_rows[index.numpy()])
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a safetensors file; its policy travels along."""
         self.check_usable()
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self._saved().items()}
-        tensors["seen"] = self.seen
-        facts = {
-            "format": FORMAT,
-            "policy": self.policy.spec.to_yaml(),
-            "name": self.policy.name,
-            "end": self.window.end,
-        }
-        save_file(tensors, str(path), metadata={"memkit": json.dumps(facts)})
+        file.write(path, self.policy, {**self._saved(), "seen": self.seen}, self.window.end)
 
     @classmethod
-    def load(cls, path: str | Path, policy: Policy | PolicySpec | None = None) -> Memory:
-        """Read a memory. With `policy`, refuse a file that another policy wrote."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("memkit", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise MemoryStateError(f"{path}: cannot be read as a memory: {error}") from None
-        if facts.get("format") != FORMAT:
+    def load(cls, path: str | Path, policy: str | Path | PolicySpec | Policy | None = None) -> Memory:
+        """Read a memory. With `policy`, refuse a file that another policy wrote; a damaged file is refused anyway."""
+        found = file.read(path)
+        wanted = None if policy is None else as_policy(policy).spec
+        if wanted is not None and wanted != found.spec:
             raise MemoryStateError(
-                f"{path}: not a memory saved by memkit (no format {FORMAT}); write one with Memory.save"
+                f"{path}: belongs to {_named(found.spec)}, not to {_named(wanted)}; load it with its own policy"
             )
-        spec = PolicySpec(**yaml.safe_load(facts["policy"])).named(facts["name"])
-        wanted = policy.spec if isinstance(policy, Policy) else policy
-        if wanted is not None and wanted != spec:
-            raise MemoryStateError(
-                f"{path}: belongs to {_named(spec)}, not to {_named(wanted)}; load it with its own policy"
-            )
-        policy = spec.build()
+        tensors = found.tensors
+        policy = found.spec.build()
         return cls(
             policy=policy,
             seen_rows=tensors["seen"].numpy(),
-            window=Window({name: tensors[name] for name in policy.streams}, facts["end"]),
+            window=Window({name: tensors[name] for name in policy.streams}, found.end),
             store=SlotStore(tensors["sums"], tensors["numbers"], evidence=tensors.get("slot_evidence")),
             next_positions=tensors.get("next_positions"),
             observed=tensors.get("observed"),
@@ -316,8 +295,10 @@ class Memory:
         return [*self.window.streams.values(), *self.store.tensors(), *rest, *copies]
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Memory:
-        rest = [None if tensor is None else change(tensor) for tensor in (self.next_positions, self.observed)]
-        return Memory(self.policy, self.seen_rows.copy(), self.window.mapped(change), self.store.mapped(change), *rest)
+        following = None if self.next_positions is None else change(self.next_positions)
+        observed = None if self.observed is None else change(self.observed)
+        window, store = self.window.mapped(change), self.store.mapped(change)
+        return Memory(self.policy, self.seen_rows.copy(), window, store, following, observed)
 
     def __repr__(self) -> str:
         rows, heads = self.keys.shape[:2]
@@ -326,6 +307,20 @@ class Memory:
             f"window {self.held_rows.tolist()}, slots {self.live_rows.tolist()}, {self.bytes:,} bytes"
             f"{', lost' if self.lost else ', taken over' if self.taken else ''})"
         )
+
+
+def row_numbers(rows: Any, batch: int) -> Tensor:
+    """Rows of a batch as numbers, [n] int64 on the CPU; a mask, or rows that are not there, raise."""
+    masked = isinstance(rows, Tensor) and rows.dtype == torch.bool
+    return whole_numbers(
+        "rows",
+        rows,
+        0,
+        batch - 1,
+        limits=f"be a list of numbers from 0 to {batch - 1}",
+        kind=MemoryStateError,
+        remedy="; a mask's rows are mask.nonzero().flatten()" if masked else "",
+    )
 
 
 def held(policy: Policy, seen: np.ndarray) -> np.ndarray:

@@ -180,12 +180,8 @@ class SlotStore:
         """Make room for at least so many slots."""
         missing = room - self.room
         if missing > 0:
-            self.sums, self.numbers, self.evidence = (
-                None
-                if tensor is None
-                else torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], missing, tensor.shape[-1])), dim=2)
-                for tensor in (self.sums, self.numbers, self.evidence)
-            )
+            self.sums, self.numbers = _longer(self.sums, missing), _longer(self.numbers, missing)
+            self.evidence = None if self.evidence is None else _longer(self.evidence, missing)
             self.view = None
 
     def add(self, rules: SlotRules, assignment: Assignment, chunk: Chunk) -> None:
@@ -342,6 +338,11 @@ class SlotStore:
             pairs.append((view.bias, fresh.bias))
         for whole, part in pairs:
             whole.flatten(0, 2).index_copy_(0, target, part)
+
+
+def _longer(tensor: Tensor, missing: int) -> Tensor:
+    """[b, g, M, s] with room for so many more."""
+    return torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], missing, tensor.shape[-1])), dim=2)
 
 
 def flat_slots(slot: Tensor, room: int) -> Tensor:

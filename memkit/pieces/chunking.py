@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from memkit.pieces.registry import FamilySpec, register
+from memkit.whole import MOST
 
 __all__ = ["Chunker", "ChunkerSpec", "FixedChunkerSpec"]
 
@@ -34,7 +35,7 @@ class FixedChunkerSpec(ChunkerSpec):
     """Chunks of one size."""
 
     kind: Literal["fixed"] = "fixed"
-    size: int = Field(default=256, ge=1, description="tokens per chunk (C), at least 1")
+    size: int = Field(default=256, ge=1, le=MOST, description="tokens per chunk (C), at least 1")
 
     def build(self) -> Chunker:
         return Chunker(self.size)

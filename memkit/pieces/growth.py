@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from memkit.errors import PolicyError
+from memkit.errors import PolicyError, shown
 from memkit.pieces.registry import FamilySpec, register
+from memkit.whole import MOST
 
 __all__ = [
     "AnyGrowthSpec",
@@ -48,9 +49,10 @@ class Growth(ABC):
     def budget(self, tokens: int) -> int:
         """Slots allowed after n `tokens`, n ≥ 0. Raises `PolicyError` where f(n) is not a finite number."""
         size = self.size(tokens)
-        if not isinstance(size, numbers.Real) or not math.isfinite(size):
+        # A whole number is finite whatever its size, and `isfinite` takes none beyond the floats.
+        if not isinstance(size, numbers.Rational) and not (isinstance(size, numbers.Real) and math.isfinite(size)):
             raise PolicyError(
-                f"growth '{self.spec.kind}': a budget must be a finite number, got {size!r} after {tokens} tokens"
+                f"growth '{self.spec.kind}': a budget must be a finite number, got {shown(size)} after {tokens} tokens"
             )
         rounded = math.floor(size) // self.spec.round_down * self.spec.round_down
         budget = max(self.spec.floor, rounded)
@@ -70,9 +72,13 @@ class AnyGrowthSpec(FamilySpec):
 class GrowthSpec(AnyGrowthSpec):
     """Declares a growth schedule, with the bounds that every schedule has."""
 
-    floor: int = Field(default=0, ge=0, description="slots allowed at least")
-    cap: int | None = Field(default=None, ge=0, description="slots allowed at most, included; left out: no cap")
-    round_down: int = Field(default=1, ge=1, description="f(n) is rounded down to a multiple of this many slots")
+    floor: int = Field(default=0, ge=0, le=MOST, description="slots allowed at least")
+    cap: int | None = Field(
+        default=None, ge=0, le=MOST, description="slots allowed at most, included; left out: no cap"
+    )
+    round_down: int = Field(
+        default=1, ge=1, le=MOST, description="f(n) is rounded down to a multiple of this many slots"
+    )
     counts: Literal["seen", "absorbed"] = Field(
         default="seen",
         description="which n: tokens seen, the window included (n = b + W·C when the chunk at b leaves), "
@@ -109,7 +115,7 @@ class FixedGrowthSpec(GrowthSpec):
     """A constant number of slots."""
 
     kind: Literal["fixed"] = "fixed"
-    slots: int = Field(ge=0, description="slots, sinks included")
+    slots: int = Field(ge=0, le=MOST, description="slots, sinks included")
 
     def build(self) -> Fixed:
         return Fixed(self)
@@ -129,7 +135,7 @@ class SqrtGrowthSpec(GrowthSpec):
     """Slots grow with the square root of the tokens; prefill costs O(N^1.5) (arXiv 2605.09877, "KVM sqrt")."""
 
     kind: Literal["sqrt"] = "sqrt"
-    factor: float = Field(gt=0, description="slots per √token")
+    factor: float = Field(gt=0, le=MOST, description="slots per √token")
 
     def build(self) -> Sqrt:
         return Sqrt(self)
@@ -150,7 +156,7 @@ class PowerGrowthSpec(GrowthSpec):
     """Slots grow with a power of the tokens; prefill costs O(N^(1 + exponent))."""
 
     kind: Literal["power"] = "power"
-    factor: float = Field(gt=0, description="slots after the first token")
+    factor: float = Field(gt=0, le=MOST, description="slots after the first token")
     exponent: float = Field(ge=0, le=1, description="power of the number of tokens, 0 and 1 included")
 
     def build(self) -> Power:
@@ -171,8 +177,8 @@ class LogGrowthSpec(GrowthSpec):
     """Slots grow with the logarithm of the tokens; prefill costs O(N log N)."""
 
     kind: Literal["log"] = "log"
-    per_doubling: float = Field(gt=0, description="slots added each time 1 + n/start doubles")
-    start: float = Field(gt=0, description="tokens after which the first doubling is complete")
+    per_doubling: float = Field(gt=0, le=MOST, description="slots added each time 1 + n/start doubles")
+    start: float = Field(ge=1e-12, le=MOST, description="tokens after which the first doubling is complete")
 
     def build(self) -> Log:
         return Log(self)
@@ -193,7 +199,7 @@ class SaturatingGrowthSpec(GrowthSpec):
 
     kind: Literal["saturating"] = "saturating"
     limit: int = Field(
-        ge=1, description="slots approached as the tokens go to infinity; half of it after `limit` tokens"
+        ge=1, le=MOST, description="slots approached as the tokens go to infinity; half of it after `limit` tokens"
     )
 
     def build(self) -> Saturating:

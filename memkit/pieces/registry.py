@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
-from memkit.errors import PolicyError, nearest_name, unknown_name
+from memkit.errors import PolicyError, nearest_name, short, shown, unknown_name
 
 __all__ = ["AnyOf", "FamilySpec", "Spec", "SpecError", "kinds", "register"]
 
@@ -20,7 +20,7 @@ class SpecError(PolicyError):
     """A spec that does not validate. `problems` lists (field path, what is wrong and what is allowed)."""
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:
-        self.problems = problems
+        self.problems = problems = [(short(path), text) for path, text in problems[:MOST_PROBLEMS]]
         super().__init__("; ".join(f"{path}: {text}" if path else text for path, text in problems))
 
 
@@ -29,7 +29,8 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
+        _check_names(data, "", 0)
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -46,6 +47,10 @@ class FamilySpec(Spec, ABC):
 AnySpec = TypeVar("AnySpec", bound=type[FamilySpec])
 
 MISSING = "is required and missing"
+MOST_DEEP = 32
+"""Lists and mappings within each other: a spec has five."""
+MOST_PROBLEMS = 8
+"""Problems of one spec that a message lists: the first ones, for the others may follow from them."""
 
 _REGISTRY: dict[str, dict[str, type[FamilySpec]]] = {}
 
@@ -117,6 +122,20 @@ class AnyOf:
         return {"oneOf": options, "discriminator": {"propertyName": "kind"}}
 
 
+def _check_names(value: Any, path: str, deep: int) -> None:
+    """Fields have names, down to the last; and no list or mapping holds itself."""
+    if deep > MOST_DEEP:
+        raise SpecError([(path, f"must be nested at most {MOST_DEEP} deep, got more")])
+    if isinstance(value, dict):
+        for name, each in value.items():
+            if not isinstance(name, str):
+                raise SpecError([(path, f"a field's name must be text, got {shown(name)}")])
+            _check_names(each, f"{path}.{name}" if path else name, deep + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(value):
+            _check_names(each, f"{path}.{index}", deep + 1)
+
+
 def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
     """A validation error in our words, one (path, text) per problem."""
     found: list[tuple[str, str]] = []
@@ -154,7 +173,9 @@ def _wording(detail: ErrorDetails, model: type[BaseModel]) -> str:
             return f"unknown field{nearest_name(name, fields) or ';'} known: {', '.join(fields)}"
         case "missing":
             return MISSING
+        case "bool_type":
+            return f"must be true or false, got {shown(value)}"
         case _:
             text = detail["msg"]
             text = text[0].lower() + text[1:]
-            return f"{text.replace('input should be', 'must be')}, got {value!r}"
+            return f"{text.replace('input should be', 'must be')}, got {shown(value)}"

@@ -13,10 +13,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from memkit.errors import InputError
+from memkit.errors import InputError, shown
 from memkit.pieces.needs import Need
 from memkit.pieces.registry import FamilySpec, register
 from memkit.pieces.statistics import MASS, POSITION, Statistic
+from memkit.whole import MOST, whole_number
 
 __all__ = ["KeepSpec", "RerotateSpec", "Rotary", "RotarySpec", "Rotation", "UnrotateSpec", "ZeroSpec"]
 
@@ -37,15 +38,22 @@ class Rotation:
     positions: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.pairing not in ("adjacent", "half-split"):
-            raise InputError(f"rotation.pairing must be 'adjacent' or 'half-split', got {self.pairing!r}")
-        if self.width < 2 or self.width % 2:
-            raise InputError(f"rotation.width must be an even number of channels, at least 2, got {self.width}")
-        if self.frequencies.shape != (self.width // 2,):
+        if not isinstance(self.pairing, str) or self.pairing not in ("adjacent", "half-split"):
+            raise InputError(f"rotation.pairing must be 'adjacent' or 'half-split', got {shown(self.pairing)}")
+        width = whole_number("rotation.width", self.width, most=MOST)
+        if width < 2 or width % 2:
+            raise InputError(f"rotation.width must be an even number of channels, at least 2, got {shown(width)}")
+        if not isinstance(self.frequencies, Tensor) or not self.frequencies.is_floating_point():
+            raise InputError(f"rotation.frequencies must be a tensor of floats, got {_made_of(self.frequencies)}")
+        if self.frequencies.shape != (width // 2,):
             raise InputError(
-                f"rotation.frequencies needs one number per pair of channels, shape ({self.width // 2},), "
+                f"rotation.frequencies needs one number per pair of channels, shape ({width // 2},), "
                 f"got {tuple(self.frequencies.shape)}"
             )
+        if self.positions is None:
+            return
+        if not isinstance(self.positions, Tensor) or self.positions.dtype == torch.bool or self.positions.is_complex():
+            raise InputError(f"rotation.positions must be a tensor of numbers [b, t], got {_made_of(self.positions)}")
 
     def apply(self, vectors: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
         """Rotate vectors [..., d] to positions [...] (or back, `inverse`)."""
@@ -68,6 +76,10 @@ class Rotation:
             x, y = turning.chunk(2, dim=-1)
             turned = torch.cat((x * cos - y * sin, y * cos + x * sin), dim=-1)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _made_of(given: object) -> str:
+    return str(given.dtype) if isinstance(given, Tensor) else shown(given)
 
 
 class Rotary:
@@ -124,7 +136,7 @@ class ZeroSpec(RotarySpec):
     share: float | None = Field(
         default=None, ge=0, le=1, description="share of the head width that is rotated, 1 included"
     )
-    width: int | None = Field(default=None, ge=0, description="channels that are rotated")
+    width: int | None = Field(default=None, ge=0, le=MOST, description="channels that are rotated")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ZeroSpec:

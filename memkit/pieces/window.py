@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from memkit.pieces.registry import FamilySpec, register
+from memkit.whole import MOST
 
 __all__ = ["AllWindow", "BlockWindow", "SlidingWindow", "Window", "WindowSpec"]
 
@@ -84,7 +85,7 @@ class BlockWindowSpec(WindowSpec):
     """The newest chunks, the one being filled included."""
 
     kind: Literal["block"] = "block"
-    chunks: int = Field(ge=1, description="chunks seen exactly (W), the query's own included, at least 1")
+    chunks: int = Field(ge=1, le=MOST, description="chunks seen exactly (W), the query's own included, at least 1")
 
     def build(self, chunk: int) -> BlockWindow:
         return BlockWindow(chunk, self.chunks)
@@ -95,7 +96,7 @@ class SlidingWindowSpec(WindowSpec):
     """The newest tokens. Needs growth `none`: tokens leave one by one and are dropped, sinks excepted."""
 
     kind: Literal["sliding"] = "sliding"
-    size: int = Field(ge=1, description="tokens seen exactly, the query included, at least 1")
+    size: int = Field(ge=1, le=MOST, description="tokens seen exactly, the query included, at least 1")
 
     def build(self, chunk: int) -> SlidingWindow:
         return SlidingWindow(self.size)

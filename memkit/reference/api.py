@@ -13,6 +13,7 @@ from memkit.memory import Memory
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
 from memkit.reference.head import Head
+from memkit.reference.observing import Observing
 from memkit.reference.rules import Rules
 from memkit.reference.words import definitely, stacked
 
@@ -130,17 +131,23 @@ def written(rules: Rules, inputs: AttendInputs, heads: list[list[Head]]) -> Memo
     store, observed = SlotStore(sums, rows[..., sums_width:]), None
     if rules.policy.observes:
         wide = torch.promote_types(keys.dtype, torch.float32)
-        streams["evidence"] = window(lambda head: definitely(head.observing).held(head.origin, len(head.keys)), wide)
+        streams["evidence"] = window(lambda head: observing(head).held(head.origin, len(head.keys)), wide)
         store.evidence = torch.stack(
-            [torch.stack([definitely(head.observing).slots_filled(most) for head in row]) for row in heads]
+            [torch.stack([observing(head).slots_filled(most) for head in row]) for row in heads]
         ).to(wide)
         observed = torch.stack([heard(row, int(seen[r])) for r, row in enumerate(heads)]).to(keys.dtype)
     return Memory(rules.policy, seen, Window(streams, keep), store, next_positions, observed)
 
 
+def observing(head: Head) -> Observing:
+    """What a head's readers have told."""
+    assert head.observing is not None
+    return head.observing
+
+
 def heard(heads: list[Head], seen: int) -> Tensor:
     """A row's observed queries of its incomplete chunk, [h, n, d]."""
-    return torch.cat([definitely(head.observing).waiting(seen) for head in heads])
+    return torch.cat([observing(head).waiting(seen) for head in heads])
 
 
 def going_on(inputs: AttendInputs, head: Head, row: int) -> Tensor:

@@ -11,8 +11,6 @@ Needs hypothesis: `pip install memkit-attention[testing]`. `import memkit` does 
 from memkit.testing import laws
 from memkit.testing.cases import Case, cases, lengths, plans, splits
 from memkit.testing.checks import (
-    Report,
-    Verdict,
     calls,
     check,
     check_admission,
@@ -30,6 +28,7 @@ from memkit.testing.law import Law, LawBroken
 from memkit.testing.laws.leaving import Exit, exits
 from memkit.testing.laws.merging.tokens import Merge, merges
 from memkit.testing.laws.readout import Sums, sums_of_slots
+from memkit.testing.report import Report, Verdict
 from memkit.testing.scaling import scaled_down
 from memkit.testing.specs import policies, specs
 

@@ -1,12 +1,11 @@
-"""Checks: every law of a piece or a policy, over many drawn examples, and a report."""
+"""Checks: every law of a piece or a policy, over many drawn examples."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -39,12 +38,11 @@ from memkit.testing.laws.merging.tokens import merges
 from memkit.testing.laws.policy import POLICY_LAWS, round_trip
 from memkit.testing.laws.readout import READOUT_LAWS, sums_of_slots
 from memkit.testing.laws.routing import ROUTING_LAWS, routing_batch_invariance, slots_follow_their_keys
+from memkit.testing.report import Report, Verdict
 from memkit.testing.scaling import scaled_down
 from memkit.testing.specs import policies
 
 __all__ = [
-    "Report",
-    "Verdict",
     "calls",
     "check",
     "check_admission",
@@ -56,44 +54,6 @@ __all__ = [
     "examine",
     "examine_policies",
 ]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one law. error: the counter-example, where it is broken."""
-
-    law: Law
-    status: Literal["held", "broken", "not claimed"]
-    error: LawBroken | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """The verdicts on one subject. note: what the reader must know about how it was examined."""
-
-    subject: str
-    verdicts: tuple[Verdict, ...]
-    note: str = ""
-
-    @property
-    def broken(self) -> list[LawBroken]:
-        """The counter-examples, in the order of the laws."""
-        return [verdict.error for verdict in self.verdicts if verdict.error is not None]
-
-    def raise_if_broken(self) -> Report:
-        """The report itself where every law held; else raises the first counter-example."""
-        if self.broken:
-            raise self.broken[0]
-        return self
-
-    def __str__(self) -> str:
-        width = max(len(_title(verdict.law)) for verdict in self.verdicts)
-        lines = [f"{_title(verdict.law):<{width}}  {verdict.status}" for verdict in self.verdicts]
-        return "\n".join([self.subject, *([self.note] if self.note else []), *lines])
-
-
-def _title(law: Law) -> str:
-    return f"{law.family}: {law.name}"
 
 
 SLOW_IS_FINE = [

@@ -12,8 +12,8 @@ from rich.text import Text
 from memkit.viz.tables import empty_table
 
 if TYPE_CHECKING:
-    from memkit.testing.checks import Report
     from memkit.testing.law import Law
+    from memkit.testing.report import Report
 
 __all__ = ["report", "watching"]
 

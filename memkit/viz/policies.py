@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from memkit.policy import PolicySpec
 from memkit.viz.costs import cells, columns
 from memkit.viz.picture import draw, picture
 from memkit.viz.tables import empty_table
+from memkit.yaml12 import dump
 
 __all__ = ["details", "listing", "tokens_in_words"]
 
@@ -59,7 +59,7 @@ def declaration(spec: PolicySpec) -> Text:
             said = value if value != PolicySpec.model_fields[family].default else None
         if not said:
             continue
-        line = yaml.safe_dump(said, default_flow_style=True, sort_keys=False, width=10_000)
+        line = dump(said, on_one_line=True)
         text.append(f"{family}: ", style="cyan")
         text.append(line.removesuffix("...\n").strip() + "\n")
     text.rstrip()

@@ -168,3 +168,8 @@ def test_the_memory_of_a_model_is_known_beforehand(name, tokens):
     with torch.no_grad():
         _, memory = spec.build()(torch.zeros(2, tokens, dtype=torch.long))
     assert sum(memory_bytes(spec, [tokens], rows=2)[0]) == memory.bytes
+
+
+def test_a_model_that_this_machine_cannot_hold_is_refused_before_it_is_made():
+    with pytest.raises(memkit.ModelError, match=r"tiny-full: its [0-9,]+ parameters take [0-9,]+ GB, and this machine"):
+        memkit.load_model("tiny-full", {"width": 2**20})

@@ -93,6 +93,28 @@ def test_sampling_is_repeatable_and_spread():
     )
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_a_temperature_near_0_draws_the_likeliest(temperature):
+    settings = {"temperature": temperature, "seed": 1, "max_new_tokens": 6}
+    made = model("tiny-full")
+    expected = made.generate(PROMPTS, max_new_tokens=6)
+    assert torch.equal(made.generate(PROMPTS, **settings), expected)
+    assert torch.equal(made.generate(PROMPTS, **settings, top_k=3, top_p=0.9), expected)
+    torch.testing.assert_close(
+        drawn([2.0, 2.0, -1.0], temperature=temperature), torch.tensor([0.5, 0.5, 0]), atol=0.03, rtol=0
+    )
+
+
+def test_an_id_that_marks_padding_need_not_be_a_token():
+    made = model("tiny-full")
+    expected = made.generate(PROMPTS, max_new_tokens=6)
+    stop = int(expected[1, 1])
+    found = made.generate(PROMPTS, max_new_tokens=6, stop_ids={stop}, pad_id=-100)
+    kept = found != -100
+    assert not kept.all()
+    assert torch.equal(found[kept], expected[:, : found.shape[1]][kept])
+
+
 def drawn(logits, **settings):
     generator = torch.Generator().manual_seed(0)
     tokens = sample(torch.tensor([logits]).repeat(4000, 1), generator=generator, **settings)
@@ -118,9 +140,20 @@ def test_temperature_top_k_and_top_p():
     ("settings", "message"),
     [
         ({"temperature": -1}, "temperature must be at least 0"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"temperature": math.inf}, "temperature must be at least 0 .* and finite, got inf"),
+        ({"temperature": math.nan}, "temperature must be at least 0 .* and finite, got nan"),
+        ({"temperature": "hot"}, "temperature must be at least 0 .* and finite, got 'hot'"),
+        ({"top_k": 1.5}, "top_k must be a whole number, at least 1, got 1.5"),
+        ({"top_p": "all"}, "top_p must be more than 0 and at most 1, got 'all'"),
+        ({"stop_ids": 5}, "stop_ids must be a list of whole numbers, got 5"),
+        ({"stop_ids": [256]}, r"stop_ids must lie between 0 and 255, got \[256\]"),
+        ({"pad_id": 2**70}, "pad_id must be a whole number, at most"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number"),
+        ({"stop_id": 3}, "unknown setting 'stop_id'; did you mean 'stop_ids'?"),
+        ({"top_k": 0}, "top_k must be a whole number, at least 1, got 0; leave it out"),
         ({"top_p": 0.0}, "top_p must be more than 0 and at most 1"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number, at least 0"),
         ({"mask": torch.ones(1, 2)}, "a list of prompts needs no mask"),
         ({"lengths": [1]}, "a list of prompts needs no lengths"),
     ],
@@ -135,16 +168,33 @@ def test_errors(settings, message):
     [
         ({"mask": torch.ones(2, 3), "lengths": [1, 2]}, "got both; leave one out"),
         ({"mask": torch.ones(2, 2)}, r"mask must be as the prompts, \(2, 3\), got \(2, 2\)"),
-        ({"lengths": [1]}, r"one whole number per prompt, 2, got \[1\]"),
-        ({"lengths": torch.tensor(3)}, "one whole number per prompt, 2, got 3"),
+        ({"lengths": [1]}, r"one whole number per prompt, shape \(2,\), got \[1\]"),
+        ({"lengths": torch.tensor(3)}, r"one whole number per prompt, shape \(2,\), got torch.int64 \(\)"),
         ({"lengths": [1, 4]}, r"between 0 and the prompts' 3 tokens, got \[1, 4\]"),
-        ({"lengths": [1.0, 2.0]}, r"between 0 and the prompts' 3 tokens, got \[1\.0, 2\.0\]"),
+        ({"lengths": [1.0, 2.0]}, r"one whole number per prompt, shape \(2,\), got \[1\.0, 2\.0\]"),
         ({"lengths": [0, 2]}, r"every prompt needs at least one token, got lengths \[0, 2\]"),
     ],
 )
 def test_errors_of_padding(settings, message):
     with pytest.raises(InputError, match=message):
         model("tiny-full").generate(torch.ones(2, 3, dtype=torch.long), max_new_tokens=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([1, 2], r"prompts\[0\]: ids must be a list of whole numbers, got 1; a single prompt is a list of one list"),
+        ([[1], [2.0]], r"prompts\[1\]: ids must be a list of whole numbers, got \[2.0\]"),
+        ([[1], [256]], r"prompts\[1\]: ids must lie between 0 and 255, got \[256\]"),
+        ("hello", "prompts must be ids .* or a list of lists, got 'hello'"),
+        (torch.ones(1, 2), r"prompts must be ids .* got shape \(1, 2\) of torch.float32"),
+        (torch.ones(1, 2).bool(), r"prompts must be ids .* got shape \(1, 2\) of torch.bool"),
+        (torch.ones(2).long(), r"prompts must be ids .* got shape \(2,\) of torch.int64"),
+    ],
+)
+def test_prompts_are_ids(prompts, message):
+    with pytest.raises(InputError, match=message):
+        model("tiny-full").generate(prompts, max_new_tokens=2)
 
 
 def test_empty_prompts_are_refused():

@@ -81,6 +81,25 @@ def test_round_trip():
             "layers.overrides.0.at: must name layers from 0 to 5 (negative: from the end), got 6",
         ),
         ({"rotary": {"width": 3}}, "rotary.width must be even"),
+        ({"width": 10**20}, "width: must be less than or equal to 1048576, got 100000000000000000000"),
+        ({"depth": 10**6}, "depth: must be less than or equal to 1024, got 1000000"),
+        ({"mlp": {"expansion": 1e308}}, "mlp.expansion: must be less than or equal to 1024, got 1e+308"),
+        ({"mlp": {"expansion": 1e-9}}, "mlp: expansion × width must reach multiple_of channels, got 1e-09 × 64"),
+        (
+            {"layers": {"default": {**FULL, "kv_heads": 3}}},
+            "heads must be a multiple of a mixer's kv_heads, got 4 and 3",
+        ),
+        (
+            {"width": 30, "head_width": 8, "layers": {"default": RWKV7}},
+            "width must be a multiple of heads where a mixer is rwkv7, whatever head_width says, got 30 and 4",
+        ),
+        (
+            {"layers": {"default": {"kind": "attention", "policy": "free-kvm-sqrt"}}, "rotary": {"width": 0}},
+            "rotary rerotate un-rotates keys, but this model rotates none",
+        ),
+        ({"rotary": {"width": 64}}, "rotary.width must be even and at most the head width 16, got 64"),
+        ({"self": 1}, "self: unknown field"),
+        ({"layers": {"default": KVM, "overrides": [{1: 2}]}}, "layers.overrides.0: a field's name must be text, got 1"),
         ({"layer": {}}, "layer: unknown field; did you mean 'layers'"),
     ],
 )

@@ -1,14 +1,16 @@
 """Growth schedules: exact at the corners, within their bounds, never falling."""
 
 import math
+import time
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import memkit
+from memkit import PolicySpec
 from memkit.pieces.growth import (
     FixedGrowthSpec,
     Growth,
@@ -152,3 +154,50 @@ def test_a_budget_must_be_a_finite_number(size: Any):
 def test_bounds_of_the_fields_are_checked(kind: type[GrowthSpec], fields: dict[str, float]):
     with pytest.raises(memkit.PolicyError, match=rf"{list(fields)[-1]}: .*got"):
         kind(**fields)
+
+
+@pytest.mark.parametrize(
+    "growth",
+    [
+        {"kind": "sqrt", "factor": 2.0**40},
+        {"kind": "power", "factor": 2.0**40, "exponent": 1.0},
+        {"kind": "log", "per_doubling": 2.0**40, "start": 1e-12},
+        {"kind": "saturating", "limit": 2**40},
+        {"kind": "fixed", "slots": 2**40},
+    ],
+    ids=str,
+)
+def test_the_largest_numbers_grow_as_the_tokens_do(growth):
+    """What is allowed is counted without an overflow: a budget beyond the tokens grants every token a slot."""
+    spec = PolicySpec(chunker={"kind": "fixed", "size": 4}, window={"kind": "block", "chunks": 2**40}, growth=growth)
+    assert 2**39 < spec.build().budget(2**50) <= 2**50 + 4
+    spec = PolicySpec(chunker={"kind": "fixed", "size": 4}, window={"kind": "block", "chunks": 1}, growth=growth)
+    assert spec.build().slots_after(4001) in (3999, 4000)  # saturating: just below
+
+
+def test_a_size_beyond_the_floats_is_a_budget():
+    """`isfinite` takes no whole number beyond the floats: it raised OverflowError."""
+
+    class Spec(GrowthSpec):
+        kind: Literal["huge"] = "huge"
+
+        def build(self):
+            class Huge(Growth):
+                def size(self, tokens):
+                    return 10**400
+
+            return Huge(self)
+
+    assert Spec(cap=7).build().budget(1) == 7
+    assert Spec().build().budget(1) == 10**400
+
+
+def test_many_sinks_are_checked_at_once():
+    start = time.process_time()
+    PolicySpec(
+        sinks=2**20,
+        chunker={"kind": "fixed", "size": 1},
+        window={"kind": "block", "chunks": 1},
+        growth={"kind": "fixed", "slots": 2**20 + 1},
+    )
+    assert time.process_time() - start < 0.5

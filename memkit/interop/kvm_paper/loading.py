@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from memkit.errors import ModelError
+from memkit import yaml12
+from memkit.errors import ModelError, shown
 from memkit.interop.kvm_paper.policies import model_spec
 from memkit.interop.kvm_paper.weights import unread_weights, weight_names
 from memkit.lm.model import MemoryLM
@@ -61,14 +61,26 @@ def _some(names: list[str]) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ModelError(f"{path}: cannot be read as a configuration: {' '.join(str(error).split())}") from None
+    if path.suffix != ".json":
+        config = yaml12.read(path, ModelError)
+    else:
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path}: cannot be read as a configuration: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path}: a configuration is a mapping of fields, got {type(config).__name__}")
     return config
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's pairs as a mapping, each name given once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is given twice; leave one of them out")
+    return found
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import yaml
-
+from memkit import yaml12
 from memkit.catalog import as_policy
 from memkit.errors import MemoryStateError
 from memkit.memory import Memory
@@ -27,7 +26,7 @@ def round_trip(policy: Policy, case: Case) -> None:
     """
     policy = as_policy(policy)
     spec = policy.spec
-    again = PolicySpec(**yaml.safe_load(spec.to_yaml()))
+    again = PolicySpec(**yaml12.load(spec.to_yaml(), "written"))
     if again != spec or hash(again) != hash(spec) or again.to_yaml() != spec.to_yaml():
         raise Broken(f"written and read again:\n{again.to_yaml()}\nbefore:\n{spec.to_yaml()}")
     inputs = case.inputs(policy)

@@ -1,0 +1,177 @@
+"""A memory's file: safetensors, with the policy and a checksum beside the tensors.
+
+What is read is checked as if anybody might have written it: nothing is run, and a file that is damaged, cut short or
+put together by hand is refused before a call can stumble over it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memkit.errors import MemoryStateError, PolicyError, short, shown
+from memkit.pieces.needs import Need
+from memkit.pieces.registry import SpecError
+from memkit.policy import Policy, PolicySpec
+from memkit.yaml12 import load
+
+__all__ = ["FORMAT", "Contents", "read", "write"]
+
+FORMAT = "memkit-memory-2"
+MOST_CHUNKS = 2**24
+"""Chunks that a memory in a file may have absorbed: the schedule of slots is counted chunk by chunk."""
+
+KEYS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: the policy, the tensors by name, `seen` among them, and the window's end."""
+
+    spec: PolicySpec
+    tensors: dict[str, Tensor]
+    end: int
+
+
+def write(path: str | Path, policy: Policy, tensors: dict[str, Tensor], end: int) -> None:
+    """Write a memory's tensors. Raises `MemoryStateError` where the file cannot be written."""
+    said = _named(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    facts: dict[str, Any] = {"format": FORMAT, "policy": policy.spec.to_yaml(), "name": policy.name, "end": end}
+    facts["checksum"] = _checksum(facts, tensors)
+    try:
+        save_file(tensors, str(path), metadata={"memkit": json.dumps(facts)})
+    except (OSError, SafetensorError) as error:
+        folder = Path(path).absolute().parent
+        there = os.path.isdir(folder)
+        missing = short(str(error)) if there else f"there is no folder {short(str(folder))}; make it first"
+        raise MemoryStateError(f"{said}: cannot be written: {missing}") from None
+
+
+def read(path: str | Path) -> Contents:
+    """Read a memory's file. Raises `MemoryStateError`: what is wrong with it."""
+    said = _named(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("memkit", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise MemoryStateError(f"{said}: cannot be read as a memory: {short(' '.join(str(error).split()))}") from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise MemoryStateError(f"{said}: not a memory saved by memkit (no format {FORMAT}); write one with Memory.save")
+    checksum = facts.pop("checksum", None)  # files of before there was one have none
+    if checksum is not None and checksum != _checksum(facts, tensors):
+        raise MemoryStateError(f"{said}: damaged: its checksum is not that of what it holds; save the memory again")
+    try:
+        spec = _spec(facts)
+        policy = spec.build()
+        wrong = _wrong_end(facts.get("end"), tensors) or _wrong_shapes(policy, tensors)
+        wrong = wrong or _wrong_numbers(policy, tensors, facts["end"])
+    except PolicyError as error:
+        raise MemoryStateError(f"{said}: its policy: {error}") from None
+    if wrong:
+        raise MemoryStateError(f"{said}: damaged: {wrong}; save the memory again")
+    return Contents(spec, tensors, facts["end"])
+
+
+def _named(path: Any) -> str:
+    """A file's path as messages show it."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise MemoryStateError(f"path must be a file's, got {shown(path)}")
+    return short(str(path))
+
+
+def _checksum(facts: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    """CRC-32 over the facts, and every tensor's name, dtype, shape and bytes."""
+    said = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        said = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), said)
+        said = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, said)
+    return said
+
+
+def _spec(facts: dict[str, Any]) -> PolicySpec:
+    name, text = facts.get("name"), facts.get("policy")
+    if not isinstance(text, str) or not isinstance(name, str | None):
+        raise PolicyError(f"must be YAML and its name text or null, got {shown(text)} and {shown(name)}")
+    fields = load(text, "the file")
+    if not isinstance(fields, dict):
+        raise PolicyError(f"must be a mapping of families, got {shown(fields)}")
+    try:
+        return PolicySpec(**fields).named(name)
+    except SpecError as error:
+        raise PolicyError(str(error)) from None
+
+
+def _wrong_end(end: Any, tensors: dict[str, Tensor]) -> str | None:
+    wanted = {"keys": 4, "values": 4, "sums": 4, "numbers": 4, "seen": 1}
+    for name, axes in wanted.items():
+        if name not in tensors:
+            return f"tensor {name} is missing"
+        if tensors[name].ndim != axes:
+            return f"{name} must have {axes} axes, got {tuple(tensors[name].shape)}"
+    if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end <= tensors["keys"].shape[2]:
+        return f"end must be a whole number up to the window's room, {tensors['keys'].shape[2]}, got {shown(end)}"
+    return None
+
+
+def _wrong_shapes(policy: Policy, tensors: dict[str, Tensor]) -> str | None:
+    """What of names, dtypes and shapes is not as the policy and the keys say; None where all is."""
+    keys = tensors["keys"]
+    rows, heads, room, width = keys.shape
+    if not keys.numel() and not (rows and heads and width):
+        return f"keys must have a row, a head and a channel at least, got {tuple(keys.shape)}"
+    if keys.dtype not in KEYS:
+        return f"keys must be float32, float64, bfloat16 or float16, got {keys.dtype}"
+    value_width, slots = tensors["values"].shape[-1], tensors["sums"].shape[2]
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    weighs, rotates = Need.MERGE_WEIGHTS in policy.needs, Need.ROTATION in policy.needs
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+        "keys": ((rows, heads, room, width), keys.dtype),
+        "values": ((rows, heads, room, value_width), keys.dtype),
+        "sums": ((rows, heads, slots, width + value_width), wide),
+        "numbers": ((rows, heads, slots, len(policy.statistics)), torch.float64),
+        "seen": ((rows,), torch.int64),
+    }
+    if weighs:
+        wanted["weights"] = ((rows, heads, room), None)
+    if rotates:
+        wanted |= {"positions": ((rows, 1, room), torch.float64), "next_positions": ((rows,), torch.float64)}
+    if policy.observes:
+        wanted |= {"evidence": ((rows, heads, room, 3), wide), "slot_evidence": ((rows, heads, slots, 3), wide)}
+        observed = tensors.get("observed", keys)
+        groups = observed.shape[1] // heads * heads if observed.ndim == 4 and observed.shape[1] >= heads else heads
+        wanted["observed"] = ((rows, groups, policy.observation.queries, width), keys.dtype)
+    if tensors.keys() != wanted.keys():
+        return f"its tensors must be {', '.join(sorted(wanted))}, got {', '.join(sorted(tensors))}"
+    for name, (shape, dtype) in wanted.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or (tensor.dtype != dtype if dtype else not tensor.is_floating_point()):
+            return f"{name} must be {dtype or 'floats'} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+    return f"values must have a channel at least, got {tuple(tensors['values'].shape)}" if not value_width else None
+
+
+def _wrong_numbers(policy: Policy, tensors: dict[str, Tensor], end: int) -> str | None:
+    """Whether tokens seen, window and slots fit each other as the policy says."""
+    seen, slots = tensors["seen"].numpy(), tensors["sums"].shape[2]
+    most = 2**53 if policy.sinks_only else MOST_CHUNKS * policy.chunk
+    if (seen < 0).any() or (seen > most).any():
+        return f"seen must lie between 0 and {most}, got {shown(seen.tolist())}"
+    window = np.where(seen > 0, seen - policy.window.begin(np.maximum(seen - 1, 0)), 0)
+    if window.max() > end:
+        return f"a window of {window.max()} tokens must end at or after column {window.max()}, got end {end}"
+    longest = int(seen.max())
+    for tokens in (*(2**power for power in range(longest.bit_length())), longest):  # a wrong number is found out early
+        if policy.slots_after(tokens) > slots:
+            return f"after {longest} tokens there must be room for {policy.slots_after(tokens)} slots, got {slots}"
+    return None
