@@ -16,7 +16,6 @@ from tests.engine.cases import CHUNK, Case, make_case, small
 NAMES = memkit.policy_names()
 
 
-@memkit.register
 class HalvingSpec(MergingSpec):
     kind: str = "halving"
 
@@ -33,8 +32,7 @@ class Halving(Merging):
 
 def specs() -> list[memkit.PolicySpec]:
     """Every shipped policy, and one whose rule is not additive."""
-    memkit.register(HalvingSpec)
-    halving = memkit.load_policy(small("free-kvm-fixed"), {"merging.kind": "halving"}).named("halving")
+    halving = memkit.load_policy(small("free-kvm-fixed"), {"merging": HalvingSpec()}).named("halving")
     return [*(small(name) for name in NAMES), halving]
 
 

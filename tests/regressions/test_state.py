@@ -292,7 +292,6 @@ class Interrupted(RuntimeError):
     pass
 
 
-@memkit.register
 class MovingAverageSpec(MergingSpec):
     kind: str = "moving-average-that-may-fail"
 
