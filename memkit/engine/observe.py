@@ -16,7 +16,7 @@ from memkit.engine.keysets import Queries, scaled
 from memkit.engine.schedule import Schedule, Step, on_device
 from memkit.memory.slots import SlotRules, SlotStore
 from memkit.memory.window import Timeline
-from memkit.pieces.observation import softmax_evidence
+from memkit.pieces.evidence import softmax_evidence
 
 __all__ = ["Observer", "alike_rows"]
 

@@ -14,7 +14,7 @@ from memkit.memory.slots import Chunk, SlotRules, SlotStore, read_tokens
 from memkit.memory.window import Columns, columns
 from memkit.pieces.admission import Admission
 from memkit.pieces.chunk import Assignment, ChunkContext, maximum
-from memkit.pieces.observation import Evidence
+from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import Routing
 
 __all__ = ["assign", "compete", "follow", "place", "record", "shared", "span"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from memkit.memory.window import Columns
 from memkit.parameters import PolicyParameters
 from memkit.pieces.chunk import Assignment
-from memkit.pieces.observation import SHARE, Evidence
+from memkit.pieces.evidence import SHARE, Evidence
 from memkit.pieces.rotary import Rotation
 from memkit.pieces.statistics import COUNT, MASS, POSITION, Numbers, Tokens
 from memkit.policy import Policy
@@ -133,7 +133,7 @@ class SlotStore:
 
     sums [b, g, M, d + v]: key sum and value sum, float32 or float64; numbers [b, g, M, s]: the policy's statistics,
     float64; view: how they are read, where that is at hand; evidence [b, g, M, 3]: what observed queries have told of
-    them (see `pieces.observation`), None where none are observed.
+    them (see `pieces.evidence`), None where none are observed.
     in_place: whether adding may write into these tensors, or makes new ones, so that autograd can follow.
     undo: every fold so far, where asked for. before_writing: called before tensors are changed in place.
     """

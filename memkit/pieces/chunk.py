@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memkit.pieces.observation import Evidence
+from memkit.pieces.evidence import Evidence
 from memkit.pieces.similarity import Count, Found, Similarity, search, similarities
 
 __all__ = ["Assignment", "ChunkContext", "Count"]

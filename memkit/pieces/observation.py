@@ -1,21 +1,9 @@
-"""Observation: what a policy knows of its readers.
+"""Observation: which queries tell what rows are worth. What they tell is `evidence`.
 
-When a chunk has been read, some of its queries, with what each saw then, tell what every row (sink, slot or window
-token) was worth to them. With p_rj the softmax of query r over all rows that it sees, o_r its output, r over the
-observed queries of all heads of a group:
-
-    share_j = mean_r p_rj                       what the row receives
-    error_j = mean_r p_rj² · ‖v_j − o_r‖²       the squared change of the output without it, to first order
-                                                (exactly it is p/(1 − p)·(o − v): arXiv 2504.14051)
-
-A row's evidence is a decaying sum over the chunks that judged it: a ← γ·a + error, m ← γ·m + share, n ← γ·n + 1. It is
-read as the means a/n and m/n, and stays with a token that becomes a slot. Nothing comes from the future, and no
-gradient flows through it.
+When a chunk has been read, some of its queries, with what each saw then, judge every row.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -23,10 +11,7 @@ from torch import Tensor
 
 from memkit.pieces.registry import Spec
 
-__all__ = ["ERROR", "JUDGED", "SHARE", "Evidence", "Observation", "ObservationSpec", "softmax_evidence"]
-
-ERROR, SHARE, JUDGED = 0, 1, 2
-"""Where a row's evidence [..., 3] holds a, m and n."""
+__all__ = ["Observation", "ObservationSpec"]
 
 
 class ObservationSpec(Spec):
@@ -57,31 +42,3 @@ class Observation:
     def added(self, evidence: Tensor, error: Tensor, share: Tensor) -> Tensor:
         """Evidence [..., 3] after one more chunk has judged; error, share [...]."""
         return self.decay * evidence + torch.stack((error, share, torch.ones_like(share)), dim=-1).to(evidence.dtype)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What readers have told of rows: error, share, each the mean over a row's life, [b, g, c]; 0 where nobody did."""
-
-    error: Tensor
-    share: Tensor
-
-    @classmethod
-    def of(cls, sums: Tensor) -> Evidence:
-        """From sums a, m and n, [b, g, c, 3]."""
-        judged = sums[..., JUDGED]
-        judged = torch.where(judged > 0, judged, 1)
-        return cls(sums[..., ERROR] / judged, sums[..., SHARE] / judged)
-
-
-def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Error and share of each row, both [b, g, n], from scores [b, g, r, n] and values [b, g, n, v].
-
-    error_j = [(Σ_r p²)·‖v_j‖² − 2⟨v_j, Σ_r p²·o_r⟩ + Σ_r p²·‖o_r‖²] / R: two products, no [r, n, v] tensor.
-    """
-    shares = scores.softmax(-1)
-    outputs = shares @ values
-    squares = shares.square()
-    error = squares.sum(-2) * values.square().sum(-1) - 2 * (values * (squares.mT @ outputs)).sum(-1)
-    error = error + (squares * outputs.square().sum(-1, keepdim=True)).sum(-2)
-    return error.clamp(min=0) / scores.shape[-2], shares.mean(-2)
