@@ -140,7 +140,7 @@ def test_the_public_names_come_from_light_parts():
     assert not {part(imported) for module, imported in INSIDE if module == "memkit"} & heavy
 
 
-SHARED = {f"memkit.pieces.{name}" for name in ("chunk", "needs", "registry", "similarity", "statistics")}
+SHARED = {f"memkit.pieces.{name}" for name in ("chunk", "needs", "observation", "registry", "similarity", "statistics")}
 """What the families have in common; no piece is in there."""
 
 

@@ -253,8 +253,8 @@ def test_a_call_with_gradients_returns_a_memory_that_shares_nothing(additive: bo
     with torch.no_grad():
         memory = case.part(0, 30).attend()[1]
     _, later = case.part(30, 32).leaves().attend(memory=memory)  # no chunk leaves
-    storages = {tensor.untyped_storage().data_ptr() for tensor in memory._every_tensor() if tensor.numel()}
-    assert not storages & {tensor.untyped_storage().data_ptr() for tensor in later._every_tensor() if tensor.numel()}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in memory.tensors() if tensor.numel()}
+    assert not storages & {tensor.untyped_storage().data_ptr() for tensor in later.tensors() if tensor.numel()}
 
 
 # Inference mode, and calls that fail half-way
