@@ -128,7 +128,7 @@ class Pass:
         if not self.policy.observes:
             self.store.add(self.rules, assignment, chunk)
             return
-        live = int(leaving.slots_before[leaving.leaves].max())
+        live = int(leaving.slots_before.max())
         self.store.replace(self.rules, assignment, chunk, live, live)
 
     def _compete(self, leaving: LeavingChunk, chunk: Chunk) -> None:

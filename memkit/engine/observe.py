@@ -35,6 +35,9 @@ class Observer:
 
     def _at(self, chunk_begin: np.ndarray) -> Tensor:
         """The observed queries [b, h, n, d] of the chunks that begin there; any where one has not come yet."""
+        if not self.queries.shape[2]:
+            rows, heads, _, width = self.queries.shape
+            return self.queries.new_zeros(rows, heads, len(self.offsets), width)
         positions = chunk_begin[:, None] + self.offsets
         new = positions - self.schedule.seen[:, None]
         where = np.where(new >= 0, new + self.waited, np.arange(len(self.offsets)))

@@ -229,14 +229,15 @@ class SlotStore:
         evidence = None
         if self.evidence is not None and chunk.evidence is not None:
             evidence = torch.cat((self.evidence[:, :, :live], chunk.evidence), dim=2)
-            rate = Evidence.of(evidence).share + SHARE_EPS
+            there = numbers[..., policy.statistics.index(COUNT)] > 0  # rows may have unequally many slots
+            rate = (Evidence.of(evidence).share + SHARE_EPS) * there
             if policy.merging.by_share:
                 taken = (stored & ~founded).to(rate.dtype).unsqueeze(-1)
                 taken = self._summed(target, taken)[target].view_as(rate) > 0  # where nobody joins nothing changes
                 rows, numbers = _weighed(rules, rows, numbers, torch.where(taken, rate, 0))
             total = self._summed(target, (rate * stored).unsqueeze(-1))[target].view_as(rate)
             evidence = evidence.clone()
-            evidence[..., SHARE] *= total / rate
+            evidence[..., SHARE] *= torch.where(there, total / torch.where(there, rate, 1), 1)
         joins = (stored & ~founded).unsqueeze(-1)
         if policy.merging.of == "values":
             rows = torch.cat((rows[..., :width].masked_fill(joins, 0), rows[..., width:]), dim=-1)

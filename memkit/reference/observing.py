@@ -71,8 +71,8 @@ class Observing:
             count += 1
             output = shares @ values
             for j in range(len(shares)):
-                error[j] += float(shares[j] ** 2 * (values[j] - output).square().sum())
-                share[j] += float(shares[j])
+                error[j] += float((shares[j] ** 2 * (values[j] - output).square().sum()).detach())
+                share[j] += float(shares[j].detach())
         for j in range(rows):
             new = torch.tensor([error[j] / count, share[j] / count, 1.0], dtype=torch.float64)
             if j < slots:
@@ -161,6 +161,8 @@ def compete(
         for j in joining:
             weight = mean(told[j])[1] + LEAST_SHARE
             one = candidates[j]
+            if (at := j - (len(candidates) - len(chunk))) >= 0:  # a token that founds nothing has its own weight
+                one = rules.alone(chunk[at], weights[at], founds=False)
             rows[index] = rows[index].plus(one.weighing(weight) if by_share else one)
             totals[index] = totals[index] + weight
     if observing is not None:

@@ -135,13 +135,13 @@ def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tenso
             reach = pool // 2
             shares = [float(each[1]) for each in told]
             pooled = [sum(shares[max(0, j - reach) : j + reach + 1]) / pool for j in range(len(shares))]
-            norms = [float(row.answer.norm()) if value_norm else 1.0 for row in rows]
+            norms = [float(row.answer.norm().detach()) if value_norm else 1.0 for row in rows]
             return [share * norm for share, norm in zip(pooled, norms, strict=True)]
         case KeyNormSpec(kind="key-norm"):
-            return [-float(key.norm()) for key in keys]
+            return [-float(key.norm().detach()) for key in keys]
         case KeyDifferenceSpec(kind="key-difference"):
             mean = torch.stack([direction(key) for key in keys]).mean(0)
-            return [-float(direction(key) @ direction(mean)) for key in keys]
+            return [-float((direction(key) @ direction(mean)).detach()) for key in keys]
         case RecencySpec(kind="recency"):
             return [float(j) for j in range(len(rows))]
         case _:
