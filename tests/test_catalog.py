@@ -62,7 +62,7 @@ def test_every_shipped_policy_says_what_it_is_and_names_the_schema(name: str):
 def test_overrides_change_fields_and_leave_the_shipped_policy_alone():
     spec = memkit.load_policy("kvm-sqrt-16", {"growth.factor": 8, "sinks": 2, "readout.count_bias": True})
     assert isinstance(spec.growth, SqrtGrowthSpec)
-    assert (spec.growth.factor, spec.growth.floor, spec.sinks, spec.readout.count_bias) == (8, 256, 2, True)
+    assert (spec.growth.factor, spec.growth.floor, spec.sinks, spec.readout.bias) == (8, 256, 2, "count")
     assert memkit.load_policy("kvm-sqrt-16") != spec
 
 

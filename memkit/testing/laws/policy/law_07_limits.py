@@ -47,7 +47,7 @@ def limits(policy: Policy, case: Case) -> None:
         admission=full.admission if founds else NoveltySpec(),
         routing=full.routing if founds else NearestSpec(similarity=getattr(full.routing, "similarity", "dot")),
         merging=MeanSpec(),
-        readout=ReadoutSpec(count_bias=full.readout.count_bias),
+        readout=ReadoutSpec(bias=full.readout.bias),
         rotary=full.rotary if full.rotary.kind == "rerotate" else KeepSpec(),
     )
     plain = dataclasses.replace(case, weights="none", learned=False, width=max(case.width, 2))
