@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ def attend(
         MemoryStateError: a memory that was taken over, is lost, or belongs to another policy.
         PolicyError: a policy that is not there or not right.
     """
-    given = AttendInputs(policy, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan)
+    found: Any = policy  # becomes a Policy in `_attend`, outside of graphs
+    given = AttendInputs(found, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan)
     return (_attend_outside_graphs if torch.compiler.is_compiling() else _attend)(given, backend)
 
 

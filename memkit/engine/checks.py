@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -148,7 +149,7 @@ def _check_parameters(
             raise InputError(f"parameters.{name} must have shape ({size},), got {tuple(tensor.shape)}")
 
 
-def _check_lengths(keys: Tensor, lengths: Tensor | None) -> np.ndarray:
+def _check_lengths(keys: Tensor, lengths: Tensor | Sequence[int] | None) -> np.ndarray:
     rows, tokens = keys.shape[0], keys.shape[2]
     if lengths is None:
         return np.full(rows, tokens, dtype=np.int64)

@@ -72,7 +72,8 @@ class Pass:
     """
 
     def __init__(self, inputs: AttendInputs) -> None:
-        self.inputs, self.policy, self.device = inputs, inputs.policy, inputs.keys.device
+        assert inputs.scale is not None  # known once the call is checked
+        self.inputs, self.policy, self.device, self.scale = inputs, inputs.policy, inputs.keys.device, inputs.scale
         rows, _, tokens, width = inputs.keys.shape
         seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
         self.schedule = Schedule(inputs.policy, seen, inputs.row_lengths, tokens)
@@ -98,7 +99,7 @@ class Pass:
             if len(steps) == 1:
                 self.absorb(steps[0])
                 met = key_sets.of(steps[0], queries, self.slots(steps[0]))
-                _, lse[:, :, span] = attend_key_sets(met, self.inputs.scale, out=output[:, :, span])
+                _, lse[:, :, span] = attend_key_sets(met, self.scale, out=output[:, :, span])
                 self.observe(steps[0])
                 continue
             snapshots = Snapshots(len(steps), steps[-1].most_slots)
@@ -106,7 +107,7 @@ class Pass:
                 self.absorb(step)
                 if step.most_slots:
                     snapshots.take(number, self.store.read(self.rules))
-            together, of_steps = attend_key_sets(key_sets.of_many(steps, queries, snapshots), self.inputs.scale)
+            together, of_steps = attend_key_sets(key_sets.of_many(steps, queries, snapshots), self.scale)
             for whole, part in ((output, together), (lse, of_steps)):
                 whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
         output[:, :, int(self.inputs.row_lengths.max(initial=0)) :] = 0
@@ -179,7 +180,7 @@ class Pass:
         given = Inputs(
             self.queries(), timeline.keys, timeline.values, timeline.get("weights"), self.store.sums, self.store.numbers
         )
-        facts = (self.rules, self.schedule, inputs.scale, timeline.get("positions"), inputs.memory is None)
+        facts = (self.rules, self.schedule, self.scale, timeline.get("positions"), inputs.memory is None)
         output, self.store.sums, self.store.numbers = attend_as_one_node(self._without_graph, given, *facts)
         return output
 
@@ -197,7 +198,7 @@ class Pass:
         for step in self.schedule.steps:
             self.absorb(step)
             met: list[KeySet] = key_sets.of(step, queries, self.slots(step))
-            outputs.append(differentiable_key_sets(met, self.inputs.scale))
+            outputs.append(differentiable_key_sets(met, self.scale))
             self.observe(step)
         missing = self.inputs.keys.shape[2] - int(self.inputs.row_lengths.max(initial=0))
         if missing or not outputs:

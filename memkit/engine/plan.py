@@ -131,7 +131,8 @@ def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
 def follow(leaving: LeavingChunk, plan: Plan, size: int, device: torch.device) -> Assignment:
     """Each token's slot as a given plan says."""
     where = span(leaving, leaving.begin - plan.begin, size, device)
-    return _only(leaving, Assignment(*(columns(tensor.to(device), where) for tensor in (plan.slot, plan.founded))))
+    slot, founded = (columns(tensor.to(device), where) for tensor in (plan.slot, plan.founded))
+    return _only(leaving, Assignment(slot, founded))
 
 
 def record(schedule: Schedule, heads: int, device: torch.device, done: list[tuple[LeavingChunk, Assignment]]) -> Plan:

@@ -316,8 +316,11 @@ class Memory:
         return [*self.window.streams.values(), *self.store.tensors(), *rest, *copies]
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Memory:
-        rest = [None if tensor is None else change(tensor) for tensor in (self.next_positions, self.observed)]
-        return Memory(self.policy, self.seen_rows.copy(), self.window.mapped(change), self.store.mapped(change), *rest)
+        following, observed = (
+            None if tensor is None else change(tensor) for tensor in (self.next_positions, self.observed)
+        )
+        window, store = self.window.mapped(change), self.store.mapped(change)
+        return Memory(self.policy, self.seen_rows.copy(), window, store, following, observed)
 
     def __repr__(self) -> str:
         rows, heads = self.keys.shape[:2]

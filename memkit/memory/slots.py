@@ -180,12 +180,12 @@ class SlotStore:
         """Make room for at least so many slots."""
         missing = room - self.room
         if missing > 0:
-            self.sums, self.numbers, self.evidence = (
-                None
-                if tensor is None
-                else torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], missing, tensor.shape[-1])), dim=2)
-                for tensor in (self.sums, self.numbers, self.evidence)
-            )
+
+            def longer(tensor: Tensor) -> Tensor:
+                return torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], missing, tensor.shape[-1])), dim=2)
+
+            self.sums, self.numbers = longer(self.sums), longer(self.numbers)
+            self.evidence = None if self.evidence is None else longer(self.evidence)
             self.view = None
 
     def add(self, rules: SlotRules, assignment: Assignment, chunk: Chunk) -> None:

@@ -37,7 +37,7 @@ class Rules:
     def __init__(self, inputs: AttendInputs) -> None:
         self.policy = inputs.policy
         self.spec = inputs.policy.spec
-        self.scale = inputs.scale
+        self.scale = definitely(inputs.scale)
         self.chunk = inputs.policy.chunk
         self.slots_after_chunks = [0]
         self.sinks_are_tokens = self.spec.growth.kind == "none"

@@ -60,6 +60,7 @@ def test_outputs_rows_biases_and_evidence_are_as_published(name: str, split: int
     assert memory is not None
     slots, held = int(memory.slots[0]), int(memory.held_rows[0])
     window = memory.window.last(held)
+    assert memory.store.evidence is not None
     evidence = torch.cat((memory.store.evidence[:, :, :slots], window["evidence"]), dim=2)
     # Slots as queries meet them, and as none was changed since: through a call without tokens' consequences.
     view = _view(spec, memory, rotation)
@@ -160,6 +161,8 @@ def test_engine_and_oracle_agree(spec: memkit.PolicySpec):
     assert memory.counts.tolist() == remembered.counts.tolist()
     most = int(memory.slots.max())
     if spec.observe.queries:
+        assert memory.store.evidence is not None
+        assert remembered.store.evidence is not None
         assert_close(memory.store.evidence[:, :, :most], remembered.store.evidence[:, :, :most], limit, "evidence")
 
 
