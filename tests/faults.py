@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from memkit import Memory, PolicySpec
-from memkit.engine import backward, forward, keysets, schedule
+from memkit.engine import backward, carry, forward, keysets, schedule
 from memkit.memory import slots
 from memkit.pieces import Merging, Readout, ReadoutSpec
 from memkit.pieces.admission import Admission, Novelty
@@ -351,7 +351,7 @@ def _one_slot_more(right):
 
 
 def _padding_counted(right):
-    return lambda self: torch.ones_like(right(self))
+    return lambda inputs, tensor: tensor
 
 
 def _one_chunk_late(right):
@@ -488,7 +488,7 @@ FAULTS = (
     _in_policies(laws.conservation_in_memory, _last_token_lost, (forward, "place"), growth=GROWS),
     _in_policies(laws.batch_invariance, _heads_mixed_up, (slots, "flat_slots"), growth=GROWS),
     _in_policies(laws.budget, _one_slot_more, (Policy, "budget"), growth=GROWS),
-    _in_policies(laws.batch_invariance, _padding_counted, (forward.Pass, "_own_columns")),
+    _in_policies(laws.batch_invariance, _padding_counted, (forward, "without_padding"), (carry, "without_padding")),
     _in_policies(laws.split_equals_whole, _one_chunk_late, (schedule.Schedule, "_leaving"), growth=GROWS),
     _in_policies(laws.same_plan_same_answer, _window_too_long, (BlockWindow, "begin")),
     _in_policies(laws.causality, _sees_what_follows, (keysets.KeySets, "of")),

@@ -175,12 +175,11 @@ def test_weights_saved_under_former_names_load():
     with torch.no_grad():
         for tensor in made.learned.parameters():
             tensor.uniform_(0.5, 2)
-    former = {
-        name.replace("learned.query_scale_", "learned.temperature_"): each for name, each in made.state_dict().items()
-    }
+    state = made.state_dict()
+    former = {name.replace("query_scale_", "temperature_"): each for name, each in state.items()}
     assert {"learned.temperature_window", "learned.temperature_memory"} <= former.keys()
     other.load_state_dict(former)
-    for name, tensor in made.state_dict().items():
+    for name, tensor in state.items():
         assert torch.equal(other.state_dict()[name], tensor), name
     assert {"learned.temperature_window", "learned.temperature_memory"} <= former.keys()  # the caller's own
     other = memkit.PolicyParameters(made.policy, HEADS, made.head_width)

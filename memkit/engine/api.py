@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ def attend(
         MemoryStateError: a memory that was taken over, is lost, or belongs to another policy.
         PolicyError: a policy that is not there or not right.
     """
-    policy = as_policy(policy)
-    given = AttendInputs(policy, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan)
+    found: Any = policy  # becomes a Policy in `_attend`, outside of graphs
+    given = AttendInputs(found, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan)
     return (_attend_outside_graphs if torch.compiler.is_compiling() else _attend)(given, backend)
 
 
@@ -80,6 +80,7 @@ def _attend(given: AttendInputs, backend: Backend) -> tuple[Tensor, Memory]:
     if isinstance(given.keys, Tensor) and autocasts(given.keys.device):
         with without_autocast(given.keys.device):
             return _attend(given, backend)
+    given.policy = as_policy(given.policy)
     if not isinstance(backend, str) or backend not in ("auto", "torch", "reference"):
         raise InputError(f"backend must be 'auto', 'torch' or 'reference', got {shown(backend)}")
     if backend != "reference" and (again := decode_again(given)) is not None:

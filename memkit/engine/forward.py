@@ -72,7 +72,8 @@ class Pass:
     """
 
     def __init__(self, inputs: AttendInputs) -> None:
-        self.inputs, self.policy, self.device = inputs, inputs.policy, inputs.keys.device
+        assert inputs.scale is not None  # known once the call is checked
+        self.inputs, self.policy, self.device, self.scale = inputs, inputs.policy, inputs.keys.device, inputs.scale
         rows, _, tokens, width = inputs.keys.shape
         seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
         self.schedule = Schedule(inputs.policy, seen, inputs.row_lengths, tokens)

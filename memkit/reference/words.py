@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["TINY", "as_double", "definitely", "direction", "in_order", "ratio", "stacked", "written_as"]
+
+T = TypeVar("T")
 
 TINY = 1e-12
 """The least norm by which a vector is divided."""
@@ -44,7 +46,7 @@ def as_double(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double()
 
 
-def definitely(tensor: Any) -> Tensor:
-    """A tensor that cannot be missing here."""
-    assert tensor is not None
-    return tensor
+def definitely(thing: T | None) -> T:
+    """What cannot be missing here."""
+    assert thing is not None
+    return thing

@@ -2,6 +2,9 @@
 
 Sizes are small, so that a counter-example is readable and every boundary is near: chunks of 1 to 8 tokens, up to three
 chunks of window, up to ten sinks. Policies are built to be valid, not drawn and thrown away.
+
+Those that see their readers (`observe`, and what needs it), that merge values alone, or whose slots compete (`eviction:
+weakest`) are not drawn: the laws begin with a plan made from keys alone, and with sums of what tokens bring.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from memkit.errors import PolicyError
 from memkit.pieces.growth import NoGrowthSpec
-from memkit.pieces.merging import Weigh
+from memkit.pieces.merging import Merging, Weigh
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import FamilySpec, Spec, kinds
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec
@@ -73,7 +76,7 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     def piece(family: str) -> Any:
         return fixed[family] if family in fixed else draw(specs(family, registered=registered))
 
-    chunker, merging, rotary = piece("chunker"), piece("merging"), piece("rotary")
+    chunker, merging, rotary = piece("chunker"), _of_tokens_alone(piece("merging")), piece("rotary")
     reads: ReadoutSpec | None = fixed.get("readout")
     if reads is not None and reads.build().divides_by_mass and hasattr(merging, "weigh"):
         merging = merging.model_copy(update={"weigh": Weigh()})
@@ -91,7 +94,7 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     window = piece("window")
     if isinstance(window, (AllWindowSpec, SlidingWindowSpec)):
         window = draw(specs("window", "block"))
-    routing, admission = piece("routing"), piece("admission")
+    routing, admission = piece("routing"), _without_readers(draw, piece("admission"))
     # Without an admission the routing must found, and does so by runs.
     founds, radius = routing.build().founds, reads is not None and reads.value == "birth-radius"
     if admission.build() is None and (radius or not founds):
@@ -119,6 +122,19 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     return PolicySpec(**families, growth=growth)
 
 
+def _without_readers(draw: st.DrawFn, admission: Any) -> Any:
+    """An admission that needs no observed queries: those judge what was read, and no plan can be made before that."""
+    built = admission.build()
+    return draw(specs("admission", "novelty")) if built is not None and built.needs_evidence else admission
+
+
+def _of_tokens_alone(merging: Any) -> Any:
+    """A merge rule that asks no observed queries, and merges keys as it merges values."""
+    changes = {"weight": "key-norm"} if merging.build().by_share else {}
+    changes |= {"of": "both"} if merging.build().of != "both" else {}
+    return merging.model_copy(update=changes)
+
+
 @st.composite
 def _growths(draw: st.DrawFn, registered: bool) -> Any:
     names = [
@@ -141,6 +157,9 @@ def _readout_for(draw: st.DrawFn, fixed: dict[str, Any], merging: Any, by_runs: 
         changes["value"] = "count-mean" if readout.value not in ("count-mean", "birth-radius") else readout.value
     if by_runs and changes.get("value", readout.value) == "birth-radius":
         changes["value"] = "count-mean"
+    rule = merging.build()
+    if readout.bias == "mass" and (not rule.additive or type(rule).weight is not Merging.weight):
+        changes["bias"] = "count"  # a gradient would flow through it
     return readout.model_copy(update=changes)
 
 

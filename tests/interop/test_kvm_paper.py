@@ -201,7 +201,7 @@ def test_switches_reach_the_policy():
     assert policy(state_budget_mode="fixed", state_min_len=-1).growth.slots == 0
     assert policy(state_budget_mode="fixed", state_min_len=32, n_max_d_chunks=1).growth.slots == 16
     assert policy(rope_partial_dim=0).rotary.share == 1
-    assert policy(token_mixer="ovq", ovq_use_counts_for_lr_only=1).readout.count_bias is False
+    assert policy(token_mixer="ovq", ovq_use_counts_for_lr_only=1).readout.bias == "none"
     assert policy(token_mixer="ovq", ovq_use_min_state_size=1).growth.kind == "fixed"
     assert policy(token_mixer="swa").window.size == 16
     assert policy(token_mixer="swa", swa_window_size=5).window.size == 5
