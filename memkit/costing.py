@@ -173,7 +173,9 @@ def cost(
         attention = 2·h·(d + v) · Σ_p (w(p) + m(p))              scores and weighted values
         routing   = 2·g·d · Σ_chunks C·(m before + m founded)    every token that leaves against every slot
 
-    for each layer and row. Routing costs nothing where no slot is compared (`segment`, growth `none`) and where the
+    for each layer and row. Where slots compete, all that want a slot are compared with those that get one. What n
+    observed queries of a chunk cost counts as routing: 2·h·n·(d + 2v) for each row that its last token sees. Routing
+    costs nothing where no slot is compared (`segment`, growth `none`) and where the
     whole chunk founds. `full` thus costs the causal half of the square. One decoded token stands at p = `tokens` and
     pays its share, 1/C, of routing the next chunk that leaves. Left out, all linear in the tokens: projections,
     softmax, norms, rotary, the sums themselves, and what a kernel computes only to mask it.
@@ -230,6 +232,10 @@ class _Course:
         if not self.compares:
             return 0
         live, after = self.table[first:stop], self.table[first + 1 : stop + 1]
+        if self.policy.competes:  # all that want a slot with those that get one, where somebody loses
+            asking = live - np.minimum(live, self.policy.sinks) + self.policy.chunk
+            loses = after - np.minimum(live, self.policy.sinks) < asking
+            return int((asking * after)[loses].sum()) if self.policy.merging.joins else 0
         chooses = after - live < self.policy.chunk  # where all found, there is nothing to choose
         if not self.policy.routing.compares:  # but the admission does, where it admits anybody
             return self.policy.chunk * int(live[chooses & (after > live)].sum())
@@ -255,19 +261,34 @@ def _cost_at(course: _Course, shape: Shape, tokens: int, visible: int, exponent:
 
 def _prefill(course: _Course, shape: Shape, tokens: int, visible: int) -> Flops:
     chunks = int(course.policy.window.begin(tokens - 1)) // (course.policy.chunk or 1)
-    return Flops(attention=_attention(shape, visible), routing=_routing(shape, course.compared(0, chunks)))
+    routing = _routing(shape, course.compared(0, chunks)) + _observing(course, shape, 0, tokens)
+    return Flops(attention=_attention(shape, visible), routing=routing)
 
 
 def _decode(course: _Course, shape: Shape, tokens: int) -> Flops:
     left, chunk = int(course.policy.window.begin(tokens)), course.policy.chunk or 1
     visible = tokens - left + 1 + int(course.slots(np.array(left)))
     compared = course.compared(left // chunk, left // chunk + 1)
-    return Flops(attention=_attention(shape, visible), routing=_routing(shape, compared) // chunk)
+    first = tokens // chunk * chunk
+    routing = _routing(shape, compared) + _observing(course, shape, first, first + chunk)
+    return Flops(attention=_attention(shape, visible), routing=routing // chunk)
 
 
 def _attention(shape: Shape, visible: int) -> int:
     """For so many pairs of a query and what it sees."""
     return 2 * shape.layers * shape.rows * shape.heads * (shape.head_width + shape.value_width) * visible
+
+
+def _observing(course: _Course, shape: Shape, first: int, stop: int) -> int:
+    """What the observed queries of the chunks that are complete among tokens `first` … `stop` − 1 cost."""
+    policy = course.policy
+    if not policy.observes:
+        return 0
+    last = np.arange(first + policy.chunk - 1, stop, policy.chunk, dtype=np.int64)
+    left = policy.window.begin(last)
+    rows = int((last - left + 1 + course.slots(left)).sum())
+    per_row = 2 * policy.observation.queries * (shape.head_width + 2 * shape.value_width)
+    return shape.layers * shape.rows * shape.heads * per_row * rows
 
 
 def _routing(shape: Shape, compared: int) -> int:

@@ -225,14 +225,8 @@ def _observing(spec: PolicySpec) -> None:
                     "set observe: {queries: 16}, or as many as a chunk has tokens"
                 )
         return
-    size = spec.chunker.build().size
     if isinstance(spec.growth, NoGrowthSpec):
         raise ValueError("observe: with growth none there is nothing to judge; leave observe out, or choose a growth")
-    if spec.observe.queries > size:
-        raise ValueError(
-            f"observe.queries must be at most a chunk's {size} tokens, got {spec.observe.queries}; "
-            f"set observe.queries: {size} to observe all"
-        )
     if not spec.merging.build().additive:
         raise ValueError(
             f"observe: merging {spec.merging.kind} is not additive, and what readers tell of rows could not be kept "
@@ -273,7 +267,7 @@ class Policy:
         self.sinks = spec.sinks
         self.growth = spec.growth.build()
         self.sinks_only = self.growth is None
-        self.observation = spec.observe.build()
+        self.observation = spec.observe.build(self.chunker.size)
         self.admission: Admission | None = None
         self.routing: Routing = Discard()
         self.merging: Merging = Drop()
@@ -316,9 +310,14 @@ class Policy:
         return self.observation.queries > 0 and not self.sinks_only
 
     @functools.cached_property
+    def plans_ahead(self) -> bool:
+        """Whether keys alone say where tokens go, so that `memkit.plan` can be asked."""
+        return not (self.observes or self.competes)
+
+    @functools.cached_property
     def sequential(self) -> bool:
         """Whether a pass with gradients is recorded operation by operation: what it sums is no plain sum of tokens."""
-        return not self.merging.additive or self.observes or self.competes
+        return not self.merging.additive or not self.plans_ahead
 
     @functools.cached_property
     def competes(self) -> bool:

@@ -58,6 +58,8 @@ def test_show_tells_what_a_policy_is_and_does(name: str):
     assert text.startswith(name)
     for said in ("window: {kind: ", "Who sees what", "1k", "1M", "prefill grows as N^"):
         assert said in text
+    depends = "depends on the text and its queries" in text
+    assert depends != memkit.load_policy(name).build().plans_ahead
 
 
 def test_show_with_changes():

@@ -35,7 +35,9 @@ def assert_equal_to_the_engine(policy: memkit.Policy, lengths: tuple[int, ...], 
         assert said.slots == int(memory.slots[0])
         assert said.window == int(memory.held_rows[0])
         assert said.bytes == memory.bytes
-        assert said.slot_bytes == sum(part.untyped_storage().nbytes() for part in (memory.sums, memory.store.numbers))
+        parts = [memory.sums, memory.store.numbers]
+        parts += [] if memory.store.evidence is None else [memory.store.evidence]
+        assert said.slot_bytes == sum(part.untyped_storage().nbytes() for part in parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -77,7 +79,10 @@ def counted(policy: memkit.Policy, tokens: int) -> list[tuple[int, int]]:
         while policy.chunk and absorbed < begin:
             index = absorbed // policy.chunk
             before, after = policy.slots_after_chunk(index - 1), policy.slots_after_chunk(index)
-            if policy.routing.compares and not policy.sinks_only and after - before < policy.chunk:
+            if policy.competes:  # what loses is compared with what stays
+                asking = before - min(before, policy.sinks) + policy.chunk
+                compared += asking * after if before + policy.chunk > after else 0
+            elif policy.routing.compares and not policy.sinks_only and after - before < policy.chunk:
                 compared += policy.chunk * (after if policy.merging.joins else before)
             absorbed += policy.chunk
         totals.append((seen, compared))
@@ -88,11 +93,15 @@ def counted(policy: memkit.Policy, tokens: int) -> list[tuple[int, int]]:
 def test_operations_are_those_of_counting(name: str):
     overrides = SMALL if memkit.load_policy(name).window.kind == "block" else {}
     spec = memkit.load_policy(name, overrides)
-    totals = counted(spec.build(), 601)
+    policy, totals = spec.build(), counted(spec.build(), 601)
     for said in cost(spec, (*AWKWARD, 600), heads=6, kv_heads=3, head_width=10, value_width=4, layers=2, rows=5):
         (seen, compared), (more, _) = totals[said.tokens : said.tokens + 2]
         assert said.prefill.attention == 2 * 5 * 2 * 6 * (10 + 4) * seen
-        assert said.prefill.routing == 2 * 5 * 2 * 3 * 10 * compared
+        observed = sum(
+            2 * policy.observation.queries * 6 * (10 + 2 * 4) * (totals[end][0] - totals[end - 1][0])
+            for end in (range(policy.chunk, said.tokens + 1, policy.chunk) if policy.observes else ())
+        )
+        assert said.prefill.routing == 2 * 5 * (2 * 3 * 10 * compared + observed)
         assert said.prefill.total == said.prefill.attention + said.prefill.routing
         assert said.decode.attention == 2 * 5 * 2 * 6 * (10 + 4) * (more - seen)
 
@@ -118,7 +127,9 @@ def test_exponents(name: str):
     exponent = cost(name, 4096).exponent
     if name == "full":
         assert exponent == pytest.approx(2, abs=0.005)
-    elif name.startswith(("window", "block-window", "streaming")) or name.endswith(("fixed", "fixed-256")):
+    elif name.startswith(("window", "block-window", "streaming", "untrained-observed")) or name.endswith(
+        ("fixed", "fixed-256")
+    ):
         assert exponent == pytest.approx(1, abs=0.02)
     elif "sqrt" in name:
         assert 1.40 <= exponent <= 1.52

@@ -36,7 +36,7 @@ def check(given: AttendInputs) -> AttendInputs:
         observed = given.memory.observed
         if observed is not None and queries is not None and observed.shape[1] != queries.shape[1]:
             raise InputError(f"memory observes {observed.shape[1]} query heads, got {queries.shape[1]}")
-    if (policy.observes or policy.competes) and (queries is None or given.plan is not None):
+    if not policy.plans_ahead and (queries is None or given.plan is not None):
         raise InputError(
             "a plan is made from keys alone, and this policy's rows are judged by queries or compete for their slots; "
             "leave plan out, and read memory.counts to see what became of the slots"

@@ -133,7 +133,7 @@ def _wait(memory: Memory, queries: Tensor) -> None:
     """Keep the token's query if it is one that is observed."""
     policy, observed = memory.policy, memory.observed
     offset = int(memory.seen_rows[0]) % policy.chunk
-    offsets = policy.observation.offsets(policy.chunk)
+    offsets = policy.observation.offsets
     if observed is not None and offset in offsets:
         observed[:, :, offsets.index(offset)] = queries[:, :, 0]
 

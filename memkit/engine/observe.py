@@ -27,7 +27,7 @@ class Observer:
     def __init__(self, inputs: AttendInputs, schedule: Schedule) -> None:
         assert inputs.queries is not None
         self.inputs, self.policy, self.schedule, self.device = inputs, inputs.policy, schedule, inputs.keys.device
-        self.offsets = np.array(self.policy.observation.offsets(self.policy.chunk), dtype=np.int64)
+        self.offsets = np.array(self.policy.observation.offsets, dtype=np.int64)
         waiting = None if inputs.memory is None else inputs.memory.observed
         new = inputs.queries.detach()
         self.queries = new if waiting is None else torch.cat((waiting, new), dim=2)

@@ -18,26 +18,27 @@ class ObservationSpec(Spec):
     """Declares which queries are observed. None are by default."""
 
     queries: int = Field(
-        default=0, ge=0, le=2**20, description="queries of each chunk that are observed, evenly spaced; 0: none"
+        default=0,
+        ge=0,
+        le=2**20,
+        description="queries of each chunk that are observed, evenly spaced; more than it has: all; 0: none",
     )
     decay: float = Field(
         default=1.0, gt=0, le=1, description="γ: what evidence still counts one chunk later; 1: as much as new"
     )
 
-    def build(self) -> Observation:
-        """The observation."""
-        return Observation(self)
+    def build(self, chunk: int) -> Observation:
+        """The observation, in chunks of `chunk` tokens."""
+        return Observation(self, chunk)
 
 
 class Observation:
     """Which queries are observed, and what is made of them."""
 
-    def __init__(self, spec: ObservationSpec) -> None:
-        self.queries, self.decay = spec.queries, spec.decay
-
-    def offsets(self, chunk: int) -> list[int]:
+    def __init__(self, spec: ObservationSpec, chunk: int) -> None:
+        self.queries, self.decay = min(spec.queries, chunk), spec.decay
+        self.offsets = [(i + 1) * chunk // self.queries - 1 for i in range(self.queries)]
         """Offsets in a chunk of its observed queries: ⌊(i + 1)·C/n⌋ − 1."""
-        return [(i + 1) * chunk // self.queries - 1 for i in range(self.queries)]
 
     def added(self, evidence: Tensor, error: Tensor, share: Tensor) -> Tensor:
         """Evidence [..., 3] after one more chunk has judged; error, share [...]."""

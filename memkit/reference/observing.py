@@ -48,7 +48,7 @@ class Observing:
 
     def offsets(self) -> list[int]:
         """Which queries of a chunk are observed."""
-        n = self.spec.queries
+        n = min(self.spec.queries, self.chunk)
         return [(i + 1) * self.chunk // n - 1 for i in range(n)]
 
     def hear(self, query: Tensor, head: int, position: int) -> None:

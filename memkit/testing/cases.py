@@ -172,6 +172,10 @@ class Inputs:
             backend=backend,  # type: ignore[arg-type]
         )
 
+    def plan_if_any(self, policy: Policy) -> Plan | None:
+        """The plan to compare on; None where it waits for what has been read (`Policy.plans_ahead`)."""
+        return self.plan(policy) if policy.plans_ahead else None
+
     def plan(self, policy: Policy, *, memory: Memory | None = None) -> Plan:
         """`memkit.plan` on them."""
         return memkit.plan(

@@ -46,6 +46,11 @@ def details(spec: PolicySpec, header: str) -> RenderableType:
     drawn = picture(policy)
     if drawn is not None:
         parts += [Text(), draw(drawn)]
+    elif not policy.plans_ahead:
+        parts += [
+            Text(),
+            Text("Who sees what depends on the text and its queries: slots compete by what readers need."),
+        ]
     return Group(*parts)
 
 

@@ -111,6 +111,10 @@ class Case:
     def attend(self, **options: Any) -> tuple[Tensor, memkit.Memory]:
         return memkit.attend(self.spec, **self.tensors, parameters=self.parameters(), rotation=self.rotation, **options)
 
+    def plan_if_any(self) -> memkit.Plan | None:
+        """The plan to compare on, where keys alone say where tokens go."""
+        return self.plan() if self.spec.build().plans_ahead else None
+
     def plan(self, **options: Any) -> memkit.Plan:
         given = {name: tensor for name, tensor in self.tensors.items() if name in ("keys", "weights")}
         return memkit.plan(self.spec, **given, parameters=self.parameters(), rotation=self.rotation, **options)

@@ -32,7 +32,9 @@ def test_one_token_at_a_time_equals_whole(name: str, kv_heads: int) -> None:
     with torch.no_grad():
         for tensor in parameters.parameters():
             tensor.copy_(torch.rand_like(tensor) + 0.5)
-        plan = memkit.plan(spec, keys, weights=weights, parameters=parameters, rotation=rotation)
+        plan = None
+        if policy.plans_ahead:
+            plan = memkit.plan(spec, keys, weights=weights, parameters=parameters, rotation=rotation)
         fixed = {"parameters": parameters, "rotation": rotation}
         whole, _ = memkit.attend(spec, queries, keys, values, weights=weights, plan=plan, **fixed)
         memory, outputs = None, []

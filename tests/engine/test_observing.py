@@ -240,7 +240,6 @@ def test_bytes_are_as_cost_says(name: str):
     ("changes", "message"),
     [
         ({"observe": {}}, "observe.queries is 0"),
-        ({"observe": {"queries": CHUNK + 1}}, "at most a chunk's 8 tokens"),
         ({"growth": {"kind": "none"}}, "with growth none there is nothing to judge"),
         ({"admission": {"kind": "novelty"}}, "rates slots"),
         (

@@ -12,7 +12,10 @@ def drawn(name: str, overrides: dict[str, object] | None = None):
     return made
 
 
-@pytest.mark.parametrize("name", memkit.policy_names())
+PLANNED = [name for name in memkit.policy_names() if memkit.load_policy(name).build().plans_ahead]
+
+
+@pytest.mark.parametrize("name", PLANNED)
 def test_every_row_adds_up(name: str):
     made = drawn(name)
     for query, cells, slots, window in zip(made.queries, made.cells, made.slots, made.window, strict=True):
@@ -94,3 +97,7 @@ def test_the_drawing_fits_a_terminal_and_explains_its_marks():
         f"{FOUNDED} founded a slot",
         f"{JOINED} joined a slot",
     ]
+
+
+def test_there_is_no_picture_where_slots_compete_by_what_was_read():
+    assert picture(memkit.load_policy("untrained-observed").build()) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from memkit.catalog import as_policy
+from memkit.memory import Memory
 from memkit.pieces.statistics import MASS
 from memkit.policy import Policy
 from memkit.testing.agreement import agree, show, size
@@ -24,6 +25,9 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
     """
     policy = as_policy(policy)
     inputs = case.inputs(policy)
+    if not policy.plans_ahead:
+        _counts(policy, case, inputs.attend(policy)[1])
+        return
     plan = inputs.plan(policy)
     memory = inputs.attend(policy, plan=plan)[1]
     for row, length in enumerate(case.lengths):
@@ -53,6 +57,15 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
             "mass": size(mass) * max(left, 1),
         }
         agree(got, {name: expected[name] for name in got}, scales=scales, eps=SUMS_EPS, what=f"row {row}: ")
+
+
+def _counts(policy: Policy, case: Case, memory: Memory) -> None:
+    """Where slots compete: no token is counted twice, and none is lost unless it may be dropped."""
+    may_drop = policy.routing.drops or not policy.merging.joins
+    for row, length in enumerate(case.lengths):
+        left, counts = tokens_left(policy, length), memory.counts[row].sum(-1)
+        if bool((counts > left).any()) or (not may_drop and bool((counts < left).any())):
+            raise Broken(f"row {row}: {left} tokens left the window, the slots count {counts.tolist()}")
 
 
 def _total(vectors: Tensor, taken: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ def determinism(policy: Policy, case: Case) -> None:
     runs: list[Results] = []
     for _ in range(2):
         inputs = case.inputs(policy)
-        plan = inputs.plan(policy)
+        plan = inputs.plan_if_any(policy)
         output, memory = inputs.attend(policy)
-        found = {"output": output, "plan's slots": plan.slot, "plan's founders": plan.founded, **contents(memory)}
+        found = {"output": output, **contents(memory)}
+        if plan is not None:
+            found |= {"plan's slots": plan.slot, "plan's founders": plan.founded}
         if compares_gradients(policy, case, inputs):
             found |= with_gradients(inputs, lambda inputs: inputs.attend(policy))
         runs.append(found)
