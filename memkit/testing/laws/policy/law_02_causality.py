@@ -37,8 +37,8 @@ def causality(policy: Policy, case: Case) -> None:
 
     if not policy.plans_ahead:
         if decides_alike(case):
-            one, other = (each.attend(policy)[0][:, :, :cut] for each in (inputs, inputs.mapped(changed)))
-            compare(policy, case, inputs, {"output": other}, {"output": one}, None)
+            own, altered = (each.attend(policy)[0][:, :, :cut] for each in (inputs, inputs.mapped(changed)))
+            compare(policy, case, inputs, {"output": altered}, {"output": own}, None)
         return
     plan, plan_changed = inputs.plan(policy), inputs.mapped(changed).plan(policy)
     for row, length in enumerate(case.lengths):
