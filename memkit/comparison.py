@@ -44,7 +44,7 @@ DEFAULT_POLICIES = (
     "free-kvm-fixed",
     "free-kvm-sqrt",
     "free-kvm-log",
-    "free-block-mean",
+    "untrained-observed",
 )
 BASELINE = "full"
 # Tokens per forward call, which bounds the activations. Longer ones are not faster: stock SmolLM2-135M read 4,096

@@ -72,7 +72,7 @@ def test_a_file_cut_short_is_refused(path: Path):
         assert refused(path).startswith("cannot be read as a memory: ")
 
 
-@pytest.mark.parametrize("name", ["keys", "values", "sums", "scalars", "seen", "positions", "next_positions"])
+@pytest.mark.parametrize("name", ["keys", "values", "sums", "numbers", "seen", "positions", "next_positions"])
 def test_a_file_without_one_of_its_tensors_is_refused(path: Path, name: str):
     facts, tensors = parts(path)
     del tensors[name]
@@ -94,10 +94,10 @@ def test_a_file_without_one_of_its_tensors_is_refused(path: Path, name: str):
         (lambda t: t.update(values=t["values"][..., :0]), "damaged: sums must be torch.float32 (2, 1, "),
         (lambda t: t.update(sums=t["sums"][..., :3]), "damaged: sums must be torch.float32 (2, 1, "),
         (lambda t: t.update(sums=t["sums"].half()), "damaged: sums must be torch.float32 (2, 1, "),
-        (lambda t: t.update(scalars=t["scalars"].float()), "damaged: scalars must be torch.float64"),
-        (lambda t: t.update(scalars=t["scalars"][..., :1]), "damaged: scalars must be torch.float64"),
+        (lambda t: t.update(numbers=t["numbers"].float()), "damaged: numbers must be torch.float64"),
+        (lambda t: t.update(numbers=t["numbers"][..., :1]), "damaged: numbers must be torch.float64"),
         (lambda t: t.update(positions=t["positions"][:1]), "damaged: positions must be torch.float64 (2, "),
-        (lambda t: t.update(weights=t["keys"][..., 0]), "damaged: its tensors must be keys, next_positions, positions"),
+        (lambda t: t.update(weights=t["keys"][..., 0]), "damaged: its tensors must be keys, next_positions, numbers, positions"),
         (lambda t: t.update(seen=t["seen"].int()), "damaged: seen must be torch.int64 (2,), got torch.int32 (2,)"),
         (lambda t: t.update(seen=t["seen"][:1]), "damaged: seen must be torch.int64 (2,), got torch.int64 (1,)"),
         (lambda t: t.update(seen=-t["seen"]), "damaged: seen must lie between 0 and "),
@@ -126,7 +126,7 @@ def test_tensors_that_do_not_fit_the_policy_are_refused(path: Path, change: Any,
         ({"policy": "- 1"}, "its policy: must be a mapping of families, got [1]"),
         ({"policy": 3}, "its policy: must be YAML and its name text or null, got 3 and "),
         ({"name": []}, "its policy: must be YAML and its name text or null"),
-        ({"format": "memkit-memory-0"}, "not a memory saved by memkit (no format memkit-memory-1)"),
+        ({"format": "memkit-memory-0"}, "not a memory saved by memkit (no format memkit-memory-2)"),
     ],
 )
 def test_facts_that_do_not_fit_are_refused(path: Path, facts: dict[str, Any], message: str):
