@@ -49,8 +49,9 @@ class ReadoutSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _count_bias(cls, data: Any) -> Any:
-        """`count_bias: true`, as it was written before there were others."""
-        if isinstance(data, dict) and isinstance(data.get("count_bias"), bool) and "bias" not in data:
+        """`count_bias: true`, as it was written before there were others; it may change a policy that says `bias`."""
+        both = isinstance(data, dict) and data.get("bias", "none") in ("none", "count")
+        if both and isinstance(data.get("count_bias"), bool):
             rest = {name: value for name, value in data.items() if name != "count_bias"}
             return {**rest, "bias": "count" if data["count_bias"] else "none"}
         return data
