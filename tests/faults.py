@@ -21,12 +21,13 @@ from memkit.memory import slots
 from memkit.pieces import Merging, Readout, ReadoutSpec
 from memkit.pieces.admission import Admission, Novelty
 from memkit.pieces.chunk import Assignment, maximum
+from memkit.pieces.chunking import FixedChunkerSpec
 from memkit.pieces.growth import FixedGrowthSpec, Growth, SqrtGrowthSpec
-from memkit.pieces.merging import WeightedMeanSpec
+from memkit.pieces.merging import MeanSpec, WeightedMeanSpec
 from memkit.pieces.rotary import RerotateSpec, Zero, ZeroSpec
 from memkit.pieces.routing import Nearest, Segment
 from memkit.pieces.statistics import COUNT, MASS, POSITION
-from memkit.pieces.window import BlockWindow
+from memkit.pieces.window import BlockWindow, BlockWindowSpec
 from memkit.policy import Policy
 from memkit.testing import Law, laws
 
@@ -513,6 +514,15 @@ FAULTS = (
     _in_policies(
         laws.same_plan_same_answer, _rotates_one_channel_less, (Zero, "rotated_width"), rotary=ZeroSpec(width=1)
     ),
-    _in_policies(laws.same_plan_same_answer, _undoes_nothing, (backward._Backward, "_restore"), growth=GROWS),
+    _in_policies(
+        laws.same_plan_same_answer,
+        _undoes_nothing,
+        (backward._Backward, "_restore"),
+        chunker=FixedChunkerSpec(size=2),
+        window=BlockWindowSpec(chunks=1),
+        growth=GROWS,
+        merging=MeanSpec(),
+        sinks=0,
+    ),
     _in_policies(laws.determinism, _noisy, (forward, "attend_key_sets")),
 )
