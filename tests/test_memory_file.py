@@ -97,7 +97,7 @@ def test_a_file_without_one_of_its_tensors_is_refused(path: Path, name: str):
         (lambda t: t.update(numbers=t["numbers"].float()), "damaged: numbers must be torch.float64"),
         (lambda t: t.update(numbers=t["numbers"][..., :1]), "damaged: numbers must be torch.float64"),
         (lambda t: t.update(positions=t["positions"][:1]), "damaged: positions must be torch.float64 (2, "),
-        (lambda t: t.update(weights=t["keys"][..., 0]), "damaged: its tensors must be keys, next_positions, numbers, positions"),
+        (lambda t: t.update(weights=t["keys"][..., 0]), "damaged: its tensors must be keys, next_positions, numbers"),
         (lambda t: t.update(seen=t["seen"].int()), "damaged: seen must be torch.int64 (2,), got torch.int32 (2,)"),
         (lambda t: t.update(seen=t["seen"][:1]), "damaged: seen must be torch.int64 (2,), got torch.int64 (1,)"),
         (lambda t: t.update(seen=-t["seen"]), "damaged: seen must lie between 0 and "),

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from memkit.errors import ModelError
+from memkit.catalog import is_file
+from memkit.errors import ModelError, short, shown
 
 __all__ = ["LoadedModel", "load"]
 
@@ -42,13 +43,15 @@ def load(model: str | Path | None = None, dtype: torch.dtype = torch.float32) ->
     Quantised GGUF weights become `dtype` (float32), so results are those of the quantised model, and memory is not.
     Raises `ModelError` where there is no model, or transformers cannot read it.
     """
+    if model is not None and not isinstance(model, str | Path):
+        raise ModelError(f"model must be a path, got {shown(model)}; left out, it is SmolLM2-135M ({INSTALL})")
     path = _default_file() if model is None else Path(model).expanduser()
     folder, options = path, {}
-    if path.is_file():
+    if is_file(path):
         folder, options = path.parent, {"gguf_file": path.name}
-    elif not (path / "config.json").is_file():
+    elif not is_file(path / "config.json"):
         raise ModelError(
-            f"model must be a folder with a config.json or a GGUF file on this machine, got {path}; "
+            f"model must be a folder with a config.json or a GGUF file on this machine, got {short(str(path))}; "
             f"leave it out for SmolLM2-135M-Instruct ({INSTALL})"
         )
     options["local_files_only"] = True

@@ -86,3 +86,10 @@ def test_what_transformers_cannot_read(tmp_path: Path):
         with pytest.raises(ModelError, match="must be a model that transformers can load, got: ") as caught:
             hf.load(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["x" * 3000, "no\0where", 5, ["a"]], ids=["long", "nul", "number", "list"])
+def test_what_cannot_be_a_path_is_refused_in_one_line(model):
+    with pytest.raises(ModelError, match="model must be a") as caught:
+        hf.load(model)
+    assert len(str(caught.value)) < 600
