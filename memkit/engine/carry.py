@@ -9,7 +9,7 @@ from memkit.engine.inputs import AttendInputs
 from memkit.engine.schedule import Schedule, on_device
 from memkit.memory import Memory, held
 from memkit.memory.slots import SlotStore, parameter_versions
-from memkit.memory.window import SLACK, Streams, Timeline, room_for
+from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
 
 __all__ = ["close", "open_store", "open_timeline", "without_padding"]
 
@@ -94,8 +94,7 @@ def close(
     store = SlotStore(store.sums, store.numbers, store.view if timeline.in_place else None, store.evidence)
     if timeline.in_place:
         assert before is not None
-        window = before.window
-        window.end += tokens
+        window = Window(before.window.streams, before.window.end + tokens)
         if store.view is not None:
             store.view.made_with = parameter_versions(inputs.parameters)
     else:

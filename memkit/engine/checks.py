@@ -208,10 +208,12 @@ def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None,
             f"got {f'{first} … {last - 1}' if first < last else 'none'}; "
             "make it with memkit.plan on these keys and this memory"
         )
+    if plan.slot.device.type != "cpu":  # looking at it would make the host wait for the device
+        return
     position = plan.begin[:, None] + np.arange(plan.slot.shape[2])
     leaves = (position >= begin[:, None]) & (position < end[:, None])
     slots = np.array([policy.slots_after(int(tokens)) for tokens in after], dtype=np.int64)
-    placed = plan.slot.cpu().numpy()
+    placed = plan.slot.numpy()
     if (leaves[:, None] & ((placed < -1) | (placed >= slots[:, None, None]))).any():
         raise InputError(
             f"plan.slot must name one of the slots there are after the call, {slots.tolist()} in each row, or be −1; "

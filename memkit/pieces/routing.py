@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from memkit.errors import PolicyError
 from memkit.pieces.chunk import ChunkContext, as_tensor, maximum
 from memkit.pieces.registry import FamilySpec, register
 from memkit.pieces.similarity import Similarity, best_slot
@@ -33,7 +34,7 @@ class Routing(ABC):
 
     def founders(self, chunk: ChunkContext) -> Tensor:
         """Which tokens found, sinks included, bool, broadcastable to [b, g, c]. Only where `founds`."""
-        raise NotImplementedError(f"{type(self).__name__} founds no slots")
+        raise PolicyError(f"{type(self).__name__} founds no slots; use an admission other than none")
 
     @abstractmethod
     def targets(self, chunk: ChunkContext, founded: Tensor | None) -> Tensor:

@@ -366,6 +366,33 @@ def test_a_call_that_fails_leaves_the_memory_as_it_was_or_says_that_it_is_lost(
             started = case.part(begin, begin + 1).attend(memory=started)[1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["untrained-observed", "free-kvm-fixed", "kvm-sqrt-16"])
+def test_a_call_inside_a_chunk_that_fails_at_its_very_end_leaves_the_memory_as_it_was(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing leaves and nothing is judged: only the window is written behind, which takes nothing back."""
+    case = make_case(small(name), 7 * CHUNK)
+    begin = 5 * CHUNK + 2
+    started = case.part(0, begin).attend()[1]
+    rest = case.part(begin, begin + 3)
+    expected = rest.attend(memory=started.fork())[0]
+    failed = 0
+    for nth in range(1, 100):
+        memory = pickle.loads(pickle.dumps(started))
+        with monkeypatch.context() as patch:
+            fail_at(patch, nth)
+            try:
+                rest.attend(memory=memory)
+            except Interrupted:
+                failed += 1
+            else:
+                break
+        assert memory.lost is None
+        assert torch.equal(rest.attend(memory=memory)[0], expected)
+    assert failed
+
+
 def fail_at(patch: pytest.MonkeyPatch, nth: int) -> None:
     """Let the nth operation of PyTorch's that a call uses fail."""
     count = 0
