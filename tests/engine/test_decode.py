@@ -165,6 +165,10 @@ def test_without_the_short_cut_the_same(name: str, monkeypatch: pytest.MonkeyPat
     assert torch.equal(memory.counts, plain_memory.counts)
     held = int(memory.held_rows.max())
     for stream, tensor in memory.window.last(held).items():
-        assert torch.equal(tensor, plain_memory.window.last(held)[stream]), stream
+        wanted = plain_memory.window.last(held)[stream]
+        if stream == "evidence":
+            assert_close(tensor, wanted, tolerance(torch.float64), stream)
+        else:
+            assert torch.equal(tensor, wanted), stream
     for one, other, what in zip(slots_of(memory), slots_of(plain_memory), ("sums", "numbers"), strict=True):
         assert_close(one, other, tolerance(torch.float64), what)
