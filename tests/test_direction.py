@@ -21,6 +21,7 @@ LEVELS = [
     {"pieces"},
     {"policy"},
     {"catalog", "schema"},
+    {"profiles"},
     {"memory", "parameters"},
     {"engine"},
     {"reference"},

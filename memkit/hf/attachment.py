@@ -32,6 +32,7 @@ from memkit.errors import InputError, MemoryStateError, ModelError
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.pieces.rotary import Rotation
+from memkit.profiles import per_layer
 
 if TYPE_CHECKING:
     from memkit.memory import Memory
@@ -134,12 +135,12 @@ class MemoryLayer(CarryingLayer):
 
 @dataclass(frozen=True)
 class _Call:
-    """What one forward call of the decoder tells its attention layers.
+    """What one forward call of the decoder tells its attention layers, of which each has a policy.
 
     waiting: where to note the cache once the decoder has run, if a head is to run after it.
     """
 
-    policy: Policy
+    policies: list[Policy]
     rotation: Rotation | None
     cache: Cache | None
     lengths: Tensor | None
@@ -171,7 +172,7 @@ def _attention(
         query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     output, memory = attend(
-        call.policy,
+        call.policies[module.layer_idx],
         query,
         key,
         value,
@@ -194,7 +195,8 @@ class _Attachment:
     def __init__(self, model: PreTrainedModel, policy: str | PolicySpec | Policy) -> None:
         _check_model(model)
         self.policy = as_policy(policy)
-        self.layers = model.config.num_hidden_layers
+        self.layers, config = model.config.num_hidden_layers, model.config
+        self.policies = per_layer(self.policy, self.layers, kv_heads_of(config), facts_of(config))
         self.rotation = None
         check_policy(self.policy)
         if self.policy.needs_rotation:
@@ -251,7 +253,7 @@ class _Attachment:
         elif layers is None:
             given.layers = self.memory_layers()  # only now that nothing is refused any more
         arguments[self.cache_name] = cache
-        arguments["memkit_call"] = _Call(self.policy, self.rotation, cache, lengths, waiting)
+        arguments["memkit_call"] = _Call(self.policies, self.rotation, cache, lengths, waiting)
         return (), arguments
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
@@ -269,21 +271,34 @@ class _Attachment:
         layers = layers_of(given, MemoryLayer, "this attached model")
         if layers is None:
             return None
-        other = layers[0].policy
-        if other.spec != self.policy.spec:
-            raise MemoryStateError(
-                f"{CACHE} must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
-                f"start without {CACHE}"
-            )
         if len(layers) != self.layers:
             raise MemoryStateError(
                 f"{CACHE} must be of a model of {self.layers} layers, got {len(layers)}; start without {CACHE}"
             )
+        for layer, policy in zip(layers, self.policies, strict=True):
+            if layer.policy is not policy and layer.policy.spec != policy.spec:
+                raise MemoryStateError(
+                    f"{CACHE} must be of the attached policy, {_name(policy)}, got {_name(layer.policy)}; "
+                    f"start without {CACHE}"
+                )
         check_whole(layers)
         return layers
 
     def memory_layers(self) -> list[Any]:
-        return [MemoryLayer(self.policy) for _ in range(self.layers)]
+        return [MemoryLayer(policy) for policy in self.policies]
+
+
+FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+def kv_heads_of(config: Any) -> int:
+    """Key/value heads of each layer."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def facts_of(config: Any) -> dict[str, int | str]:
+    """By what a head profile knows the model that it was measured on."""
+    return {name: getattr(config, name) for name in FACTS} | {"num_key_value_heads": kv_heads_of(config)}
 
 
 def _check_model(model: PreTrainedModel) -> None:
