@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import platform
 import re
 import sys
 from collections.abc import Generator
@@ -20,6 +21,8 @@ from memkit.errors import InputError, MemkitError, PolicyError, short, shown, un
 
 __all__ = ["app"]
 
+DOCUMENTS = 4
+"""Parts of the default text on which a profile is measured."""
 FIGURES = (".png", ".svg", ".pdf")
 
 
@@ -233,6 +236,41 @@ def compare(
     viz.show(result.table())
     if json_file is not None:
         _write(json_file, result.to_json() + "\n")
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A Hugging Face folder or a GGUF file; left out: SmolLM2-135M-Instruct."),
+    ] = None,
+    files: Annotated[
+        list[Path] | None,
+        typer.Option("--text", metavar="FILE", help="A UTF-8 text; repeat it. Left out: four parts of Python's help."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read of each text.")] = 2048,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the profile, as YAML.")] = None,
+) -> None:
+    """Measure how many slots each layer and head of a model needs.
+
+    Policies use it by `heads: {profile: FILE}`. Minutes on a laptop for a small model.
+    """
+    _check_writable("--out", out)
+    from memkit import hf, texts, viz
+    from memkit.viz.comparison import progress_bar
+    from memkit.viz.profiles import table
+
+    if files:
+        documents, names = [texts.read_text(file) for file in files], [file.name for file in files]
+    else:
+        documents = texts.parts(texts.default_text(), DOCUMENTS)
+        names = [f"pydoc_data.topics of Python {platform.python_version()}, part {part}" for part in range(DOCUMENTS)]
+    with progress_bar(1) if sys.stderr.isatty() else nullcontext() as progress:
+        loaded = hf.load(model)
+        measured = hf.measure_profile(loaded, documents, tokens=tokens, names=names, progress=progress)
+    viz.show(table(measured.profile, measured.stability if len(documents) > 1 else None))
+    if out is not None:
+        _write(out, measured.profile.to_yaml())
 
 
 @app.command()

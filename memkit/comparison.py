@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from memkit.catalog import as_policy, load_policy
 from memkit.errors import InputError, ModelError
 from memkit.policy import Policy, PolicySpec
+from memkit.texts import default_text, read_text
 from memkit.whole import SEEDS, whole_number
 
 if TYPE_CHECKING:
@@ -214,13 +215,6 @@ def compare(
     return Comparison(settings, _against_full(measured))
 
 
-def default_text() -> str:
-    """The topics of Python's own help (`pydoc_data.topics`), sorted by name: 465 kB of English in CPython 3.11."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
 def _measure(
     loaded: LoadedModel, policy: Policy, label: str, ids: Tensor, skip: int, decoded: int, progress: Progress
 ) -> tuple[Measurement, Tensor]:
@@ -329,10 +323,7 @@ def _text(text: str | Path | None) -> tuple[str, str]:
         return f"pydoc_data.topics of Python {platform.python_version()}", default_text()
     if isinstance(text, str):
         return "given text", text
-    try:
-        return text.name, text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text} must be a text file in UTF-8, got: {error}") from None
+    return text.name, read_text(text)
 
 
 def _token_ids(loaded: LoadedModel, source: str, text: str, tokens: int) -> Tensor:

@@ -193,22 +193,12 @@ class _Attachment:
     """A policy on a model: what is checked once, and what is prepared before each forward call."""
 
     def __init__(self, model: PreTrainedModel, policy: str | PolicySpec | Policy) -> None:
-        _check_model(model)
+        check_model(model)
         self.policy = as_policy(policy)
         self.layers, config = model.config.num_hidden_layers, model.config
         self.policies = per_layer(self.policy, self.layers, kv_heads_of(config), facts_of(config))
-        self.rotation = None
         check_policy(self.policy)
-        if self.policy.needs_rotation:
-            rotary = model.base_model.rotary_emb
-            if rotary.rope_type in MOVING_FREQUENCIES:
-                raise ModelError(
-                    f"policy {_name(self.policy)} un-rotates keys and needs fixed rotary frequencies, got rope type "
-                    f"{rotary.rope_type}; use a policy with rotary: {{kind: keep}}"
-                )
-            # `attention_scaling` (YaRN) needs nothing: turning back keeps a key's length, and merging is linear in it.
-            frequencies = rotary.inv_freq.detach().clone()
-            self.rotation = Rotation("half-split", 2 * len(frequencies), frequencies)
+        self.rotation = fixed_rotation(model) if self.policy.needs_rotation else None
         forward = type(model.base_model).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
@@ -288,6 +278,19 @@ class _Attachment:
         return [MemoryLayer(policy) for policy in self.policies]
 
 
+def fixed_rotation(model: PreTrainedModel) -> Rotation:
+    """How a model of the Llama family rotates its keys. Raises `ModelError` where that changes with the length read."""
+    rotary: Any = model.base_model.rotary_emb
+    if rotary.rope_type in MOVING_FREQUENCIES:
+        raise ModelError(
+            f"un-rotating keys needs fixed rotary frequencies, got rope type {rotary.rope_type}; "
+            "use a policy with rotary: {kind: keep}"
+        )
+    # `attention_scaling` (YaRN) needs nothing: turning back keeps a key's length, and merging is linear in it.
+    frequencies = rotary.inv_freq.detach().clone()
+    return Rotation("half-split", 2 * len(frequencies), frequencies)
+
+
 FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -301,7 +304,7 @@ def facts_of(config: Any) -> dict[str, int | str]:
     return {name: getattr(config, name) for name in FACTS} | {"num_key_value_heads": kv_heads_of(config)}
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel) -> None:
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if family not in FAMILIES:
         raise ModelError(f"model must be of the Llama family ({', '.join(FAMILIES)}), got {family}; see memkit.hf.load")

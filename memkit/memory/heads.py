@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from memkit.errors import MemoryStateError
 from memkit.memory import file
 from memkit.memory.memory import Memory
 from memkit.pieces.statistics import Statistic

@@ -35,7 +35,9 @@ class HeadsSpec(Spec):
     @field_validator("ratios", mode="before")
     @classmethod
     def _from_list(cls, ratios: object) -> object:
-        return tuple(float(ratio) if type(ratio) is int else ratio for ratio in ratios) if _listed(ratios) else ratios
+        if not isinstance(ratios, (list, tuple)):
+            return ratios
+        return tuple(float(ratio) if type(ratio) is int else ratio for ratio in ratios)
 
     @model_validator(mode="after")
     def _one_way(self) -> HeadsSpec:
@@ -69,7 +71,3 @@ def share_of(ratio: float, slots: int, sinks: int) -> int:
     if ratio == 1 or slots <= sinks:
         return slots
     return sinks + max(1, int(ratio * (slots - sinks) + 0.5))
-
-
-def _listed(value: object) -> bool:
-    return isinstance(value, (list, tuple))

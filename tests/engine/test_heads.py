@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import memkit
-from tests.engine.cases import CHUNK, Case, assert_close, cotangent, make_case, small, tolerance
+from memkit.costing import cost
+from tests.engine.cases import CHUNK, VALUE_WIDTH, WIDTH, Case, assert_close, cotangent, make_case, small, tolerance
 
 TOKENS = 9 * CHUNK + 3
 RATIOS = (0.5, 1.0, 1.0, 2.25)
@@ -21,7 +22,7 @@ LIMIT = tolerance(torch.float64, 2048)
 
 
 def uneven(name: str, heads: int = 8) -> Case:
-    spec = memkit.load_policy(small(name), {"heads.ratios": RATIOS})
+    spec = memkit.load_policy(small(name), {"heads": {"ratios": RATIOS}})
     return make_case(spec, TOKENS, rows=2, heads=heads, kv_heads=4)
 
 
@@ -129,13 +130,20 @@ def test_bytes_are_those_of_the_rows_there_are():
     for name in NAMES:
         case = uneven(name)
         _, memory = case.attend()
-        kinds = [memkit.load_policy(small(name), {"heads.ratios": [ratio]}) for ratio in RATIOS]
+        kinds = [memkit.load_policy(small(name), {"heads": {"ratios": [ratio]}}) for ratio in RATIOS]
         each = [dataclasses.replace(alone(case, head), spec=kind) for head, kind in enumerate(kinds)]
         _, heads = zip(*(one.attend() for one in each), strict=True)
         assert int(memory.slots[0].sum()) == sum(int(one.slots[0]) for one in heads)
         positions = case.rotation is not None  # heads 1 and 2 are one run, and share their positions
         shared = heads[1].window.streams["positions"].nbytes + heads[1].next_positions.nbytes if positions else 0
         assert memory.bytes == sum(one.bytes for one in heads) - shared, name
+        shape = {"heads": 8, "kv_heads": 4, "head_width": WIDTH, "value_width": VALUE_WIDTH, "rows": 2}
+        said = cost(case.spec, TOKENS, dtype="float64", **shape)
+        assert said.bytes == memory.bytes, name
+        assert said.slots == round(int(memory.slots[0].sum()) / 4)
+        assert said.prefill.total == sum(
+            cost(kind, TOKENS, dtype="float64", **shape | {"heads": 2, "kv_heads": 1}).prefill.total for kind in kinds
+        )
 
 
 @torch.no_grad()
@@ -183,7 +191,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("name", ["kvm-sqrt-16", "untrained-observed"])
 def test_equal_ratios_are_a_policy_like_any_other(name: str):
-    spec = memkit.load_policy(small(name), {"heads.ratios": [1, 1]})
+    spec = memkit.load_policy(small(name), {"heads": {"ratios": [1, 1]}})
     case = make_case(spec, TOKENS)
     expected, _ = dataclasses.replace(case, spec=small(name)).attend()
     output, memory = case.attend()
