@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from memkit.pieces.registry import SpecError
 from memkit.policy import Policy, PolicySpec
 
 __all__ = ["as_policy", "load_policy", "policies_folder", "policy_header", "policy_names"]
+
+
+FORMER = {"free-": "untrained-"}
+"""How names of shipped policies began in former releases, and how they begin now."""
 
 
 @functools.cache
@@ -36,7 +41,7 @@ def policy_names() -> list[str]:
 
 def policy_header(name: str) -> str:
     """The comment at the head of a shipped policy's file: what it is, where it comes from, when to use it."""
-    lines = _path(name).read_text(encoding="utf-8").splitlines()
+    lines = _path(name if _is_path(name) else _now(name)).read_text(encoding="utf-8").splitlines()
     head = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
 
@@ -54,6 +59,7 @@ def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | 
         remedy = "; write PolicySpec(**fields) for a mapping" if isinstance(policy, Mapping) else ""
         raise PolicyError(f"a policy is a name, a path or a PolicySpec, got {shown(policy)}{remedy}")
     else:
+        policy = policy if _is_path(policy) else _now(str(policy))
         if not changes and not _is_path(policy):
             return _shipped(str(policy))
         path = _path(policy)
@@ -99,6 +105,16 @@ def _shipped(name: str) -> PolicySpec:
 
 def _is_path(policy: str | Path) -> bool:
     return isinstance(policy, Path) or policy.endswith((".yaml", ".yml")) or "/" in policy or "\\" in policy
+
+
+def _now(name: str) -> str:
+    """A shipped policy's name of now, with a notice where it was given its former one."""
+    for former, now in FORMER.items():
+        renamed = now + name.removeprefix(former)
+        if name.startswith(former) and is_file(policies_folder() / f"{renamed}.yaml"):
+            warnings.warn(f"policy {name} is called {renamed} now; the old name goes soon", FutureWarning, stacklevel=3)
+            return renamed
+    return name
 
 
 def _path(policy: str | Path) -> Path:

@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -48,13 +49,31 @@ def _bad_input_is_one_line() -> Generator[None]:
     raise typer.Exit(2)
 
 
+@contextmanager
+def _notices_are_one_line() -> Generator[None]:
+    """What is renamed or on its way out is said once, in one line on stderr, without the line of code it came from."""
+    said: set[str] = set()
+
+    def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if not issubclass(category, FutureWarning):
+            show(message, category, *where)
+        elif str(message) not in said:
+            said.add(str(message))
+            typer.echo(f"memkit: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=FutureWarning, module=r"memkit\b")
+        show, warnings.showwarning = warnings.showwarning, say
+        yield
+
+
 class _Commands(TyperGroup):
     def make_context(self, *arguments: Any, **settings: Any) -> Any:
         with _bad_input_is_one_line():
             return super().make_context(*arguments, **settings)
 
     def invoke(self, ctx: Any) -> Any:
-        with _bad_input_is_one_line():
+        with _bad_input_is_one_line(), _notices_are_one_line():
             return super().invoke(ctx)
 
 

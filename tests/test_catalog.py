@@ -14,10 +14,10 @@ SHIPPED = {
     "block-mean-8",
     "block-mean-sqrt",
     "block-window-3x256",
-    "free-block-mean",
-    "free-kvm-fixed",
-    "free-kvm-log",
-    "free-kvm-sqrt",
+    "untrained-block-mean",
+    "untrained-kvm-fixed",
+    "untrained-kvm-log",
+    "untrained-kvm-sqrt",
     "full",
     "kvm-fixed-256",
     "kvm-log-256",
@@ -85,9 +85,9 @@ def test_overriding_a_whole_family():
 
 
 def test_overrides_work_on_specs_and_files(tmp_path: Path):
-    changed = memkit.load_policy(memkit.load_policy("free-kvm-sqrt"), {"growth.factor": 8})
-    assert changed.name == "free-kvm-sqrt"
-    assert memkit.load_policy("free-kvm-sqrt", {"growth.factor": 8}) == changed
+    changed = memkit.load_policy(memkit.load_policy("untrained-kvm-sqrt"), {"growth.factor": 8})
+    assert changed.name == "untrained-kvm-sqrt"
+    assert memkit.load_policy("untrained-kvm-sqrt", {"growth.factor": 8}) == changed
     file = tmp_path / "mine.yml"
     file.write_text("sinks: 3\n")
     assert memkit.load_policy(file, {"window.kind": "sliding", "window.size": 9}).build().window.capacity == 9
@@ -164,3 +164,15 @@ def test_what_may_stand_for_a_policy():
 def test_dumps_are_plain_yaml():
     for name in memkit.policy_names():
         assert yaml.safe_load(memkit.load_policy(name).to_yaml())["readout"]["key"]
+
+
+def test_a_former_name_still_loads_with_a_notice():
+    with pytest.warns(FutureWarning, match="free-kvm-sqrt is called untrained-kvm-sqrt now"):
+        spec = memkit.load_policy("free-kvm-sqrt")
+    assert spec == memkit.load_policy("untrained-kvm-sqrt")
+    assert spec.name == "untrained-kvm-sqrt"
+    with pytest.warns(FutureWarning):
+        assert memkit.load_policy("free-kvm-sqrt", {"growth.factor": 8}).name == "untrained-kvm-sqrt"
+    assert not any(name.startswith("free-") for name in memkit.policy_names())
+    with pytest.raises(memkit.PolicyError, match="free-kvm-cube"):
+        memkit.load_policy("free-kvm-cube")

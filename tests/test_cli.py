@@ -100,11 +100,11 @@ def test_cost_prints_what_costing_says():
 def test_cost_as_json():
     options = ["--heads", "9", "--kv-heads", "3", "--head-width", "32", "--value-width", "16"]
     options += ["--dtype", "bfloat16", "--layers", "30", "--rows", "2"]
-    text = run("cost", "free-kvm-log", "full", *options, "--tokens", "4096", "--tokens", "100", "--json")
+    text = run("cost", "untrained-kvm-log", "full", *options, "--tokens", "4096", "--tokens", "100", "--json")
     shape: dict[str, Any] = {"heads": 9, "kv_heads": 3, "head_width": 32, "value_width": 16}
     shape |= {"dtype": "bfloat16", "layers": 30, "rows": 2}
     assert json.loads(text) == [
-        cost(name, tokens, **shape).to_dict() for name in ("free-kvm-log", "full") for tokens in (4096, 100)
+        cost(name, tokens, **shape).to_dict() for name in ("untrained-kvm-log", "full") for tokens in (4096, 100)
     ]
 
 
@@ -400,3 +400,10 @@ def test_the_command_line_loads_nothing_heavy_before_it_must():
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     ).stdout
     assert printed.splitlines()[-1] == "[]"
+
+
+def test_a_former_name_is_said_once_in_one_line():
+    result = CliRunner().invoke(app, ["show", "free-kvm-sqrt"])
+    assert result.exit_code == 0
+    assert result.stderr == "memkit: policy free-kvm-sqrt is called untrained-kvm-sqrt now; the old name goes soon\n"
+    assert "untrained-kvm-sqrt" in result.stdout

@@ -22,7 +22,7 @@ from tests.hf.tiny import randomised, tiny_config
 mpl.use("agg")
 
 # Merges by place in the text: equal letters have all but equal keys, and ties that rounding decides differ by split.
-FREE = memkit.load_policy("free-block-mean", {"chunker.size": 8})
+FREE = memkit.load_policy("untrained-block-mean", {"chunker.size": 8})
 WINDOW = memkit.load_policy("window-512", {"window.size": 20})
 
 
@@ -119,7 +119,7 @@ def test_json_is_as_documented(small: Comparison):
     names = [field.name for field in fields(Measurement)]
     assert {"policy", "loss", "bytes", "slots", "read_seconds", "decode_ms"} < set(names)
     assert all(list(row) == names for row in data["policies"])
-    assert [row["policy"] for row in data["policies"]] == ["full", "window-512", "free-block-mean"]
+    assert [row["policy"] for row in data["policies"]] == ["full", "window-512", "untrained-block-mean"]
     documented = (Comparison.__doc__ or "").partition("settings:")[2]
     assert [name for name in data["settings"] if name not in documented] == []
     assert data["settings"]["model"] == "tiny"
@@ -129,14 +129,16 @@ def test_json_is_as_documented(small: Comparison):
 
 def test_pandas_frame(small: Comparison):
     frame = small.to_pandas()
-    assert frame.policy.tolist() == ["full", "window-512", "free-block-mean"]
+    assert frame.policy.tolist() == ["full", "window-512", "untrained-block-mean"]
     assert frame.attrs["tokens"] == 200
 
 
 def test_table_fits_80_columns_and_is_sorted_by_memory(small: Comparison):
     text = plain(small)
     assert "…" not in text
-    rows = [line.split() for line in text.splitlines() if re.match(r"[ ●]+(full|window-512|free-block-mean) ", line)]
+    rows = [
+        line.split() for line in text.splitlines() if re.match(r"[ ●]+(full|window-512|untrained-block-mean) ", line)
+    ]
     order = [cells[-9] for cells in rows]
     assert order == [e.policy for e in sorted(small.policies, key=lambda e: e.bytes)]
     assert [cells[0] == "●" for cells in rows] == [e.front for e in sorted(small.policies, key=lambda e: e.bytes)]
@@ -147,11 +149,11 @@ def test_table_fits_80_columns_and_is_sorted_by_memory(small: Comparison):
 def test_html_and_figure(small: Comparison):
     page = small._repr_html_()
     assert page.count("<tr>") == 4
-    assert "free-block-mean" in page
+    assert "untrained-block-mean" in page
     given = replace(small, settings=small.settings | {"text": "<script>"})
     assert "<script>" not in given._repr_html_()
     axes = small.plot()
-    assert {text.get_text() for text in axes.texts} == {"full", "window-512", "free-block-mean"}
+    assert {text.get_text() for text in axes.texts} == {"full", "window-512", "untrained-block-mean"}
     assert axes.get_xscale() == "log"
     assert small.plot(axes) is axes
 
@@ -160,7 +162,7 @@ def test_progress_reaches_the_end_of_every_policy(loaded: hf.LoadedModel):
     calls: list[tuple[str, int, int]] = []
     options = {"model": loaded, "tokens": 60, "skip": 50, "decoded": 2}
     compare([WINDOW, FREE], progress=lambda *call: calls.append(call), **options)
-    assert [call for call in calls if call[1] == call[2]] == [("window-512", 62, 62), ("free-block-mean", 62, 62)]
+    assert [call for call in calls if call[1] == call[2]] == [("window-512", 62, 62), ("untrained-block-mean", 62, 62)]
 
     from memkit.viz.comparison import progress_bar
 

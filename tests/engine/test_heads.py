@@ -17,7 +17,7 @@ from tests.engine.cases import CHUNK, VALUE_WIDTH, WIDTH, Case, assert_close, co
 
 TOKENS = 9 * CHUNK + 3
 RATIOS = (0.5, 1.0, 1.0, 2.25)
-NAMES = ["kvm-sqrt-16", "ovq-1024", "untrained-observed", "free-kvm-log", "block-mean-8"]
+NAMES = ["kvm-sqrt-16", "ovq-1024", "untrained-observed", "untrained-kvm-log", "block-mean-8"]
 LIMIT = tolerance(torch.float64, 2048)
 
 
