@@ -128,7 +128,7 @@ def _scores(query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: R
     grouped = turned.reshape(1, key.shape[1], -1, turned.shape[-1])
     keys, values = key[0, :, None].float(), value[0, :, None].float()
     heads = zip(grouped[0, :, None], keys, values, strict=True)  # one at a time: [queries, n] scores are large
-    root = torch.cat([softmax_evidence(asked @ keys.mT * scale, values)[0] for asked, keys, values in heads]).sqrt()
+    root = torch.cat([softmax_evidence(asked @ keys.mT * scale, values)[1] for asked, keys, values in heads]).sqrt()
     return nn.functional.avg_pool1d(root, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
 
 
