@@ -230,6 +230,10 @@ def compare(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A UTF-8 text; left out: the topics of Python's own help.")
     ] = None,
+    second: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Another text, for its loss alone; without --text: IDLE's help."),
+    ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to read.")] = 4096,
     skip: Annotated[int, typer.Option(metavar="N", help="First token whose loss counts.")] = 1024,
     changes: SetOption = [],  # noqa: B006
@@ -250,7 +254,14 @@ def compare(
     chosen = policies or list(comparison.DEFAULT_POLICIES)
     with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
         result = comparison.compare(
-            chosen, model=model, text=text, tokens=tokens, skip=skip, overrides=overrides, progress=progress
+            chosen,
+            model=model,
+            text=text,
+            second=second,
+            tokens=tokens,
+            skip=skip,
+            overrides=overrides,
+            progress=progress,
         )
     viz.show(result.table())
     if json_file is not None:

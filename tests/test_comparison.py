@@ -90,7 +90,7 @@ def test_without_full_there_is_nothing_to_compare_with(loaded: hf.LoadedModel):
     alone = compare([WINDOW], model=loaded, tokens=60, skip=50, decoded=1)
     (entry,) = alone.policies
     assert (entry.difference, entry.difference_error, entry.bytes_share, entry.held_share) == (None,) * 4
-    assert "compare full too" in plain(alone)
+    assert "compare streaming-4-512 and full too" in plain(alone)
 
 
 def test_model_is_left_as_it_was_and_runs_repeat(loaded: hf.LoadedModel, small: Comparison):
@@ -109,8 +109,44 @@ def entry(policy: str, size: int, loss: float) -> Measurement:
 
 def test_front():
     points = [("a", 10, 3.0), ("b", 10, 3.0), ("c", 10, 3.1), ("d", 20, 2.0), ("e", 30, 2.0), ("f", 5, 9.0)]
-    measured = [(WINDOW.build(), entry(*point), torch.zeros(1)) for point in points]
-    assert "".join(e.policy for e in comparison._against_full(measured) if e.front) == "abdf"
+    measured = [comparison._Measured(WINDOW.build(), entry(*point), torch.zeros(1), None) for point in points]
+    assert "".join(e.policy for e in comparison._against_others(measured) if e.front) == "abdf"
+
+
+def test_the_share_of_the_gap_that_is_closed():
+    losses = {"full": [1.0, 2.0, 3.0], "streaming-4-512": [2.0, 4.0, 3.0], "window-512": [1.5, 2.0, 3.5]}
+    measured = [
+        comparison._Measured(
+            memkit.load_policy(name).build(), entry(name, 1, 1.0), torch.tensor(each).double(), 2 * torch.tensor(each)
+        )
+        for name, each in losses.items()
+    ]
+    found = {each.policy: each for each in comparison._against_others(measured)}
+    assert (found["full"].gap_closed, found["streaming-4-512"].gap_closed) == (1, 0)
+    assert (found["full"].second_gap_closed, found["streaming-4-512"].second_gap_error) == (1, 0)
+    saved = torch.tensor([0.5, 2.0, -0.5]).double()
+    assert found["window-512"].gap_closed == pytest.approx(float(saved.mean()))  # the gap is 1
+    assert found["window-512"].gap_error == pytest.approx(float(saved.std(correction=0)) / 3**0.5)
+    alone = comparison._against_others(measured[1:])
+    assert alone[0].gap_closed is None
+
+
+def test_the_second_text_is_measured_at_the_same_positions(loaded: hf.LoadedModel, small: Comparison):
+    text, options = comparison.default_text()[:300], {"model": loaded, "tokens": 200, "skip": 50, "decoded": 1}
+    swapped = compare([WINDOW], text=comparison.second_text(), second=text, **options).policies[0]
+    assert swapped.second_loss == pytest.approx(small.policies[1].loss)
+    assert swapped.loss == pytest.approx(small.policies[1].second_loss)
+    assert compare([WINDOW], text=text, **options).policies[0].second_loss is None
+    longer = options | {"tokens": len(comparison.second_text()) + 100}
+    assert compare([WINDOW], **longer).policies[0].second_loss is None
+    with pytest.raises(InputError, match="length of given text"):
+        compare([WINDOW], second="short", **options)
+
+
+def test_the_peak_is_what_decoding_holds(loaded: hf.LoadedModel):
+    spec = memkit.load_policy("untrained-kvm-fixed", {"chunker.size": 8, "growth.slots": 40})
+    measured = compare([spec], model=loaded, tokens=200, skip=50, decoded=3).policies[0]
+    assert measured.peak_bytes > measured.bytes  # slots stand beside the window while decoding
 
 
 def test_json_is_as_documented(small: Comparison):
@@ -133,15 +169,16 @@ def test_pandas_frame(small: Comparison):
     assert frame.attrs["tokens"] == 200
 
 
-def test_table_fits_80_columns_and_is_sorted_by_memory(small: Comparison):
+def test_table_fits_80_columns_and_begins_with_the_front(small: Comparison):
     text = plain(small)
     assert "…" not in text
     rows = [
         line.split() for line in text.splitlines() if re.match(r"[ ●]+(full|window-512|untrained-block-mean) ", line)
     ]
     order = [cells[-9] for cells in rows]
-    assert order == [e.policy for e in sorted(small.policies, key=lambda e: e.bytes)]
-    assert [cells[0] == "●" for cells in rows] == [e.front for e in sorted(small.policies, key=lambda e: e.bytes)]
+    by_memory = sorted(small.policies, key=lambda e: (not e.front, e.bytes))
+    assert order == [e.policy for e in by_memory]
+    assert [cells[0] == "●" for cells in rows] == [e.front for e in by_memory]
     for setting in ("tiny", "pydoc_data.topics", "200 tokens", f"threads {torch.get_num_threads()}", "torch", "seed 0"):
         assert setting in plain(small, 200)
 
@@ -162,7 +199,10 @@ def test_progress_reaches_the_end_of_every_policy(loaded: hf.LoadedModel):
     calls: list[tuple[str, int, int]] = []
     options = {"model": loaded, "tokens": 60, "skip": 50, "decoded": 2}
     compare([WINDOW, FREE], progress=lambda *call: calls.append(call), **options)
-    assert [call for call in calls if call[1] == call[2]] == [("window-512", 62, 62), ("untrained-block-mean", 62, 62)]
+    assert [call for call in calls if call[1] == call[2]] == [
+        ("window-512", 122, 122),
+        ("untrained-block-mean", 122, 122),
+    ]
 
     from memkit.viz.comparison import progress_bar
 
