@@ -111,7 +111,7 @@ def _now(name: str) -> str:
     """A shipped policy's name of now, with a notice where it was given its former one."""
     for former, now in FORMER.items():
         renamed = now + name.removeprefix(former)
-        if name.startswith(former) and is_file(policies_folder() / f"{renamed}.yaml"):
+        if name.startswith(former) and _shipped_file(renamed) is not None:
             warnings.warn(f"policy {name} is called {renamed} now; the old name goes soon", FutureWarning, stacklevel=3)
             return renamed
     return name
@@ -126,10 +126,16 @@ def _path(policy: str | Path) -> Path:
                 f"{', '.join(policy_names())}"
             )
         return path
-    path = policies_folder() / f"{policy}.yaml"
-    if not is_file(path):
+    path = _shipped_file(str(policy))
+    if path is None:
         raise PolicyError(unknown_name("policy", str(policy), policy_names()) + "; or give the path of a YAML file")
     return path
+
+
+def _shipped_file(name: str) -> Path | None:
+    """The file of a shipped policy; those in `more/` have a name, but are not among the names that are listed."""
+    paths = (folder / f"{name}.yaml" for folder in (policies_folder(), policies_folder() / "more"))
+    return next((path for path in paths if is_file(path)), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -37,15 +37,14 @@ __all__ = ["DEFAULT_POLICIES", "Comparison", "Measurement", "Progress", "compare
 
 DEFAULT_POLICIES = (
     "full",
-    "window-512",
-    "block-window-3x256",
+    "untrained-observed-sqrt",
+    "untrained-observed",
+    "caote-512",
+    "h2o-512",
+    "keydiff-512",
     "streaming-4-512",
     "block-mean-8",
-    "block-mean-sqrt",
     "untrained-kvm-fixed",
-    "untrained-kvm-sqrt",
-    "untrained-kvm-log",
-    "untrained-observed",
 )
 BASELINE, STREAMING = "full", "streaming-4-512"
 # Tokens per forward call, which bounds the activations. Longer ones are not faster: stock SmolLM2-135M read 4,096
