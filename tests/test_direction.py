@@ -27,7 +27,7 @@ LEVELS = [
     {"reference"},
     {"attention", "costing"},
     {"hf", "lm", "interop", "evals", "testing"},
-    {"comparison", "benchmark", "viz"},
+    {"comparison", "passkey", "benchmark", "viz"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

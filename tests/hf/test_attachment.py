@@ -38,7 +38,7 @@ SMALL = {
     "untrained-kvm-log": {"chunker.size": 8, "growth.per_doubling": 4, "growth.start": 8},
     "untrained-block-mean": {"chunker.size": 8},
 }
-FREE = [name for name in SMALL if name.startswith("free-")]
+FREE = [name for name in SMALL if name.startswith("untrained-")]
 
 
 def small(name: str) -> memkit.PolicySpec:
