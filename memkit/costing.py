@@ -174,9 +174,10 @@ def cost(
     With w(p) tokens of the window and m(p) slots visible to the query at position p, its own token included,
 
         attention = 2·h·(d + v) · Σ_p (w(p) + m(p))              scores and weighted values
-        routing   = 2·g·d · Σ_chunks C·(m before + m founded)    every token that leaves against every slot
+        routing   = 2·g·d · Σ_chunks (pairs compared)            who founds nothing against every slot
 
-    for each layer and row. Where slots compete, all that want a slot are compared with those that get one. What n
+    for each layer and row. An admission that compares looks at all tokens of a chunk and the slots before it; their
+    routing then adds the new slots alone. Where slots compete, those that lose are compared with all that stay. What n
     observed queries of a chunk cost counts as routing: 2·h·n·(d + 2v) for each row that its last token sees. Routing
     costs nothing where no slot is compared (`segment`, growth `none`) and where the
     whole chunk founds. `full` thus costs the causal half of the square. One decoded token stands at p = `tokens` and
@@ -228,8 +229,8 @@ class _Course:
 
     def __init__(self, policy: Policy, lengths: set[int]) -> None:
         self.policy, tokens = policy, max(lengths)
-        admits = policy.admission is not None and policy.admission.compares
-        self.compares = not policy.sinks_only and (policy.routing.compares or admits)
+        self.admission_compares = policy.admission is not None and policy.admission.compares
+        self.compares = not policy.sinks_only and (policy.routing.compares or self.admission_compares)
         chunks = 0 if policy.sinks_only else int(policy.window.begin(tokens)) // policy.chunk + 1
         # Slots once so many chunks have left; without growth there may be a chunk per token, and none is needed.
         self.table = np.array([policy.slots_after_chunk(index - 1) for index in range(chunks + 1)], dtype=np.int64)
@@ -256,15 +257,17 @@ class _Course:
         """Pairs of a token and a slot that are compared as chunks `first` … `stop` − 1 leave."""
         if not self.compares:
             return 0
-        live, after = self.table[first:stop], self.table[first + 1 : stop + 1]
-        if self.policy.competes:  # all that want a slot with those that get one, where somebody loses
-            asking = live - np.minimum(live, self.policy.sinks) + self.policy.chunk
-            loses = after - np.minimum(live, self.policy.sinks) < asking
-            return int((asking * after)[loses].sum()) if self.policy.merging.joins else 0
-        chooses = after - live < self.policy.chunk  # where all found, there is nothing to choose
-        if not self.policy.routing.compares:  # but the admission does, where it admits anybody
-            return self.policy.chunk * int(live[chooses & (after > live)].sum())
-        return self.policy.chunk * int((after if self.policy.merging.joins else live)[chooses].sum())
+        policy, live, after = self.policy, self.table[first:stop], self.table[first + 1 : stop + 1]
+        if policy.competes:  # what loses with all that stays
+            losing = live + policy.chunk - after
+            return int((losing * after).sum()) if policy.merging.joins else 0
+        chunk, new = policy.chunk, after - live
+        others = chunk - new
+        scores = chunk * live * ((new > 0) & (others > 0)) if self.admission_compares else np.zeros_like(live)
+        if not (policy.routing.compares and policy.merging.joins):
+            return int(scores.sum())
+        # Who founds nothing meets all slots; where the admission has compared it with those there were, the new ones.
+        return int((scores + others * np.where(scores > 0, new, after)).sum())
 
 
 def _cost_at(policy: Policy, parts: list[tuple[_Course, Shape]], shape: Shape, tokens: int, exponent: float) -> Cost:

@@ -14,10 +14,13 @@ SHIPPED = {
     "block-mean-8",
     "block-mean-sqrt",
     "block-window-3x256",
-    "untrained-block-mean",
-    "untrained-kvm-fixed",
-    "untrained-kvm-log",
-    "untrained-kvm-sqrt",
+    "caote-512",
+    "h2o-512",
+    "keydiff-512",
+    "knorm-512",
+    "tova-512",
+    "untrained-observed",
+    "untrained-observed-sqrt",
     "full",
     "kvm-fixed-256",
     "kvm-log-256",
@@ -176,3 +179,11 @@ def test_a_former_name_still_loads_with_a_notice():
     assert not any(name.startswith("free-") for name in memkit.policy_names())
     with pytest.raises(memkit.PolicyError, match="free-kvm-cube"):
         memkit.load_policy("free-kvm-cube")
+
+
+@pytest.mark.parametrize("path", sorted((policies_folder() / "more").glob("*.yaml")), ids=lambda path: path.stem)
+def test_policies_put_aside_load_by_name_and_are_not_listed(path: Path):
+    assert memkit.load_policy(path.stem).name == path.stem
+    assert path.stem not in memkit.policy_names()
+    assert "loses to StreamingLLM" in policy_header(path.stem)
+    assert memkit.load_policy(path) == memkit.load_policy(path.stem)

@@ -149,9 +149,12 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+DEFAULTS: dict[str, Any] = dict.fromkeys(("model", "text", "second", "tokens", "skip", "rows")) | {"prefill": "policy"}
+
+
 def test_compare_defaults(compared: list[Any]):
     assert run("compare") == "the table\n"
-    options = {"model": None, "text": None, "tokens": 4096, "skip": 1024, "overrides": {}}
+    options = DEFAULTS | {"overrides": {}}
     assert compared == [(list(comparison.DEFAULT_POLICIES), options)]
 
 
@@ -160,9 +163,36 @@ def test_compare_options(compared: list[Any], tmp_path: Path):
     changes = ["--set", "window.chunks=8", "--set", "sinks=2"]
     run("compare", "full", "mine.yaml", "--model", "m", "--text", "t.txt", "--tokens", "64", "--skip", "8",
         *changes, "--json", str(out))  # fmt: skip
-    options = {"model": "m", "text": Path("t.txt"), "tokens": 64, "skip": 8}
+    options = DEFAULTS | {"model": "m", "text": Path("t.txt"), "tokens": 64, "skip": 8}
     assert compared == [(["full", "mine.yaml"], options | {"overrides": {"window.chunks": 8, "sinks": 2}})]
     assert json.loads(out.read_text()) == {"settings": {}, "policies": []}
+
+
+def test_compare_of_a_prompt_read_in_full(compared: list[Any]):
+    run("compare", "full", "--prefill", "full", "--rows", "512", "--second", "s.txt")
+    options = DEFAULTS | {"prefill": "full", "rows": 512, "second": Path("s.txt"), "overrides": {}}
+    assert compared == [(["full"], options)]
+    assert run("compare", "--prefill", "some", code=2) == "--prefill must be one of policy, full, got some"
+
+
+def test_passkeys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from memkit import passkey
+
+    calls: list[Any] = []
+    settings = {"tokens": 64, "text": "t", "model": "m", "prefill": "policy", "rows": None, "seed": 0, "overrides": {}}
+
+    def find(policies: list[str], progress: Any, **options: Any) -> passkey.Passkeys:
+        calls.append((policies, options))
+        found = passkey.Retrieval("full", 1, 2, 0.5, 0.1, 8, ((0.25, True, 0.4), (0.75, False, 0.6)))
+        return passkey.Passkeys(settings, (found,))
+
+    monkeypatch.setattr(passkey, "find_passkeys", find)
+    out = tmp_path / "out.json"
+    text = run("compare", "full", "--passkey", "--placements", "2", "--rows", "512", "--json", str(out))
+    options = {"model": None, "text": None, "prefill": "policy", "rows": 512, "overrides": {}}
+    assert calls == [(["full"], options | {"tokens": 2048, "placements": 2})]
+    assert "1/2" in text
+    assert json.loads(out.read_text())["policies"][0]["found"] == 1
 
 
 def test_compare_finds_out_that_it_cannot_write_before_it_works(compared: list[Any], tmp_path: Path):

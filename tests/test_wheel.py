@@ -62,9 +62,11 @@ def test_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path):
 
 
 def test_wheel_holds_modules_policies_marker_and_licence_only(wheel: Path):
-    policies = {f"memkit/policies/{path.name}" for path in (ROOT / "policies").glob("*.yaml")}
+    policies = {f"memkit/{path.relative_to(ROOT)}" for path in (ROOT / "policies").rglob("*.yaml")}
+    profiles = {f"memkit/profiles/{path.name}" for path in (ROOT / "profiles").glob("*.yaml")}
     names = set(contents(wheel))
     assert policies
+    assert profiles == {name for name in names if name.startswith("memkit/profiles/")}
     assert {name for name in names if name.startswith("memkit/policies/")} == policies
     assert "memkit/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -79,6 +79,8 @@ def read(path: str | Path) -> tuple[PolicySpec, list[Contents]]:
         raise MemoryStateError(f"{said}: cannot be read as a memory: {short(' '.join(str(error).split()))}") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise MemoryStateError(f"{said}: not a memory saved by memkit (no format {FORMAT}); write one with Memory.save")
+    if unknown := sorted(facts.keys() - {"format", "policy", "name", "end", "checksum"}):
+        raise MemoryStateError(f"{said}: damaged: it says {short(', '.join(unknown))}; save the memory again")
     checksum = facts.pop("checksum", None)  # files of before there was one have none
     if checksum is not None and checksum != _checksum(facts, tensors):
         raise MemoryStateError(f"{said}: damaged: its checksum is not that of what it holds; save the memory again")
