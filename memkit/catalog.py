@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from memkit import yaml12
-from memkit.errors import MemkitError, PolicyError, short, shown, unknown_name
+from memkit.errors import MemkitError, PolicyError, short, shown, unknown_name, warn_of_old_name
 from memkit.pieces.registry import SpecError
 from memkit.policy import Policy, PolicySpec
 
 __all__ = ["as_policy", "load_policy", "policies_folder", "policy_header", "policy_names"]
+
+RENAMED = {f"free-{rest}": f"untrained-{rest}" for rest in ("block-mean", "kvm-fixed", "kvm-log", "kvm-sqrt")}
+"""Old names of shipped policies, which still load."""
 
 
 @functools.cache
@@ -36,7 +39,7 @@ def policy_names() -> list[str]:
 
 def policy_header(name: str) -> str:
     """The comment at the head of a shipped policy's file: what it is, where it comes from, when to use it."""
-    lines = _path(name).read_text(encoding="utf-8").splitlines()
+    lines = _path(RENAMED.get(name, name)).read_text(encoding="utf-8").splitlines()
     head = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
 
@@ -45,7 +48,8 @@ def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | 
     """A policy by its shipped name or its YAML file's path, with fields overridden by dotted path.
 
     `load_policy("kvm-sqrt-16", {"growth.factor": 8})`. Overriding a `kind` with another one drops the family's other
-    fields, since they belong to the kind. Raises `PolicyError` naming the file, the field and what is allowed.
+    fields, since they belong to the kind. A name that a shipped policy had before loads it too, with an
+    `OldNameWarning`. Raises `PolicyError` naming the file, the field and what is allowed.
     """
     changes = checked_overrides(overrides, PolicyError)
     if isinstance(policy, PolicySpec):
@@ -54,6 +58,9 @@ def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | 
         remedy = "; write PolicySpec(**fields) for a mapping" if isinstance(policy, Mapping) else ""
         raise PolicyError(f"a policy is a name, a path or a PolicySpec, got {shown(policy)}{remedy}")
     else:
+        if isinstance(policy, str) and policy in RENAMED:
+            warn_of_old_name("policy", policy, RENAMED[policy])
+            policy = RENAMED[policy]
         if not changes and not _is_path(policy):
             return _shipped(str(policy))
         path = _path(policy)

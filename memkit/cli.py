@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 
 from memkit import __version__, yaml12
 from memkit.catalog import load_policy, policy_header, policy_names
-from memkit.errors import InputError, MemkitError, PolicyError, short, shown, unknown_name
+from memkit.errors import InputError, MemkitError, OldNameWarning, PolicyError, short, shown, unknown_name
 
 __all__ = ["app"]
 
@@ -45,13 +46,32 @@ def _bad_input_is_one_line() -> Generator[None]:
     raise typer.Exit(2)
 
 
+@contextmanager
+def _notices_are_one_line() -> Generator[None]:
+    """Old names are told of once each, without the line of our code that met them."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OldNameWarning)
+        show = warnings.showwarning
+
+        def notice(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, OldNameWarning):
+                show(message, category, *where, **more)
+            elif str(message) not in told:
+                told.add(str(message))
+                typer.echo(str(message), err=True)
+
+        warnings.showwarning = notice
+        yield
+
+
 class _Commands(TyperGroup):
     def make_context(self, *arguments: Any, **settings: Any) -> Any:
         with _bad_input_is_one_line():
             return super().make_context(*arguments, **settings)
 
     def invoke(self, ctx: Any) -> Any:
-        with _bad_input_is_one_line():
+        with _notices_are_one_line(), _bad_input_is_one_line():
             return super().invoke(ctx)
 
 

@@ -41,9 +41,9 @@ DEFAULT_POLICIES = (
     "streaming-4-512",
     "block-mean-8",
     "block-mean-sqrt",
-    "free-kvm-fixed",
-    "free-kvm-sqrt",
-    "free-kvm-log",
+    "untrained-kvm-fixed",
+    "untrained-kvm-sqrt",
+    "untrained-kvm-log",
     "untrained-observed",
 )
 BASELINE = "full"

@@ -23,7 +23,7 @@ POLICIES = {
     "window-512": {"window.size": 11},
     "streaming-4-512": {"window.size": 7, "sinks": 2},
     "kvm-sqrt-16": {"chunker.size": 8, "growth.factor": 3, "growth.floor": 8},
-    "free-kvm-fixed": {"chunker.size": 8, "growth.slots": 12},
+    "untrained-kvm-fixed": {"chunker.size": 8, "growth.slots": 12},
     "ovq-1024": {"chunker.size": 8},
     "block-mean-8": {"chunker.size": 8},
 }
@@ -135,7 +135,7 @@ def test_rows_of_unequal_length_are_strangers(policy):
     assert memory.seen.tolist() == [31, 27, 9]
 
 
-@pytest.mark.parametrize("policy", ["full", "kvm-sqrt-16", "ovq-1024", "free-kvm-fixed"])
+@pytest.mark.parametrize("policy", ["full", "kvm-sqrt-16", "ovq-1024", "untrained-kvm-fixed"])
 def test_autocast_stays_near_float32(policy):
     made, x = layer(small(policy)), inputs()
     expected = made(x)[0]
@@ -213,7 +213,7 @@ def test_values_may_be_wider_than_keys():
         ({"rotary": {"width": 10}}, "rotary.width must be even and at most the head width 8, got 10"),
         ({"head_width": 0}, "head_width must be a whole number, at least 1, got 0"),
         (
-            {"policy": "free-kvm-sqrt", "rotary": {"width": 0}},
+            {"policy": "untrained-kvm-sqrt", "rotary": {"width": 0}},
             "rotary rerotate un-rotates keys, but this layer rotates",
         ),
     ],

@@ -17,10 +17,10 @@ SMALL = {"chunker.size": 16, "growth.slots": 16}
 
 def test_every_mode_is_timed_against_full_attention() -> None:
     spec = memkit.load_policy("kvm-fixed-256", SMALL)
-    result = benchmark.bench([spec, "free-kvm-sqrt"], [64, 128], heads=2, kv_heads=1, head_width=8, repeats=2)
+    result = benchmark.bench([spec, "untrained-kvm-sqrt"], [64, 128], heads=2, kv_heads=1, head_width=8, repeats=2)
     assert {(row.policy, row.mode, row.tokens) for row in result.timings} == {
         (name, mode, tokens)
-        for name in ("kvm-fixed-256", "free-kvm-sqrt")
+        for name in ("kvm-fixed-256", "untrained-kvm-sqrt")
         for mode in benchmark.MODES
         for tokens in (64, 128)
     }

@@ -14,10 +14,10 @@ SHIPPED = {
     "block-mean-8",
     "block-mean-sqrt",
     "block-window-3x256",
-    "free-block-mean",
-    "free-kvm-fixed",
-    "free-kvm-log",
-    "free-kvm-sqrt",
+    "untrained-block-mean",
+    "untrained-kvm-fixed",
+    "untrained-kvm-log",
+    "untrained-kvm-sqrt",
     "full",
     "kvm-fixed-256",
     "kvm-log-256",
@@ -59,6 +59,19 @@ def test_every_shipped_policy_says_what_it_is_and_names_the_schema(name: str):
     assert len(header.splitlines()) >= 2, "what it is, where it comes from, when to use it"
 
 
+@pytest.mark.parametrize("rest", ["block-mean", "kvm-fixed", "kvm-log", "kvm-sqrt"])
+def test_an_old_name_loads_the_policy_with_one_notice(rest: str):
+    old, new = f"free-{rest}", f"untrained-{rest}"
+    assert old not in memkit.policy_names()
+    for load in (memkit.load_policy, as_policy, lambda name: memkit.load_policy(name, {"chunker.size": 8})):
+        with pytest.warns(FutureWarning) as notices:
+            loaded = load(old)
+        assert [str(notice.message) for notice in notices] == [f"policy {old} is now called {new}; use the new name"]
+        assert notices[0].filename == __file__, "it points at the line that has the old name"
+        assert loaded.name == new
+    assert policy_header(old) == policy_header(new)
+
+
 def test_overrides_change_fields_and_leave_the_shipped_policy_alone():
     spec = memkit.load_policy("kvm-sqrt-16", {"growth.factor": 8, "sinks": 2, "readout.bias": "count"})
     assert isinstance(spec.growth, SqrtGrowthSpec)
@@ -85,9 +98,9 @@ def test_overriding_a_whole_family():
 
 
 def test_overrides_work_on_specs_and_files(tmp_path: Path):
-    changed = memkit.load_policy(memkit.load_policy("free-kvm-sqrt"), {"growth.factor": 8})
-    assert changed.name == "free-kvm-sqrt"
-    assert memkit.load_policy("free-kvm-sqrt", {"growth.factor": 8}) == changed
+    changed = memkit.load_policy(memkit.load_policy("untrained-kvm-sqrt"), {"growth.factor": 8})
+    assert changed.name == "untrained-kvm-sqrt"
+    assert memkit.load_policy("untrained-kvm-sqrt", {"growth.factor": 8}) == changed
     file = tmp_path / "mine.yml"
     file.write_text("sinks: 3\n")
     assert memkit.load_policy(file, {"window.kind": "sliding", "window.size": 9}).build().window.capacity == 9

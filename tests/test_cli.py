@@ -42,6 +42,16 @@ def refused(*arguments: str) -> str:
     return result.stderr
 
 
+def test_an_old_name_is_told_of_in_one_line():
+    result = CliRunner().invoke(app, ["show", "free-kvm-sqrt"])
+    assert result.exit_code == 0
+    assert result.stderr == "policy free-kvm-sqrt is now called untrained-kvm-sqrt; use the new name\n"
+    assert "untrained-kvm-sqrt" in result.stdout
+    assert "free-kvm-sqrt" not in result.stdout
+    twice = CliRunner().invoke(app, ["cost", "free-kvm-log", "free-kvm-log", "full", "--json"])
+    assert twice.stderr == "policy free-kvm-log is now called untrained-kvm-log; use the new name\n"
+
+
 # list and show
 
 
@@ -100,11 +110,11 @@ def test_cost_prints_what_costing_says():
 def test_cost_as_json():
     options = ["--heads", "9", "--kv-heads", "3", "--head-width", "32", "--value-width", "16"]
     options += ["--dtype", "bfloat16", "--layers", "30", "--rows", "2"]
-    text = run("cost", "free-kvm-log", "full", *options, "--tokens", "4096", "--tokens", "100", "--json")
+    text = run("cost", "untrained-kvm-log", "full", *options, "--tokens", "4096", "--tokens", "100", "--json")
     shape: dict[str, Any] = {"heads": 9, "kv_heads": 3, "head_width": 32, "value_width": 16}
     shape |= {"dtype": "bfloat16", "layers": 30, "rows": 2}
     assert json.loads(text) == [
-        cost(name, tokens, **shape).to_dict() for name in ("free-kvm-log", "full") for tokens in (4096, 100)
+        cost(name, tokens, **shape).to_dict() for name in ("untrained-kvm-log", "full") for tokens in (4096, 100)
     ]
 
 

@@ -22,7 +22,7 @@ from tests.hf.tiny import randomised, tiny_config
 mpl.use("agg")
 
 # Merges by place in the text: equal letters have all but equal keys, and ties that rounding decides differ by split.
-FREE = memkit.load_policy("free-block-mean", {"chunker.size": 8})
+UNTRAINED = memkit.load_policy("untrained-block-mean", {"chunker.size": 8})
 WINDOW = memkit.load_policy("window-512", {"window.size": 20})
 
 
@@ -40,7 +40,7 @@ def loaded() -> hf.LoadedModel:
 
 @pytest.fixture(scope="module")
 def small(loaded: hf.LoadedModel) -> Comparison:
-    return compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=3)
+    return compare(["full", WINDOW, UNTRAINED], model=loaded, tokens=200, skip=50, decoded=3)
 
 
 def plain(comparison: Comparison, width: int = 80) -> str:
@@ -62,7 +62,7 @@ def test_loss_is_the_untouched_models_over_the_scored_positions(loaded: hf.Loade
 def test_segments_and_slices_change_no_loss(loaded, small, monkeypatch, segment, cut):
     monkeypatch.setattr(comparison, "SEGMENT", segment)
     monkeypatch.setattr(comparison, "SLICE", cut)
-    again = compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=1)
+    again = compare(["full", WINDOW, UNTRAINED], model=loaded, tokens=200, skip=50, decoded=1)
     for one, other in zip(again.policies, small.policies, strict=True):
         assert one.loss == pytest.approx(other.loss, abs=1e-5)
         assert (one.slots, one.window) == (other.slots, other.window)
@@ -71,9 +71,9 @@ def test_segments_and_slices_change_no_loss(loaded, small, monkeypatch, segment,
 def test_costs_and_differences(loaded: hf.LoadedModel, small: Comparison):
     full, window, free = small.policies
     assert (full.slots, full.window, window.slots, window.window) == (0, 200, 0, 20)
-    policy = FREE.build()
+    policy = UNTRAINED.build()
     assert free.slots == policy.slots_after(200)
-    with torch.no_grad(), hf.attach(loaded.model, FREE):
+    with torch.no_grad(), hf.attach(loaded.model, UNTRAINED):
         ids = torch.tensor([Letters()(comparison.default_text())["input_ids"][:200]])
         layers = hf.memories(returned_cache(loaded.model(ids, use_cache=True)))
     assert free.bytes == sum(memory.bytes for memory in layers)
@@ -96,7 +96,7 @@ def test_without_full_there_is_nothing_to_compare_with(loaded: hf.LoadedModel):
 def test_model_is_left_as_it_was_and_runs_repeat(loaded: hf.LoadedModel, small: Comparison):
     loaded.model.train()
     state = torch.random.get_rng_state()
-    again = compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=1)
+    again = compare(["full", WINDOW, UNTRAINED], model=loaded, tokens=200, skip=50, decoded=1)
     assert [entry.loss for entry in again.policies] == [entry.loss for entry in small.policies]
     assert loaded.model.training
     assert torch.equal(state, torch.random.get_rng_state())
@@ -119,7 +119,7 @@ def test_json_is_as_documented(small: Comparison):
     names = [field.name for field in fields(Measurement)]
     assert {"policy", "loss", "bytes", "slots", "read_seconds", "decode_ms"} < set(names)
     assert all(list(row) == names for row in data["policies"])
-    assert [row["policy"] for row in data["policies"]] == ["full", "window-512", "free-block-mean"]
+    assert [row["policy"] for row in data["policies"]] == ["full", "window-512", "untrained-block-mean"]
     documented = (Comparison.__doc__ or "").partition("settings:")[2]
     assert [name for name in data["settings"] if name not in documented] == []
     assert data["settings"]["model"] == "tiny"
@@ -129,14 +129,16 @@ def test_json_is_as_documented(small: Comparison):
 
 def test_pandas_frame(small: Comparison):
     frame = small.to_pandas()
-    assert frame.policy.tolist() == ["full", "window-512", "free-block-mean"]
+    assert frame.policy.tolist() == ["full", "window-512", "untrained-block-mean"]
     assert frame.attrs["tokens"] == 200
 
 
 def test_table_fits_80_columns_and_is_sorted_by_memory(small: Comparison):
     text = plain(small)
     assert "…" not in text
-    rows = [line.split() for line in text.splitlines() if re.match(r"[ ●]+(full|window-512|free-block-mean) ", line)]
+    rows = [
+        line.split() for line in text.splitlines() if re.match(r"[ ●]+(full|window-512|untrained-block-mean) ", line)
+    ]
     order = [cells[-9] for cells in rows]
     assert order == [e.policy for e in sorted(small.policies, key=lambda e: e.bytes)]
     assert [cells[0] == "●" for cells in rows] == [e.front for e in sorted(small.policies, key=lambda e: e.bytes)]
@@ -147,11 +149,11 @@ def test_table_fits_80_columns_and_is_sorted_by_memory(small: Comparison):
 def test_html_and_figure(small: Comparison):
     page = small._repr_html_()
     assert page.count("<tr>") == 4
-    assert "free-block-mean" in page
+    assert "untrained-block-mean" in page
     given = replace(small, settings=small.settings | {"text": "<script>"})
     assert "<script>" not in given._repr_html_()
     axes = small.plot()
-    assert {text.get_text() for text in axes.texts} == {"full", "window-512", "free-block-mean"}
+    assert {text.get_text() for text in axes.texts} == {"full", "window-512", "untrained-block-mean"}
     assert axes.get_xscale() == "log"
     assert small.plot(axes) is axes
 
@@ -159,13 +161,13 @@ def test_html_and_figure(small: Comparison):
 def test_progress_reaches_the_end_of_every_policy(loaded: hf.LoadedModel):
     calls: list[tuple[str, int, int]] = []
     options = {"model": loaded, "tokens": 60, "skip": 50, "decoded": 2}
-    compare([WINDOW, FREE], progress=lambda *call: calls.append(call), **options)
-    assert [call for call in calls if call[1] == call[2]] == [("window-512", 62, 62), ("free-block-mean", 62, 62)]
+    compare([WINDOW, UNTRAINED], progress=lambda *call: calls.append(call), **options)
+    assert [call for call in calls if call[1] == call[2]] == [("window-512", 62, 62), ("untrained-block-mean", 62, 62)]
 
     from memkit.viz.comparison import progress_bar
 
     with progress_bar(2) as report:
-        compare([WINDOW, FREE], progress=report, **options)
+        compare([WINDOW, UNTRAINED], progress=report, **options)
 
 
 def test_overrides_policies_of_ones_own_and_names(loaded: hf.LoadedModel):

@@ -116,7 +116,7 @@ def test_full_attention_is_the_causal_half_of_the_square():
 
 def test_a_decoded_token_pays_its_share_of_routing():
     """Decoding a chunk's worth of tokens routes one chunk."""
-    spec = memkit.load_policy("free-kvm-fixed")
+    spec = memkit.load_policy("untrained-kvm-fixed")
     shares = [said.decode.routing for said in cost(spec, range(64 * 40, 64 * 41), heads=1)]
     one_more = cost(spec, 64 * 41 + 1, heads=1).prefill.routing - cost(spec, 64 * 40 + 1, heads=1).prefill.routing
     assert sum(shares) == one_more == 2 * 64 * 64 * 256

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import memkit
 from memkit import Memory, MemoryStateError, Rotation
 
-SPEC = memkit.load_policy("free-kvm-sqrt", {"chunker.size": 4, "growth.floor": 5, "growth.factor": 1})
+SPEC = memkit.load_policy("untrained-kvm-sqrt", {"chunker.size": 4, "growth.floor": 5, "growth.factor": 1})
 ROTATION = Rotation("adjacent", 2, torch.ones(1))
 
 

@@ -202,7 +202,7 @@ def test_slots_keep_to_the_budget_and_never_shrink(name: str, chunks: list[int])
 
 
 def test_slots_do_not_depend_on_the_order_of_asking():
-    late, early = (memkit.load_policy("free-kvm-sqrt").named(None).build() for _ in range(2))
+    late, early = (memkit.load_policy("untrained-kvm-sqrt").named(None).build() for _ in range(2))
     expected = [early.slots_after_chunk(index) for index in range(50)]
     assert [late.slots_after_chunk(index) for index in reversed(range(50))] == expected[::-1]
 

@@ -264,7 +264,7 @@ def draw_set(rng: Random) -> tuple[str, list[str]]:
                for _ in range(rng.randrange(1, 4))]  # fmt: skip
     if rng.random() < 0.2:
         changes = [mutated(rng, change) for change in changes]
-    return rng.choice(("kvm-sqrt-16", "full", "window-512", "free-kvm-log", "tiny-kvm-sqrt", "tiny-full")), changes
+    return rng.choice(("kvm-sqrt-16", "full", "window-512", "untrained-kvm-log", "tiny-kvm-sqrt", "tiny-full")), changes
 
 
 def use_set(given: tuple[str, list[str]], folder: Path) -> None:
@@ -341,7 +341,7 @@ def memories() -> tuple[bytes, ...]:
     small = {"chunker.size": 4, "growth.floor": 4}
     policies = [
         (memkit.load_policy("kvm-sqrt-16", {**small, "growth.factor": 2}), 1),
-        (memkit.load_policy("free-kvm-sqrt", {**small, "growth.factor": 2}), 1),
+        (memkit.load_policy("untrained-kvm-sqrt", {**small, "growth.factor": 2}), 1),
         (memkit.load_policy("window-512", {"window.size": 4}), 1),
         (memkit.load_policy("streaming-4-512", {"window.size": 4}), 2),
         (memkit.load_policy("full"), 2),
@@ -456,7 +456,7 @@ def with_odd_ones(rng: Random, right: dict[str, Any], more: tuple[str, ...] = ()
     return given
 
 
-POLICIES = ("kvm-fixed-256", "free-kvm-sqrt", "block-mean-8", "streaming-4-512", "full", "ovq-1024")
+POLICIES = ("kvm-fixed-256", "untrained-kvm-sqrt", "block-mean-8", "streaming-4-512", "full", "ovq-1024")
 
 
 @functools.cache

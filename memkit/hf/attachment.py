@@ -52,7 +52,7 @@ def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generat
     """Inside the `with` block, every attention layer of `model` remembers as `policy` says.
 
     ```python
-    with memkit.hf.attach(model, "free-kvm-sqrt"):
+    with memkit.hf.attach(model, "untrained-kvm-sqrt"):
         model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
     ```
 
@@ -89,7 +89,8 @@ def check_policy(policy: Policy) -> None:
     if policy.learned:
         raise ModelError(
             f"a stock model runs policies without learned parts, got {_name(policy)}, which needs "
-            f"{', '.join(need.phrase for need in policy.learned)}; use a free-* policy, or train a model with this one"
+            f"{', '.join(need.phrase for need in policy.learned)}; use an untrained-* policy, or train a model with "
+            "this one"
         )
 
 

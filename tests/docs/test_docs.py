@@ -37,7 +37,7 @@ def test_readme_merge_rule_works_in_yaml(tmp_path: Path) -> None:
     block = blocks("README.md", "python")[-1]
     exec(compile(block, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
     assert issubclass(kinds("merging")["recent"], MergingSpec)
-    spec = memkit.load_policy("free-kvm-fixed", {"merging.kind": "recent", "merging.rate": 0.2})
+    spec = memkit.load_policy("untrained-kvm-fixed", {"merging.kind": "recent", "merging.rate": 0.2})
     path = tmp_path / "recent.yaml"
     path.write_text(spec.to_yaml(), encoding="utf-8")
     assert memkit.load_policy(path) == spec

@@ -73,7 +73,7 @@ def test_a_scaled_policy_differs_in_sizes_alone(name: str):
 
 
 @pytest.mark.parametrize("pairing", ["adjacent", "half-split"])
-@pytest.mark.parametrize("name", ["free-kvm-sqrt", "block-mean-8"])
+@pytest.mark.parametrize("name", ["untrained-kvm-sqrt", "block-mean-8"])
 def test_both_ways_to_pair_channels(name: str, pairing: str):
     assert_agrees(make_case(small(name), 50, pairing=pairing))
 

@@ -32,7 +32,7 @@ POLICIES: list[Any] = [
     pytest.param(
         "kvm-sqrt-16", {"merging": {"kind": "weighted-mean", "weight": "key-norm"}}, id="key norms as weights"
     ),
-    pytest.param("free-kvm-sqrt", {}, id="cosine, mean norms, rerotate"),
+    pytest.param("untrained-kvm-sqrt", {}, id="cosine, mean norms, rerotate"),
     pytest.param("block-mean-8", {}, id="pooled blocks"),
     pytest.param("ovq-1024", {}, id="vector quantisation"),
     pytest.param("streaming-4-512", {"readout.temperatures": True}, id="sinks and a sliding window"),
@@ -122,7 +122,7 @@ def test_gradients_of_some_inputs_alone(name: str):
 
 def test_no_gradient_flows_through_the_plan():
     # Moving every key a little changes no choice; the derivative is that of the frozen plan.
-    case = make_case(small("free-kvm-sqrt"), 61)
+    case = make_case(small("untrained-kvm-sqrt"), 61)
     frozen, own = case.gradients(cotangent(case), plan=case.plan()), case.gradients(cotangent(case))
     for name, gradient in frozen[2].items():
         assert torch.equal(gradient, own[2][name]), name

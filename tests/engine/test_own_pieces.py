@@ -193,7 +193,7 @@ def test_engine_and_oracle_agree(spec: type, changes: dict[str, Any]):
     assert_agrees(case)
 
 
-@pytest.mark.parametrize("base", ["kvm-sqrt-16", "free-kvm-sqrt", "block-mean-8", "ovq-1024"])
+@pytest.mark.parametrize("base", ["kvm-sqrt-16", "untrained-kvm-sqrt", "block-mean-8", "ovq-1024"])
 def test_a_rule_that_is_not_additive(base: str):
     memkit.register(EmaSpec)
     changes: dict[str, Any] = {"merging": {"kind": "test-ema"}}
@@ -213,7 +213,7 @@ def test_a_rule_that_is_not_additive(base: str):
 )
 def test_one_token_at_a_time(spec: type, changes: dict[str, Any]):
     memkit.register(spec)
-    case = make_case(own(changes, "free-kvm-sqrt"), 60)
+    case = make_case(own(changes, "untrained-kvm-sqrt"), 60)
     expected, _ = case.attend()
     memory, outputs = None, []
     for position in range(60):

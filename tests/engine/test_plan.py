@@ -196,7 +196,7 @@ def test_attend_follows_the_plan_it_would_make(name: str):
 
 
 def test_attend_follows_any_plan():
-    case = make_case(small("free-kvm-sqrt"), 70)
+    case = make_case(small("untrained-kvm-sqrt"), 70)
     plan = case.plan()
     newest = torch.from_numpy(np.repeat(plan.slots[0], 8))[: plan.slot.shape[2]] - 1
     other = dataclasses.replace(plan, slot=torch.where(plan.founded, plan.slot, newest))

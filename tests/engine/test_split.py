@@ -118,7 +118,7 @@ def test_either_backend_goes_on_with_the_others_memory(name: str, grad: bool):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["kvm-sqrt-16", "free-kvm-log", "streaming-4-512", "full"])
+@pytest.mark.parametrize("name", ["kvm-sqrt-16", "untrained-kvm-log", "streaming-4-512", "full"])
 def test_a_thousand_tokens_one_by_one(name: str):
     # Long enough for buffers to fill, move and grow many times.
     case = make_case(small(name), 700, rows=1, heads=2, kv_heads=1)
@@ -159,7 +159,7 @@ def test_one_memory_may_be_used_twice_where_gradients_flow():
 
 
 def test_positions_continue_from_those_given():
-    case = make_case(small("free-kvm-sqrt"), TOKENS)
+    case = make_case(small("untrained-kvm-sqrt"), TOKENS)
     given = 100 + 2.5 * torch.arange(TOKENS).expand(2, -1).double()
     rotation = case.rotation
     assert rotation is not None

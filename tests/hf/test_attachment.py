@@ -33,12 +33,12 @@ SMALL = {
     "block-window-3x256": {"chunker.size": 8},
     "streaming-4-512": {"window.size": 20},
     "block-mean-8": {"chunker.size": 8},
-    "free-kvm-fixed": {"chunker.size": 8, "growth.slots": 12},
-    "free-kvm-sqrt": {"chunker.size": 8},
-    "free-kvm-log": {"chunker.size": 8, "growth.per_doubling": 4, "growth.start": 8},
-    "free-block-mean": {"chunker.size": 8},
+    "untrained-kvm-fixed": {"chunker.size": 8, "growth.slots": 12},
+    "untrained-kvm-sqrt": {"chunker.size": 8},
+    "untrained-kvm-log": {"chunker.size": 8, "growth.per_doubling": 4, "growth.start": 8},
+    "untrained-block-mean": {"chunker.size": 8},
 }
-FREE = [name for name in SMALL if name.startswith("free-")]
+UNTRAINED = [name for name in SMALL if name.startswith("untrained-")]
 
 
 def small(name: str) -> memkit.PolicySpec:
@@ -108,7 +108,7 @@ def test_families_and_rope_types(model, config, changes, ids):
         close(read(stock, ids, 50), expected)
     # Every token founds a slot and stands at its own position: un-rotating and rotating again is the identity.
     spec = memkit.load_policy(
-        "free-kvm-sqrt", SMALL["free-kvm-sqrt"] | {"growth.kind": "linear", "growth.fraction": 1.0}
+        "untrained-kvm-sqrt", SMALL["untrained-kvm-sqrt"] | {"growth.kind": "linear", "growth.fraction": 1.0}
     )
     with hf.attach(stock, spec):
         close(read(stock, ids, 50), expected, 2e-3)
@@ -202,7 +202,7 @@ def test_generate_as_the_untouched_model(tiny, ids, options):
         assert torch.equal(tiny.generate(ids, **options), expected)
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", UNTRAINED)
 def test_generate_on_a_policy_is_greedy_decoding(tiny, ids, name):
     with hf.attach(tiny, small(name)):
         generated = tiny.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
@@ -214,7 +214,7 @@ def test_generate_on_a_policy_is_greedy_decoding(tiny, ids, name):
 
 @torch.no_grad()
 def test_generate_continues_a_cache(tiny, ids):
-    with hf.attach(tiny, small("free-kvm-sqrt")):
+    with hf.attach(tiny, small("untrained-kvm-sqrt")):
         expected = tiny.generate(ids, max_new_tokens=6, do_sample=False)
         cache = returned_cache(tiny(ids[:, :70], use_cache=True))
         kept = copy.deepcopy(cache)
@@ -233,7 +233,7 @@ def test_an_empty_cache_of_ones_own_is_filled(tiny, ids):
 
 @torch.no_grad()
 def test_memory_is_shared_by_a_group_of_query_heads(tiny, ids):
-    with hf.attach(tiny, small("free-kvm-fixed")):
+    with hf.attach(tiny, small("untrained-kvm-fixed")):
         memory = hf.memories(returned_cache(tiny(ids, use_cache=True)))[0]
     assert memory.counts.shape == (2, 2, 12)  # two rows, two key/value heads of four query heads, twelve slots
 
@@ -275,13 +275,13 @@ def test_second_attach_is_refused_and_leaves_the_first(tiny, ids):
 
 
 def test_cache_is_of_no_use_outside_or_under_another_policy(tiny, ids):
-    with hf.attach(tiny, small("free-kvm-sqrt")):
+    with hf.attach(tiny, small("untrained-kvm-sqrt")):
         cache = returned_cache(tiny(ids, use_cache=True))
-    with pytest.raises(MemoryStateError, match=r"under policy free-kvm-sqrt.*inside memkit\.hf\.attach"):
+    with pytest.raises(MemoryStateError, match=r"under policy untrained-kvm-sqrt.*inside memkit\.hf\.attach"):
         tiny(ids, **{CACHE: cache})
     with (
         hf.attach(tiny, "full"),
-        pytest.raises(MemoryStateError, match="must be of the attached policy, full, got free-kvm-sqrt"),
+        pytest.raises(MemoryStateError, match="must be of the attached policy, full, got untrained-kvm-sqrt"),
     ):
         tiny(ids, **{CACHE: cache})
 
@@ -317,14 +317,14 @@ def test_moving_frequencies_are_refused_only_where_keys_are_unrotated(ids):
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = LlamaForCausalLM(tiny_config(rope_parameters=rope))
     with pytest.raises(ModelError, match="fixed rotary frequencies, got rope type dynamic"):
-        hf.attach(model, "free-kvm-sqrt").__enter__()
+        hf.attach(model, "untrained-kvm-sqrt").__enter__()
     with hf.attach(model, "window-512"):
         model(ids)
 
 
 def test_learned_parts_are_refused_with_the_reason(tiny):
     with pytest.raises(
-        ModelError, match=r"got kvm-sqrt-16, which needs merge weights.*LayerNorm.*use a free-\* policy"
+        ModelError, match=r"got kvm-sqrt-16, which needs merge weights.*LayerNorm.*use an untrained-\* policy"
     ):
         hf.attach(tiny, "kvm-sqrt-16").__enter__()
 
@@ -392,7 +392,7 @@ def test_assisted_decoding_is_refused(tiny, ids):
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_the_cache_may_be_given_by_either_name(tiny, ids, name):
-    with hf.attach(tiny, small("free-kvm-sqrt")):
+    with hf.attach(tiny, small("untrained-kvm-sqrt")):
         expected = tiny(ids).logits[:, 70:]
         for model, head in ((tiny, lambda output: output.logits), (tiny.model, lambda x: tiny.lm_head(x[0]))):
             cache = returned_cache(model(ids[:, :70], use_cache=True))
@@ -435,7 +435,7 @@ def interrupted_at(module: torch.nn.Module, call) -> None:
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("place", ["model.layers.1", "model.layers.1.mlp", "model.norm", "lm_head"])
-@pytest.mark.parametrize("name", ["full", "free-kvm-sqrt"])
+@pytest.mark.parametrize("name", ["full", "untrained-kvm-sqrt"])
 def test_a_call_that_was_interrupted_is_no_call_to_continue(tiny, ids, name, place, gradients, tokens):
     with torch.set_grad_enabled(gradients), hf.attach(tiny, small(name)):
         cache = returned_cache(tiny(ids[:, :60], use_cache=True))
@@ -452,7 +452,7 @@ def test_a_call_that_was_interrupted_is_no_call_to_continue(tiny, ids, name, pla
 @pytest.mark.parametrize("place", ["model", "model.layers.0", "lm_head"])
 @torch.no_grad()
 def test_a_call_that_was_interrupted_before_anything_was_read_may_be_repeated(tiny, ids, place):
-    with hf.attach(tiny, small("free-kvm-sqrt")):
+    with hf.attach(tiny, small("untrained-kvm-sqrt")):
         if place == "lm_head":  # nor is a first call's cache of any harm: it is never returned
             interrupted_at(tiny.lm_head, lambda: tiny(ids))
             return
@@ -467,7 +467,7 @@ def test_a_call_that_was_interrupted_before_anything_was_read_may_be_repeated(ti
 
 @torch.no_grad()
 def test_a_bare_decoder_inside_a_model_completes_its_call(tiny, ids):
-    with hf.attach(tiny, small("free-kvm-sqrt")):
+    with hf.attach(tiny, small("untrained-kvm-sqrt")):
         cache = DynamicCache()
         parts = [tiny.model(part, **{CACHE: cache}).last_hidden_state for part in ids.split(30, dim=1)]
         close(tiny.lm_head(torch.cat(parts, dim=1)), tiny(ids).logits)
@@ -503,7 +503,7 @@ def test_what_is_no_cache_of_ours_is_refused_in_one_line(tiny, ids, past, messag
 
 @torch.no_grad()
 def test_an_empty_cache_is_filled_whatever_it_was_made_for(tiny, ids):
-    with hf.attach(tiny, small("free-kvm-sqrt")):
+    with hf.attach(tiny, small("untrained-kvm-sqrt")):
         for cache in (Cache(layers=[]), DynamicCache(config=tiny.config), DynamicCache(config=tiny_config())):
             parts = [tiny(part, **{CACHE: cache}).logits for part in ids.split(50, dim=1)]
             close(torch.cat(parts, dim=1), tiny(ids).logits)
@@ -513,7 +513,7 @@ def test_an_empty_cache_is_filled_whatever_it_was_made_for(tiny, ids):
 def test_a_cache_of_another_model_is_refused_and_stays_usable(tiny, ids):
     deeper = randomised(LlamaForCausalLM(tiny_config(num_hidden_layers=3)))
     wider = randomised(LlamaForCausalLM(tiny_config(head_dim=12)))
-    spec = small("free-kvm-sqrt")
+    spec = small("untrained-kvm-sqrt")
     with hf.attach(tiny, spec), hf.attach(deeper, spec), hf.attach(wider, spec):
         cache = returned_cache(tiny(ids[:, :60], use_cache=True))
         with pytest.raises(MemoryStateError, match="must be of a model of 3 layers, got 2"):
@@ -594,7 +594,7 @@ REFUSED = [*REFUSED_OF_EMPTY, another_number_of_rows, more_rows, wrong_positions
 )
 @torch.no_grad()
 def test_what_is_refused_leaves_the_given_cache_usable(tiny, ids, call, filled):
-    with hf.attach(tiny, small("free-kvm-sqrt")):
+    with hf.attach(tiny, small("untrained-kvm-sqrt")):
         read = 60 if filled else 0
         cache = returned_cache(tiny(ids[:, :60], use_cache=True)) if filled else DynamicCache()
         with pytest.raises((InputError, MemoryStateError, ModelError)) as caught:
@@ -608,7 +608,7 @@ def test_what_is_refused_leaves_the_given_cache_usable(tiny, ids, call, filled):
 def test_without_gradients_checkpointing_keeps_the_cache(tiny, ids):
     tiny.train()
     tiny.gradient_checkpointing_enable()
-    with hf.attach(tiny, small("free-kvm-sqrt")):
+    with hf.attach(tiny, small("untrained-kvm-sqrt")):
         expected = tiny.eval()(ids).logits
         tiny.train()
         close(read(tiny, ids, 40, 60), expected)
@@ -644,7 +644,7 @@ def test_a_copied_cache_goes_on_as_the_original_does(tiny, ids, name, decoded, c
 # Autocast
 
 
-@pytest.mark.parametrize("name", ["full", "free-kvm-sqrt"])
+@pytest.mark.parametrize("name", ["full", "untrained-kvm-sqrt"])
 def test_autocast_is_as_the_untouched_models(tiny, ids, name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock = tiny(ids).logits

@@ -94,7 +94,7 @@ def test_round_trip():
             "width must be a multiple of heads where a mixer is rwkv7, whatever head_width says, got 30 and 4",
         ),
         (
-            {"layers": {"default": {"kind": "attention", "policy": "free-kvm-sqrt"}}, "rotary": {"width": 0}},
+            {"layers": {"default": {"kind": "attention", "policy": "untrained-kvm-sqrt"}}, "rotary": {"width": 0}},
             "rotary rerotate un-rotates keys, but this model rotates none",
         ),
         ({"rotary": {"width": 64}}, "rotary.width must be even and at most the head width 16, got 64"),

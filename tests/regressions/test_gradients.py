@@ -35,7 +35,7 @@ class Halving(Merging):
 
 def specs() -> list[memkit.PolicySpec]:
     """Every shipped policy, and one whose rule is not additive."""
-    halving = memkit.load_policy(small("free-kvm-fixed"), {"merging": HalvingSpec()}).named("halving")
+    halving = memkit.load_policy(small("untrained-kvm-fixed"), {"merging": HalvingSpec()}).named("halving")
     return [*(small(name) for name in NAMES), halving]
 
 

@@ -45,7 +45,7 @@ def test_what_is_hidden_stays_hidden_whatever_the_dtype_and_size(name: str, size
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1.0, 150.0])
-@pytest.mark.parametrize("name", ["block-mean-8", "free-kvm-fixed", "free-block-mean", "ovq-1024"])
+@pytest.mark.parametrize("name", ["block-mean-8", "untrained-kvm-fixed", "untrained-block-mean", "ovq-1024"])
 def test_slots_of_other_rows_stay_hidden_whatever_the_dtype_and_size(name: str, size: float, dtype: torch.dtype):
     """Rows with unequal numbers of slots come out as each does alone."""
     spec = memkit.load_policy(small(name), {"rotary.kind": "keep"})

@@ -199,7 +199,7 @@ def answer(questions: Any, results: Any) -> None:
 
 @torch.no_grad()
 def test_a_memory_goes_on_in_another_process():
-    case = make_case(small("free-kvm-fixed"), 6 * CHUNK)
+    case = make_case(small("untrained-kvm-fixed"), 6 * CHUNK)
     memory = case.part(0, 5 * CHUNK).attend()[1]
     memory = case.part(5 * CHUNK, 5 * CHUNK + 1).attend(memory=memory)[1]
     rest = case.part(5 * CHUNK + 1, 6 * CHUNK)
@@ -312,7 +312,7 @@ class MovingAverage(Merging):
 @pytest.fixture
 def moving_average() -> memkit.PolicySpec:
     memkit.register(MovingAverageSpec)
-    return memkit.load_policy(small("free-kvm-fixed"), {"merging.kind": "moving-average-that-may-fail"})
+    return memkit.load_policy(small("untrained-kvm-fixed"), {"merging.kind": "moving-average-that-may-fail"})
 
 
 @torch.no_grad()
@@ -367,7 +367,7 @@ def test_a_call_that_fails_leaves_the_memory_as_it_was_or_says_that_it_is_lost(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["untrained-observed", "free-kvm-fixed", "kvm-sqrt-16"])
+@pytest.mark.parametrize("name", ["untrained-observed", "untrained-kvm-fixed", "kvm-sqrt-16"])
 def test_a_call_inside_a_chunk_that_fails_at_its_very_end_leaves_the_memory_as_it_was(
     name: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -66,7 +66,7 @@ def test_the_first_chunk_founds_whole_and_sinks_are_sinks():
         ("kvm-sqrt-16", {"chunker.size": 3, "window.chunks": 1}),
         ("kvm-sqrt-16", {"window.chunks": 100}),
         ("kvm-sqrt-16", {"merging": {"kind": "drop"}}),
-        ("free-kvm-fixed", {"growth.slots": 5}),
+        ("untrained-kvm-fixed", {"growth.slots": 5}),
         ("streaming-4-512", {"window.size": 5, "sinks": 100}),
         ("full", {"window": {"kind": "block", "chunks": 1}, "sinks": 300}),
     ],
@@ -85,7 +85,7 @@ def test_a_policy_that_does_not_fit_the_keys_has_no_picture():
 
 
 def test_pictures_are_the_same_every_time():
-    assert drawn("free-kvm-log") == drawn("free-kvm-log")
+    assert drawn("untrained-kvm-log") == drawn("untrained-kvm-log")
 
 
 def test_the_drawing_fits_a_terminal_and_explains_its_marks():

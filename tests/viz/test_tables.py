@@ -65,7 +65,7 @@ def test_details_say_what_must_be_learned():
     assert "must have learned merge weights, a memory-key LayerNorm and temperatures." in printed(
         details(memkit.load_policy("kvm-sqrt-16"), ""), width=120
     )
-    assert "Nothing is learned." in printed(details(memkit.load_policy("free-kvm-log"), ""))
+    assert "Nothing is learned." in printed(details(memkit.load_policy("untrained-kvm-log"), ""))
 
 
 def test_listing_wraps_prose_and_no_name():
