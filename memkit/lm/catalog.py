@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from memkit import yaml12
 from memkit.catalog import checked_overrides, is_file, policies_folder
 from memkit.errors import ModelError, short, shown, unknown_name
-from memkit.lm.model import MemoryLM
 from memkit.lm.spec import ModelSpec
 from memkit.pieces.registry import SpecError
-from memkit.whole import SEEDS, whole_number
 
 __all__ = [
-    "from_pretrained",
     "is_model",
-    "load_model",
     "load_model_spec",
     "model_header",
     "model_names",
-    "save_pretrained",
+    "weights_file",
+    "write_model",
 ]
 
 
@@ -87,44 +82,19 @@ def load_model_spec(model: str | Path, overrides: Mapping[str, Any] | None = Non
     return spec.named(path.parent.name if path.name == "model.yaml" else path.stem)
 
 
-def load_model(model: str | Path, overrides: Mapping[str, Any] | None = None, seed: int = 0) -> MemoryLM:
-    """A model by shipped name, YAML file or folder: with its weights where they lie beside it, else initialised.
-
-    seed: of the initialisation; torch's own generator is left as it was. `overrides` only where there are no weights
-    that they would not fit. Raises `ModelError`.
-    """
-    seed = whole_number("seed", seed, *SEEDS)
-    spec = load_model_spec(model, overrides)
-    weights = _path(model).with_suffix(".safetensors")
-    with torch.device("meta"):
-        made = MemoryLM(spec)
-    if not is_file(weights):
-        _check_room(model, made)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return MemoryLM(spec).eval()
-    try:
-        made.load_state_dict(load_file(str(weights)), assign=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{weights}: not this model's weights: {' '.join(str(error).split())[:300]}") from None
-    return made.requires_grad_().eval()
+def weights_file(model: str | Path) -> Path | None:
+    """The safetensors file beside a model's YAML; None where there is none. Raises `ModelError` for unknown models."""
+    file = _path(model).with_suffix(".safetensors")
+    return file if is_file(file) else None
 
 
-def save_pretrained(model: MemoryLM, folder: str | Path) -> None:
-    """Write the model to a folder: `model.yaml`, every field and policy written out, and `model.safetensors`."""
+def write_model(folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder that `load_model_spec` and `weights_file` read: `model.yaml` and `model.safetensors`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.yaml").write_text(model.spec.to_yaml(), encoding="utf-8")
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-
-
-def from_pretrained(folder: str | Path) -> MemoryLM:
-    """Read what `save_pretrained` wrote. Raises `ModelError` where the folder has no weights."""
-    path = _path(Path(folder))
-    if not path.with_suffix(".safetensors").is_file():
-        raise ModelError(f"{folder}: no weights here (no {path.with_suffix('.safetensors').name})")
-    return load_model(Path(folder))
+    (folder / "model.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+    own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(own, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _path(model: str | Path) -> Path:
@@ -146,17 +116,6 @@ def _path(model: str | Path) -> Path:
             f"{short(str(path))}: no such file; give a model's YAML or folder, or one of: {', '.join(model_names())}"
         )
     return path
-
-
-def _check_room(model: str | Path, made: MemoryLM) -> None:
-    """Raise where a model's parameters are more than this machine's memory holds (where the system tells)."""
-    needed = made.parameter_count * torch.get_default_dtype().itemsize
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
-    if needed > there:
-        raise ModelError(
-            f"{model}: its {made.parameter_count:,} parameters take {needed / 1e9:,.0f} GB, and this machine has "
-            f"{there / 1e9:,.0f}; lower width, depth or vocabulary"
-        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad, softplus
 
-from memkit.lm.mixers import Mixer
+from memkit.lm.mixer import Mixer
 from memkit.lm.parts import Linear, LowRank, Span, State, TokenShift, centred, rank, tensor
 from memkit.lm.spec import MOST_WIDTH, MixerSpec, ModelSpec
 from memkit.pieces.registry import register

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from memkit.attention import RotaryEmbeddingSpec
+from memkit.lm.mixer import Mixer
 from memkit.lm.parts import MlpSpec
 from memkit.pieces.registry import AnyOf, FamilySpec, Spec
 from memkit.yaml12 import dump
-
-if TYPE_CHECKING:
-    from memkit.lm.mixers import Mixer
-    from memkit.lm.model import MemoryLM
 
 __all__ = ["LayersSpec", "MixerSpec", "ModelSpec", "OverrideSpec"]
 
@@ -83,7 +80,7 @@ class LayersSpec(Spec):
 
 
 class ModelSpec(Spec):
-    """A decoder-only language model.
+    """A decoder-only language model; `MemoryLM(spec)` makes it.
 
     x = LN(embedding[ids]); per block x += mixer(LN(x)), x += mlp(LN(x)); logits = head(LN(x)). All LayerNorms have
     weight and bias, projections have no bias, and embedding and head are not tied (the backbone of arXiv 2605.09877).
@@ -140,12 +137,6 @@ class ModelSpec(Spec):
     def to_yaml(self) -> str:
         """The declaration as YAML, every field and policy written out; `load_model_spec` reads it back."""
         return dump(self.model_dump(mode="json"))
-
-    def build(self) -> MemoryLM:
-        """The model, freshly initialised."""
-        from memkit.lm.model import MemoryLM
-
-        return MemoryLM(self)
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
