@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memkit import yaml12
-from memkit.errors import MemkitError, PolicyError, short, shown, unknown_name, warn_of_old_name
+from memkit.errors import MemkitError, PolicyError, short, shown, unknown_name
 from memkit.pieces.registry import SpecError
 from memkit.policy import Policy, PolicySpec
 
 __all__ = ["as_policy", "load_policy", "policies_folder", "policy_header", "policy_names"]
 
-RENAMED = {f"free-{rest}": f"untrained-{rest}" for rest in ("block-mean", "kvm-fixed", "kvm-log", "kvm-sqrt")}
-"""Old names of shipped policies, which still load."""
+
+FORMER = {"free-": "untrained-"}
+"""How names of shipped policies began in former releases, and how they begin now."""
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def policy_names() -> list[str]:
 
 def policy_header(name: str) -> str:
     """The comment at the head of a shipped policy's file: what it is, where it comes from, when to use it."""
-    lines = _path(RENAMED.get(name, name)).read_text(encoding="utf-8").splitlines()
+    lines = _path(name if _is_path(name) else _now(name)).read_text(encoding="utf-8").splitlines()
     head = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
 
@@ -48,8 +50,7 @@ def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | 
     """A policy by its shipped name or its YAML file's path, with fields overridden by dotted path.
 
     `load_policy("kvm-sqrt-16", {"growth.factor": 8})`. Overriding a `kind` with another one drops the family's other
-    fields, since they belong to the kind. A name that a shipped policy had before loads it too, with an
-    `OldNameWarning`. Raises `PolicyError` naming the file, the field and what is allowed.
+    fields, since they belong to the kind. Raises `PolicyError` naming the file, the field and what is allowed.
     """
     changes = checked_overrides(overrides, PolicyError)
     if isinstance(policy, PolicySpec):
@@ -58,9 +59,7 @@ def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | 
         remedy = "; write PolicySpec(**fields) for a mapping" if isinstance(policy, Mapping) else ""
         raise PolicyError(f"a policy is a name, a path or a PolicySpec, got {shown(policy)}{remedy}")
     else:
-        if isinstance(policy, str) and policy in RENAMED:
-            warn_of_old_name("policy", policy, RENAMED[policy])
-            policy = RENAMED[policy]
+        policy = policy if _is_path(policy) else _now(str(policy))
         if not changes and not _is_path(policy):
             return _shipped(str(policy))
         path = _path(policy)
@@ -106,6 +105,16 @@ def _shipped(name: str) -> PolicySpec:
 
 def _is_path(policy: str | Path) -> bool:
     return isinstance(policy, Path) or policy.endswith((".yaml", ".yml")) or "/" in policy or "\\" in policy
+
+
+def _now(name: str) -> str:
+    """A shipped policy's name of now, with a notice where it was given its former one."""
+    for former, now in FORMER.items():
+        renamed = now + name.removeprefix(former)
+        if name.startswith(former) and is_file(policies_folder() / f"{renamed}.yaml"):
+            warnings.warn(f"policy {name} is called {renamed} now; the old name goes soon", FutureWarning, stacklevel=3)
+            return renamed
+    return name
 
 
 def _path(policy: str | Path) -> Path:

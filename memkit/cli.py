@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import platform
 import re
 import sys
 import warnings
@@ -17,11 +18,13 @@ from typer.core import TyperGroup
 
 from memkit import yaml12
 from memkit.catalog import load_policy, policy_header, policy_names
-from memkit.errors import InputError, MemkitError, OldNameWarning, PolicyError, short, shown, unknown_name
+from memkit.errors import InputError, MemkitError, PolicyError, short, shown, unknown_name
 from memkit.version import __version__
 
 __all__ = ["app"]
 
+DOCUMENTS = 4
+"""Parts of the default text on which a profile is measured."""
 FIGURES = (".png", ".svg", ".pdf")
 
 
@@ -49,20 +52,19 @@ def _bad_input_is_one_line() -> Generator[None]:
 
 @contextmanager
 def _notices_are_one_line() -> Generator[None]:
-    """Old names are told of once each, without the line of our code that met them."""
-    told: set[str] = set()
+    """What is renamed or on its way out is said once, in one line on stderr, without the line of code it came from."""
+    said: set[str] = set()
+
+    def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if not issubclass(category, FutureWarning):
+            show(message, category, *where)
+        elif str(message) not in said:
+            said.add(str(message))
+            typer.echo(f"memkit: {message}", err=True)
+
     with warnings.catch_warnings():
-        warnings.simplefilter("always", OldNameWarning)
-        show = warnings.showwarning
-
-        def notice(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not issubclass(category, OldNameWarning):
-                show(message, category, *where, **more)
-            elif str(message) not in told:
-                told.add(str(message))
-                typer.echo(str(message), err=True)
-
-        warnings.showwarning = notice
+        warnings.filterwarnings("always", category=FutureWarning, module=r"memkit\b")
+        show, warnings.showwarning = warnings.showwarning, say
         yield
 
 
@@ -72,7 +74,7 @@ class _Commands(TyperGroup):
             return super().make_context(*arguments, **settings)
 
     def invoke(self, ctx: Any) -> Any:
-        with _notices_are_one_line(), _bad_input_is_one_line():
+        with _bad_input_is_one_line(), _notices_are_one_line():
             return super().invoke(ctx)
 
 
@@ -229,6 +231,10 @@ def compare(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A UTF-8 text; left out: the topics of Python's own help.")
     ] = None,
+    second: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Another text, for its loss alone; without --text: IDLE's help."),
+    ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to read.")] = 4096,
     skip: Annotated[int, typer.Option(metavar="N", help="First token whose loss counts.")] = 1024,
     changes: SetOption = [],  # noqa: B006
@@ -249,11 +255,53 @@ def compare(
     chosen = policies or list(comparison.DEFAULT_POLICIES)
     with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
         result = comparison.compare(
-            chosen, model=model, text=text, tokens=tokens, skip=skip, overrides=overrides, progress=progress
+            chosen,
+            model=model,
+            text=text,
+            second=second,
+            tokens=tokens,
+            skip=skip,
+            overrides=overrides,
+            progress=progress,
         )
     viz.show(result.table())
     if json_file is not None:
         _write(json_file, result.to_json() + "\n")
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A Hugging Face folder or a GGUF file; left out: SmolLM2-135M-Instruct."),
+    ] = None,
+    files: Annotated[
+        list[Path] | None,
+        typer.Option("--text", metavar="FILE", help="A UTF-8 text; repeat it. Left out: four parts of Python's help."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read of each text.")] = 2048,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the profile, as YAML.")] = None,
+) -> None:
+    """Measure how many slots each layer and head of a model needs.
+
+    Policies use it by `heads: {profile: FILE}`. Minutes on a laptop for a small model.
+    """
+    _check_writable("--out", out)
+    from memkit import hf, texts, viz
+    from memkit.viz.comparison import progress_bar
+    from memkit.viz.profiles import table
+
+    if files:
+        documents, names = [texts.read_text(file) for file in files], [file.name for file in files]
+    else:
+        documents = texts.parts(texts.default_text(), DOCUMENTS)
+        names = [f"pydoc_data.topics of Python {platform.python_version()}, part {part}" for part in range(DOCUMENTS)]
+    with progress_bar(1) if sys.stderr.isatty() else nullcontext() as progress:
+        loaded = hf.load(model)
+        measured = hf.measure_profile(loaded, documents, tokens=tokens, names=names, progress=progress)
+    viz.show(table(measured.profile, measured.stability if len(documents) > 1 else None))
+    if out is not None:
+        _write(out, measured.profile.to_yaml())
 
 
 @app.command()

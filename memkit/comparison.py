@@ -24,6 +24,7 @@ from memkit.catalog import as_policy, load_policy
 from memkit.errors import InputError, ModelError
 from memkit.policy import Policy, PolicySpec
 from memkit.rendering import render
+from memkit.texts import default_text, read_text, second_text
 from memkit.version import __version__
 from memkit.whole import SEEDS, whole_number
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from memkit.hf import LoadedModel
 
-__all__ = ["DEFAULT_POLICIES", "Comparison", "Measurement", "Progress", "compare", "default_text"]
+__all__ = ["DEFAULT_POLICIES", "Comparison", "Measurement", "Progress", "compare", "default_text", "second_text"]
 
 DEFAULT_POLICIES = (
     "full",
@@ -46,7 +47,7 @@ DEFAULT_POLICIES = (
     "untrained-kvm-log",
     "untrained-observed",
 )
-BASELINE = "full"
+BASELINE, STREAMING = "full", "streaming-4-512"
 # Tokens per forward call, which bounds the activations. Longer ones are not faster: stock SmolLM2-135M read 4,096
 # tokens on two cores in 11.6 s as 1 × 4,096 or 2 × 2,048, in 12.1 s as 4 × 1,024, in 12.6 s as 8 × 512.
 SEGMENT = 4096
@@ -65,10 +66,14 @@ class Measurement:
     loss: nats per token, the mean over the scored positions.
     difference: `loss` minus that of full attention at the same positions; difference_error: its standard error, taking
         positions for independent. Both None where full attention was not compared; so are the shares below.
-    slots, window: slots, and tokens seen exactly, that every layer and head holds once the text is read.
+    gap_closed: how much of the loss between StreamingLLM (`streaming-4-512`) and full attention it saves: 0 as the one,
+        1 as the other; gap_error: its standard error, paired by position. None where one of the two was not compared.
+    second_loss, second_gap_closed, second_gap_error: the same for the second text; None where there is none.
+    slots, window: slots (the mean over layers and heads, rounded), and tokens seen exactly, once the text is read.
     held_share: slots + window as a share of full attention's.
     bytes: all that the memories of all layers hold then, room to grow included; bytes_share: of full attention's.
-    read_seconds: to read the text, logits excluded.
+    peak_bytes: the most they held after reading or after any decoded token.
+    read_seconds: to read the text, logits excluded; tokens_per_second: tokens read in one of them.
     decode_ms: milliseconds per token decoded after reading, logits included; the median of `settings["decoded"]`.
     front: no other policy holds at most as many bytes and loses at most as much, one of the two strictly.
     """
@@ -85,15 +90,22 @@ class Measurement:
     read_seconds: float
     decode_ms: float
     front: bool = False
+    peak_bytes: int = 0
+    tokens_per_second: float = 0.0
+    gap_closed: float | None = None
+    gap_error: float | None = None
+    second_loss: float | None = None
+    second_gap_closed: float | None = None
+    second_gap_error: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The measurements of one run, in the order asked for, and its settings.
 
-    settings: model, parameters, dtype, context (tokens the model was trained for, or None), text, text_sha256, tokens,
-    skip, scored (positions in the loss), decoded, overrides, seed, load_seconds, device, machine, cores, threads,
-    versions.
+    settings: model, parameters, dtype, context (tokens the model was trained for, or None), text, text_sha256,
+    second_text, second_text_sha256 (None without one), tokens, skip, scored (positions in the loss), decoded,
+    overrides, seed, load_seconds, device, machine, cores, threads, versions.
     """
 
     settings: dict[str, Any]
@@ -137,6 +149,7 @@ def compare(
     *,
     model: str | Path | LoadedModel | None = None,
     text: str | Path | None = None,
+    second: str | Path | None = None,
     tokens: int = 4096,
     skip: int = 1024,
     overrides: Mapping[str, Any] | None = None,
@@ -150,6 +163,8 @@ def compare(
     model: a Hugging Face folder, a GGUF file, or what `memkit.hf.load` gave; left out, SmolLM2-135M-Instruct.
     text: a path to read from, or the text itself; left out, `default_text()`. Its first tokens are read, then
     `decoded` more are decoded greedily for their time alone.
+    second: another text, of which the loss alone is measured, over the same positions; left out where `text` is, too:
+        `second_text()`, on which no shipped policy was chosen.
     skip: the loss is the mean of −ln p(token i | tokens before i) over i = skip … tokens − 1, the same for all.
     seed: for torch, set while this runs; nothing here draws at random unless a policy of yours does.
 
@@ -175,11 +190,15 @@ def compare(
     chosen = [_policy(policy, overrides) for policy in (DEFAULT_POLICIES if policies is None else policies)]
     for policy in chosen:
         hf.check_policy(policy)
+    other_source, other = _second(text, second)
     source, text = _text(text)
     loaded = model if isinstance(model, hf.LoadedModel) else hf.load(model)
     ids = _token_ids(loaded, source, text, tokens)
+    if second is None and other is not None and len(_tokenized(loaded, other)) < tokens:
+        other = None  # nobody has asked for it
+    other_ids = None if other is None else _token_ids(loaded, other_source, other, tokens)
 
-    measured: list[tuple[Policy, Measurement, Tensor]] = []
+    measured: list[_Measured] = []
     devices = [loaded.model.device] if loaded.model.device.type == "cuda" else []
     training = loaded.model.training
     loaded.model.eval()
@@ -188,7 +207,7 @@ def compare(
             torch.manual_seed(seed)
             for label, policy in _labelled(chosen):
                 report = progress or _say_nothing
-                measured.append((policy, *_measure(loaded, policy, label, ids, skip, decoded, report)))
+                measured.append(_measure(loaded, policy, label, ids, other_ids, skip, decoded, report))
     finally:
         loaded.model.train(training)
 
@@ -199,6 +218,8 @@ def compare(
         "context": getattr(loaded.model.config, "max_position_embeddings", None),
         "text": source,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "second_text": None if other is None else other_source,
+        "second_text_sha256": None if other is None else hashlib.sha256(other.encode()).hexdigest(),
         "tokens": tokens,
         "skip": skip,
         "scored": tokens - skip,
@@ -208,56 +229,88 @@ def compare(
         "load_seconds": loaded.seconds,
         **_machine(loaded.model.device),
     }
-    return Comparison(settings, _against_full(measured))
+    return Comparison(settings, _against_others(measured))
 
 
-def default_text() -> str:
-    """The topics of Python's own help (`pydoc_data.topics`), sorted by name: 465 kB of English in CPython 3.11."""
-    from pydoc_data.topics import topics
+@dataclass(frozen=True)
+class _Measured:
+    """One policy's measurement, and its loss at each scored position of both texts, float64 [n − skip]."""
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    policy: Policy
+    entry: Measurement
+    losses: Tensor
+    second_losses: Tensor | None
 
 
-def _measure(
-    loaded: LoadedModel, policy: Policy, label: str, ids: Tensor, skip: int, decoded: int, progress: Progress
-) -> tuple[Measurement, Tensor]:
-    """Read `ids` [1, n], then decode. The second result is the loss at each scored position, float64 [n − skip]."""
-    from memkit import hf
+@dataclass(frozen=True)
+class _Reading:
+    """A text that was read: the cache, the last token's state, the loss at each scored position, and the seconds."""
+
+    cache: Any
+    last: Tensor
+    losses: Tensor
+    seconds: float
+
+
+def _read(loaded: LoadedModel, ids: Tensor, skip: int, progress: Callable[[int], None]) -> _Reading:
+    """Let the attached model read `ids` [1, n]."""
     from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
-    head = model.get_output_embeddings()
-    tokens, seconds = ids.shape[1], 0.0
+    head, seconds, cache, hidden = model.get_output_embeddings(), 0.0, None, ids.new_empty(0)
     losses: list[Tensor] = []
+    for begin in range(0, ids.shape[1], SEGMENT):
+        part = ids[:, begin : begin + SEGMENT]
+        start = _now(ids.device)
+        output = model.base_model(part, use_cache=True, **with_cache(model.base_model, cache))
+        seconds += _now(ids.device) - start
+        cache, hidden = returned_cache(output), output.last_hidden_state[0]
+        first = max(0, skip - 1 - begin)  # the state of token i predicts token i + 1
+        losses += _losses(head, hidden[first:], ids[0, begin + first + 1 : begin + part.shape[1] + 1])
+        progress(begin + part.shape[1])
+    return _Reading(cache, hidden[-1], torch.cat(losses), seconds)
+
+
+def _measure(
+    loaded: LoadedModel,
+    policy: Policy,
+    label: str,
+    ids: Tensor,
+    second_ids: Tensor | None,
+    skip: int,
+    decoded: int,
+    progress: Progress,
+) -> _Measured:
+    """Read `ids` [1, n], then decode; read the second text, where there is one."""
+    from memkit import hf
+    from memkit.hf.names import with_cache
+
+    model: Any = loaded.model
+    tokens = ids.shape[1]
+    all_tokens = tokens + decoded + (0 if second_ids is None else tokens)
     times: list[float] = []
-    cache: Any = None
-    hidden = ids.new_empty(0)
-    progress(label, 0, tokens + decoded)
+    progress(label, 0, all_tokens)
     with hf.attach(model, policy):
         model.base_model(ids[:, :SLICE], use_cache=True)  # the first call allocates; not counted
-        for begin in range(0, tokens, SEGMENT):
-            part = ids[:, begin : begin + SEGMENT]
-            start = _now(ids.device)
-            output = model.base_model(part, use_cache=True, **with_cache(model.base_model, cache))
-            seconds += _now(ids.device) - start
-            cache, hidden = returned_cache(output), output.last_hidden_state[0]
-            first = max(0, skip - 1 - begin)  # the state of token i predicts token i + 1
-            losses += _losses(head, hidden[first:], ids[0, begin + first + 1 : begin + part.shape[1] + 1])
-            progress(label, begin + part.shape[1], tokens + decoded)
-        layers = hf.memories(cache)
-        held = sum(memory.bytes for memory in layers)
-        slots, window = int(layers[0].slots[0]), int(layers[0].held_rows[0])
-        token = head(hidden[-1]).argmax().view(1, 1)
+        reading = _read(loaded, ids, skip, lambda done: progress(label, done, all_tokens))
+        layers = hf.memories(reading.cache)
+        held = peak = sum(memory.bytes for memory in layers)
+        slots = round(statistics.mean(float(memory.slots[0].double().mean()) for memory in layers))
+        window = int(layers[0].held_rows[0])
+        token = model.get_output_embeddings()(reading.last).argmax().view(1, 1)
         for step in range(decoded):
             start = _now(ids.device)
-            logits = model(token, use_cache=True, **with_cache(model, cache)).logits
+            logits = model(token, use_cache=True, **with_cache(model, reading.cache)).logits
             times.append(_now(ids.device) - start)
             token = logits[:, -1:].argmax(-1)
-            progress(label, tokens + step + 1, tokens + decoded)
-    loss = torch.cat(losses)
-    measurement = Measurement(
+            peak = max(peak, sum(memory.bytes for memory in hf.memories(reading.cache)))
+            progress(label, tokens + step + 1, all_tokens)
+        second = None
+        if second_ids is not None:
+            second = _read(loaded, second_ids, skip, lambda done: progress(label, tokens + decoded + done, all_tokens))
+    entry = Measurement(
         policy=label,
-        loss=float(loss.mean()),
+        loss=float(reading.losses.mean()),
         difference=None,
         difference_error=None,
         slots=slots,
@@ -265,10 +318,13 @@ def _measure(
         held_share=None,
         bytes=held,
         bytes_share=None,
-        read_seconds=seconds,
+        read_seconds=reading.seconds,
         decode_ms=1000 * statistics.median(times),
+        peak_bytes=peak,
+        tokens_per_second=tokens / reading.seconds,
+        second_loss=None if second is None else float(second.losses.mean()),
     )
-    return measurement, loss
+    return _Measured(policy, entry, reading.losses, None if second is None else second.losses)
 
 
 def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
@@ -277,27 +333,46 @@ def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[Tensor
         yield nn.functional.cross_entropy(head(states).float(), words, reduction="none").double().cpu()
 
 
-def _against_full(measured: list[tuple[Policy, Measurement, Tensor]]) -> tuple[Measurement, ...]:
+def _against_others(measured: list[_Measured]) -> tuple[Measurement, ...]:
     """Fill in what compares a policy with the others."""
-    full = load_policy(BASELINE)
-    baseline = next(((entry, losses) for policy, entry, losses in measured if policy.spec == full), None)
-    entries = [entry for _, entry, _ in measured]
+    full, streaming = (_find(measured, name) for name in (BASELINE, STREAMING))
+    entries = [each.entry for each in measured]
     done: list[Measurement] = []
-    for _, entry, losses in measured:
-        if baseline is not None:
-            reference, reference_losses = baseline
-            gap = losses - reference_losses
-            entry_against = replace(
+    for each in measured:
+        entry = replace(each.entry, front=not any(_dominates(other, each.entry) for other in entries))
+        if full is not None:
+            gap = each.losses - full.losses
+            entry = replace(
                 entry,
                 difference=float(gap.mean()),
                 difference_error=float(gap.std(correction=0) / len(gap) ** 0.5),
-                held_share=(entry.slots + entry.window) / (reference.slots + reference.window),
-                bytes_share=entry.bytes / reference.bytes,
+                held_share=(entry.slots + entry.window) / (full.entry.slots + full.entry.window),
+                bytes_share=entry.bytes / full.entry.bytes,
             )
-        else:
-            entry_against = entry
-        done.append(replace(entry_against, front=not any(_dominates(other, entry) for other in entries)))
+        if full is not None and streaming is not None:
+            closed, error = _closed(each.losses, full.losses, streaming.losses)
+            entry = replace(entry, gap_closed=closed, gap_error=error)
+            if each.second_losses is not None and full.second_losses is not None:
+                assert streaming.second_losses is not None
+                closed, error = _closed(each.second_losses, full.second_losses, streaming.second_losses)
+                entry = replace(entry, second_gap_closed=closed, second_gap_error=error)
+        done.append(entry)
     return tuple(done)
+
+
+def _closed(losses: Tensor, full: Tensor, streaming: Tensor) -> tuple[float | None, float | None]:
+    """The share of the gap from streaming to full attention that is closed, and its standard error; None: no gap."""
+    gap = float((streaming - full).mean())
+    if gap <= 0:
+        return None, None
+    saved = streaming - losses
+    return float(saved.mean()) / gap, float(saved.std(correction=0)) / len(saved) ** 0.5 / gap
+
+
+def _find(measured: list[_Measured], name: str) -> _Measured | None:
+    """What was measured under a shipped policy."""
+    spec = load_policy(name)
+    return next((each for each in measured if each.policy.spec == spec), None)
 
 
 def _dominates(one: Measurement, other: Measurement) -> bool:
@@ -320,20 +395,31 @@ def _labelled(policies: list[Policy]) -> Iterator[tuple[str, Policy]]:
         yield (name if used[name] == 1 else f"{name} ({used[name]})"), policy
 
 
+def _second(text: str | Path | None, second: str | Path | None) -> tuple[str, str | None]:
+    """Where the second text comes from, and the text; None where there is none."""
+    if second is not None:
+        return _text(second)
+    return (
+        f"IDLE's help, Python {platform.python_version()} (no policy was chosen on it)",
+        second_text() if text is None else None,
+    )
+
+
 def _text(text: str | Path | None) -> tuple[str, str]:
     """Where the text comes from, and the text."""
     if text is None:
         return f"pydoc_data.topics of Python {platform.python_version()}", default_text()
     if isinstance(text, str):
         return "given text", text
-    try:
-        return text.name, text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text} must be a text file in UTF-8, got: {error}") from None
+    return text.name, read_text(text)
+
+
+def _tokenized(loaded: LoadedModel, text: str) -> list[int]:
+    return loaded.tokenizer(text, verbose=False)["input_ids"]
 
 
 def _token_ids(loaded: LoadedModel, source: str, text: str, tokens: int) -> Tensor:
-    ids = loaded.tokenizer(text, verbose=False)["input_ids"]
+    ids = _tokenized(loaded, text)
     if len(ids) < tokens:
         raise InputError(
             f"tokens must be at most {len(ids)}, the length of {source}, got {tokens}; lower it or give a longer text"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +19,7 @@ from memkit.errors import InputError, shown
 from memkit.memory.window import room_for
 from memkit.pieces.needs import Need
 from memkit.policy import Policy, PolicySpec
+from memkit.profiles import per_layer
 from memkit.whole import MOST, whole_number
 
 __all__ = ["FITTED_LENGTHS", "Cost", "Flops", "Shape", "cost"]
@@ -79,7 +81,8 @@ class Flops:
 class Cost:
     """What `policy` costs at `tokens` tokens; see `cost` for what is counted.
 
-    slots, window: slots, and tokens kept exactly, of each row, layer and key/value head after a prefill;
+    slots, window: slots, and tokens kept exactly, of each row, layer and key/value head after a prefill (where heads
+    differ, the mean, rounded);
     slot_bytes, window_bytes: what the memories of all layers and rows hold then, room to decode included;
     prefill: operations for all tokens; decode: for one more; exponent: prefill grows as tokens^exponent from 4k to 1M.
     """
@@ -191,30 +194,52 @@ def cost(
     built = as_policy(policy)
     most = MOST_TOKENS if built.sinks_only else min(MOST_TOKENS, MOST_CHUNKS * built.chunk)
     lengths = [whole_number("tokens", length, 1, most) for length in each]
-    course = _Course(built, max([*lengths, *FITTED_LENGTHS]))
-    visible = course.visible({*lengths, *FITTED_LENGTHS})
-    exponent = _slope({n: _prefill(course, shape, n, visible[n]).total for n in FITTED_LENGTHS})
-    costs = [_cost_at(course, shape, length, visible[length], exponent) for length in lengths]
+    parts = _parts(built, shape)
+    courses = {part: _Course(part, {*lengths, *FITTED_LENGTHS}) for part, _ in parts}
+    whole = [(courses[part], of_part) for part, of_part in parts]
+    exponent = _slope({n: _total(_prefill(*each, n) for each in whole).total for n in FITTED_LENGTHS})
+    costs = [_cost_at(built, whole, shape, length, exponent) for length in lengths]
     return costs if several else costs[0]
 
 
-class _Course:
-    """How windows and slots go along for a text of so many tokens and one more: whole numbers, all exact."""
+def _parts(policy: Policy, shape: Shape) -> list[tuple[Policy, Shape]]:
+    """The layers and heads that are alike: their policy, and what is multiplied for it.
 
-    def __init__(self, policy: Policy, tokens: int) -> None:
-        self.policy = policy
+    A head profile says what each layer's heads get; `auto` finds none, for no model is known here.
+    """
+    group = shape.heads // shape.kv_heads
+    parts: list[tuple[Policy, Shape]] = []
+    for one, layers in Counter(per_layer(policy, shape.layers, shape.kv_heads)).items():
+        if one.head_ratios is not None and len(one.head_ratios) != shape.kv_heads:
+            raise InputError(
+                f"heads.ratios has {len(one.head_ratios)} numbers, one per key/value head, got kv_heads "
+                f"{shape.kv_heads}"
+            )
+        for heads, part in one.head_policies or ((shape.kv_heads, one),):
+            parts.append((part, dataclasses.replace(shape, layers=layers, heads=heads * group, kv_heads=heads)))
+    return parts
+
+
+class _Course:
+    """How windows and slots go along for texts of so many tokens and one more: whole numbers, all exact.
+
+    visible: Σ over all queries of what each sees, slots and window, for each of the lengths.
+    """
+
+    def __init__(self, policy: Policy, lengths: set[int]) -> None:
+        self.policy, tokens = policy, max(lengths)
         admits = policy.admission is not None and policy.admission.compares
         self.compares = not policy.sinks_only and (policy.routing.compares or admits)
         chunks = 0 if policy.sinks_only else int(policy.window.begin(tokens)) // policy.chunk + 1
         # Slots once so many chunks have left; without growth there may be a chunk per token, and none is needed.
         self.table = np.array([policy.slots_after_chunk(index - 1) for index in range(chunks + 1)], dtype=np.int64)
+        self.visible = self._visible(lengths)
 
     def slots(self, left: np.ndarray) -> np.ndarray:
         """Slots there are once `left` tokens have left the window."""
         return np.minimum(self.policy.sinks, left) if self.policy.sinks_only else self.table[left // self.policy.chunk]
 
-    def visible(self, lengths: Iterable[int]) -> dict[int, int]:
-        """Σ over all queries of what each sees, slots and window, for texts of so many tokens."""
+    def _visible(self, lengths: set[int]) -> dict[int, int]:
         totals: dict[int, int] = {}
         total = begin = 0
         for length in sorted(lengths):
@@ -242,27 +267,32 @@ class _Course:
         return self.policy.chunk * int((after if self.policy.merging.joins else live)[chooses].sum())
 
 
-def _cost_at(course: _Course, shape: Shape, tokens: int, visible: int, exponent: float) -> Cost:
-    policy = course.policy
-    slot_bytes, window_bytes = _bytes(policy, shape, tokens)
+def _cost_at(policy: Policy, parts: list[tuple[_Course, Shape]], shape: Shape, tokens: int, exponent: float) -> Cost:
+    each = [_bytes(course.policy, of_part, tokens) for course, of_part in parts]
+    slots = sum(course.policy.slots_after(tokens) * part.layers * part.kv_heads for course, part in parts)
     return Cost(
         policy=policy.name or "unnamed",
         tokens=tokens,
         shape=shape,
-        slots=policy.slots_after(tokens),
+        slots=round(slots / (shape.layers * shape.kv_heads)),
         window=tokens - int(policy.window.begin(tokens - 1)),
-        slot_bytes=slot_bytes,
-        window_bytes=window_bytes,
-        prefill=_prefill(course, shape, tokens, visible),
-        decode=_decode(course, shape, tokens),
+        slot_bytes=sum(slot_bytes for slot_bytes, _ in each),
+        window_bytes=sum(window_bytes for _, window_bytes in each),
+        prefill=_total(_prefill(course, of_part, tokens) for course, of_part in parts),
+        decode=_total(_decode(course, of_part, tokens) for course, of_part in parts),
         exponent=exponent,
     )
 
 
-def _prefill(course: _Course, shape: Shape, tokens: int, visible: int) -> Flops:
+def _total(parts: Iterable[Flops]) -> Flops:
+    each = list(parts)
+    return Flops(sum(part.attention for part in each), sum(part.routing for part in each))
+
+
+def _prefill(course: _Course, shape: Shape, tokens: int) -> Flops:
     chunks = int(course.policy.window.begin(tokens - 1)) // (course.policy.chunk or 1)
     routing = _routing(shape, course.compared(0, chunks)) + _observing(course, shape, 0, tokens)
-    return Flops(attention=_attention(shape, visible), routing=routing)
+    return Flops(attention=_attention(shape, course.visible[tokens]), routing=routing)
 
 
 def _decode(course: _Course, shape: Shape, tokens: int) -> Flops:

@@ -6,12 +6,10 @@ Every kind is a `MemkitError` and also a `ValueError`, so callers may catch eith
 from __future__ import annotations
 
 import difflib
-import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["InputError", "MemkitError", "MemoryStateError", "ModelError", "OldNameWarning", "PolicyError"]
+__all__ = ["InputError", "MemkitError", "MemoryStateError", "ModelError", "PolicyError"]
 
 
 class MemkitError(ValueError):
@@ -32,18 +30,6 @@ class MemoryStateError(MemkitError):
 
 class ModelError(MemkitError):
     """A model that cannot be found, read or run."""
-
-
-class OldNameWarning(FutureWarning):
-    """Something was called by a name that it no longer has; the name works for now."""
-
-
-def warn_of_old_name(what: str, old: str, new: str) -> None:
-    """Say in one line, as a warning at the caller's line outside memkit, that `old` is now called `new`."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "memkit":
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"{what} {old} is now called {new}; use the new name", OldNameWarning, stacklevel=level)
 
 
 MOST_SHOWN = 120

@@ -55,6 +55,16 @@ class PolicyParameters(nn.Module):
             return None
         return self.key_norm_weight, self.key_norm_bias
 
+    def of_heads(self, heads: slice) -> PolicyParameters:
+        """The same, for some of the query heads: views, through which gradients flow."""
+        some = object.__new__(PolicyParameters)
+        nn.Module.__init__(some)
+        some.__dict__.update(key_norm_weight=self.key_norm_weight, key_norm_bias=self.key_norm_bias)
+        for name in ("query_scale_window", "query_scale_memory"):
+            scale = getattr(self, name)
+            some.__dict__[name] = None if scale is None else scale[heads]
+        return some
+
     def tensors(self) -> list[Tensor]:
         """Those there are."""
         every = (self.key_norm_weight, self.key_norm_bias, self.query_scale_window, self.query_scale_memory)

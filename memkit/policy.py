@@ -6,6 +6,7 @@ Rules that span several pieces are checked here, before any tensor exists.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from memkit.pieces.admission import Admission, AdmissionSpec, NoAdmissionSpec, NoveltySpec
 from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
 from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
+from memkit.pieces.heads import HeadsSpec, share_of
 from memkit.pieces.merging import Drop, MeanSpec, Merging, MergingSpec
 from memkit.pieces.needs import Need
 from memkit.pieces.observation import ObservationSpec
@@ -51,6 +53,7 @@ class PolicySpec(Spec):
     growth: Annotated[AnyGrowthSpec, AnyOf("growth")] = Field(
         default=NoGrowthSpec(), description="slots allowed after n tokens"
     )
+    heads: HeadsSpec = Field(default=HeadsSpec(), description="how the slots are shared among a layer's heads")
     admission: Annotated[AdmissionSpec, AnyOf("admission")] = Field(
         default=NoveltySpec(), description="which tokens found a slot"
     )
@@ -105,6 +108,12 @@ class PolicySpec(Spec):
                     policy = self._policy = Policy(self)
         return policy
 
+    def with_ratios(self, *ratios: float) -> PolicySpec:
+        """The same declaration, of the same name, with these ratios of a layer's heads (see `heads`)."""
+        copy = self.model_copy(update={"heads": HeadsSpec(ratios=ratios)})
+        copy._policy = None
+        return copy
+
     def __getstate__(self) -> dict[Any, Any]:
         """For pickle: the declaration and its name, without what was built of it."""
         state = super().__getstate__()
@@ -124,6 +133,7 @@ class PolicySpec(Spec):
             _radius,
             _observing,
             _competing,
+            _heads,
         ):
             rule(self)
         return self
@@ -252,11 +262,17 @@ def _competing(spec: PolicySpec) -> None:
         )
 
 
+def _heads(spec: PolicySpec) -> None:
+    if isinstance(spec.growth, NoGrowthSpec) and spec.heads != HeadsSpec():
+        raise ValueError("heads: with growth none there are no slots to share; leave heads out, or choose a growth")
+
+
 class Policy:
     """A policy's pieces, and what follows from them alone. Never changes, so that threads and copies may share it.
 
     chunk: tokens that leave together (0 where nothing leaves); sinks_only: growth is none, so that slots are sinks and
-    nothing else, each a plain token, which queries meet as they meet the window.
+    nothing else, each a plain token, which queries meet as they meet the window; head_ratios: how many times the
+    growth's slots each head gets, where heads differ (then each `head_policies` tells what one of them does).
     """
 
     def __init__(self, spec: PolicySpec) -> None:
@@ -266,6 +282,7 @@ class Policy:
         self.chunk = self.window.unit or 0
         self.sinks = spec.sinks
         self.growth = spec.growth.build()
+        self.head_ratios = spec.heads.uneven
         self.sinks_only = self.growth is None
         self.observation = spec.observe.build(self.chunker.size)
         self.admission: Admission | None = None
@@ -312,7 +329,7 @@ class Policy:
     @functools.cached_property
     def plans_ahead(self) -> bool:
         """Whether keys alone say where tokens go, so that `memkit.plan` can be asked."""
-        return not (self.observes or self.competes)
+        return not (self.observes or self.competes or self.head_ratios)
 
     @functools.cached_property
     def sequential(self) -> bool:
@@ -357,6 +374,18 @@ class Policy:
         """Whether `attend` must be given `rotation`."""
         return Need.ROTATION in self.needs
 
+    @functools.cached_property
+    def head_policies(self) -> tuple[tuple[int, Policy], ...]:
+        """Neighbouring heads with equal ratios: how many they are, and the policy that each of them follows.
+
+        Empty where all heads follow this one.
+        """
+        if self.head_ratios is None:
+            return ()
+        runs = [(len(list(run)), ratio) for ratio, run in itertools.groupby(self.head_ratios)]
+        built = {ratio: self.spec.with_ratios(ratio).build() for _, ratio in runs}
+        return tuple((heads, built[ratio]) for heads, ratio in runs)
+
     def budget(self, begin: int) -> int:
         """Slots allowed once the chunk that starts at token `begin` has left the window, sinks counted."""
         leaving = begin + self.chunk
@@ -365,7 +394,7 @@ class Policy:
         seen = self.growth.spec.counts == "seen"
         tokens = begin + (self.window.capacity or 0) if seen else leaving
         budget = self.growth.budget(tokens)
-        return min(max(self.sinks, budget), leaving)
+        return min(share_of(self.spec.heads.ratio, max(self.sinks, budget), self.sinks), leaving)
 
     def slots_after_chunk(self, index: int) -> int:
         """Slots once chunks 0 … index have left the window; chunk −1 stands for none.

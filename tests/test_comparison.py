@@ -22,7 +22,7 @@ from tests.hf.tiny import randomised, tiny_config
 mpl.use("agg")
 
 # Merges by place in the text: equal letters have all but equal keys, and ties that rounding decides differ by split.
-UNTRAINED = memkit.load_policy("untrained-block-mean", {"chunker.size": 8})
+FREE = memkit.load_policy("untrained-block-mean", {"chunker.size": 8})
 WINDOW = memkit.load_policy("window-512", {"window.size": 20})
 
 
@@ -40,7 +40,7 @@ def loaded() -> hf.LoadedModel:
 
 @pytest.fixture(scope="module")
 def small(loaded: hf.LoadedModel) -> Comparison:
-    return compare(["full", WINDOW, UNTRAINED], model=loaded, tokens=200, skip=50, decoded=3)
+    return compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=3)
 
 
 def plain(comparison: Comparison, width: int = 80) -> str:
@@ -62,7 +62,7 @@ def test_loss_is_the_untouched_models_over_the_scored_positions(loaded: hf.Loade
 def test_segments_and_slices_change_no_loss(loaded, small, monkeypatch, segment, cut):
     monkeypatch.setattr(comparison, "SEGMENT", segment)
     monkeypatch.setattr(comparison, "SLICE", cut)
-    again = compare(["full", WINDOW, UNTRAINED], model=loaded, tokens=200, skip=50, decoded=1)
+    again = compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=1)
     for one, other in zip(again.policies, small.policies, strict=True):
         assert one.loss == pytest.approx(other.loss, abs=1e-5)
         assert (one.slots, one.window) == (other.slots, other.window)
@@ -71,9 +71,9 @@ def test_segments_and_slices_change_no_loss(loaded, small, monkeypatch, segment,
 def test_costs_and_differences(loaded: hf.LoadedModel, small: Comparison):
     full, window, free = small.policies
     assert (full.slots, full.window, window.slots, window.window) == (0, 200, 0, 20)
-    policy = UNTRAINED.build()
+    policy = FREE.build()
     assert free.slots == policy.slots_after(200)
-    with torch.no_grad(), hf.attach(loaded.model, UNTRAINED):
+    with torch.no_grad(), hf.attach(loaded.model, FREE):
         ids = torch.tensor([Letters()(comparison.default_text())["input_ids"][:200]])
         layers = hf.memories(returned_cache(loaded.model(ids, use_cache=True)))
     assert free.bytes == sum(memory.bytes for memory in layers)
@@ -90,13 +90,13 @@ def test_without_full_there_is_nothing_to_compare_with(loaded: hf.LoadedModel):
     alone = compare([WINDOW], model=loaded, tokens=60, skip=50, decoded=1)
     (entry,) = alone.policies
     assert (entry.difference, entry.difference_error, entry.bytes_share, entry.held_share) == (None,) * 4
-    assert "compare full too" in plain(alone)
+    assert "compare streaming-4-512 and full too" in plain(alone)
 
 
 def test_model_is_left_as_it_was_and_runs_repeat(loaded: hf.LoadedModel, small: Comparison):
     loaded.model.train()
     state = torch.random.get_rng_state()
-    again = compare(["full", WINDOW, UNTRAINED], model=loaded, tokens=200, skip=50, decoded=1)
+    again = compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=1)
     assert [entry.loss for entry in again.policies] == [entry.loss for entry in small.policies]
     assert loaded.model.training
     assert torch.equal(state, torch.random.get_rng_state())
@@ -109,8 +109,44 @@ def entry(policy: str, size: int, loss: float) -> Measurement:
 
 def test_front():
     points = [("a", 10, 3.0), ("b", 10, 3.0), ("c", 10, 3.1), ("d", 20, 2.0), ("e", 30, 2.0), ("f", 5, 9.0)]
-    measured = [(WINDOW.build(), entry(*point), torch.zeros(1)) for point in points]
-    assert "".join(e.policy for e in comparison._against_full(measured) if e.front) == "abdf"
+    measured = [comparison._Measured(WINDOW.build(), entry(*point), torch.zeros(1), None) for point in points]
+    assert "".join(e.policy for e in comparison._against_others(measured) if e.front) == "abdf"
+
+
+def test_the_share_of_the_gap_that_is_closed():
+    losses = {"full": [1.0, 2.0, 3.0], "streaming-4-512": [2.0, 4.0, 3.0], "window-512": [1.5, 2.0, 3.5]}
+    measured = [
+        comparison._Measured(
+            memkit.load_policy(name).build(), entry(name, 1, 1.0), torch.tensor(each).double(), 2 * torch.tensor(each)
+        )
+        for name, each in losses.items()
+    ]
+    found = {each.policy: each for each in comparison._against_others(measured)}
+    assert (found["full"].gap_closed, found["streaming-4-512"].gap_closed) == (1, 0)
+    assert (found["full"].second_gap_closed, found["streaming-4-512"].second_gap_error) == (1, 0)
+    saved = torch.tensor([0.5, 2.0, -0.5]).double()
+    assert found["window-512"].gap_closed == pytest.approx(float(saved.mean()))  # the gap is 1
+    assert found["window-512"].gap_error == pytest.approx(float(saved.std(correction=0)) / 3**0.5)
+    alone = comparison._against_others(measured[1:])
+    assert alone[0].gap_closed is None
+
+
+def test_the_second_text_is_measured_at_the_same_positions(loaded: hf.LoadedModel, small: Comparison):
+    text, options = comparison.default_text()[:300], {"model": loaded, "tokens": 200, "skip": 50, "decoded": 1}
+    swapped = compare([WINDOW], text=comparison.second_text(), second=text, **options).policies[0]
+    assert swapped.second_loss == pytest.approx(small.policies[1].loss)
+    assert swapped.loss == pytest.approx(small.policies[1].second_loss)
+    assert compare([WINDOW], text=text, **options).policies[0].second_loss is None
+    longer = options | {"tokens": len(comparison.second_text()) + 100}
+    assert compare([WINDOW], **longer).policies[0].second_loss is None
+    with pytest.raises(InputError, match="length of given text"):
+        compare([WINDOW], second="short", **options)
+
+
+def test_the_peak_is_what_decoding_holds(loaded: hf.LoadedModel):
+    spec = memkit.load_policy("untrained-kvm-fixed", {"chunker.size": 8, "growth.slots": 40})
+    measured = compare([spec], model=loaded, tokens=200, skip=50, decoded=3).policies[0]
+    assert measured.peak_bytes > measured.bytes  # slots stand beside the window while decoding
 
 
 def test_json_is_as_documented(small: Comparison):
@@ -133,15 +169,16 @@ def test_pandas_frame(small: Comparison):
     assert frame.attrs["tokens"] == 200
 
 
-def test_table_fits_80_columns_and_is_sorted_by_memory(small: Comparison):
+def test_table_fits_80_columns_and_begins_with_the_front(small: Comparison):
     text = plain(small)
     assert "…" not in text
     rows = [
         line.split() for line in text.splitlines() if re.match(r"[ ●]+(full|window-512|untrained-block-mean) ", line)
     ]
     order = [cells[-9] for cells in rows]
-    assert order == [e.policy for e in sorted(small.policies, key=lambda e: e.bytes)]
-    assert [cells[0] == "●" for cells in rows] == [e.front for e in sorted(small.policies, key=lambda e: e.bytes)]
+    by_memory = sorted(small.policies, key=lambda e: (not e.front, e.bytes))
+    assert order == [e.policy for e in by_memory]
+    assert [cells[0] == "●" for cells in rows] == [e.front for e in by_memory]
     for setting in ("tiny", "pydoc_data.topics", "200 tokens", f"threads {torch.get_num_threads()}", "torch", "seed 0"):
         assert setting in plain(small, 200)
 
@@ -161,13 +198,16 @@ def test_html_and_figure(small: Comparison):
 def test_progress_reaches_the_end_of_every_policy(loaded: hf.LoadedModel):
     calls: list[tuple[str, int, int]] = []
     options = {"model": loaded, "tokens": 60, "skip": 50, "decoded": 2}
-    compare([WINDOW, UNTRAINED], progress=lambda *call: calls.append(call), **options)
-    assert [call for call in calls if call[1] == call[2]] == [("window-512", 62, 62), ("untrained-block-mean", 62, 62)]
+    compare([WINDOW, FREE], progress=lambda *call: calls.append(call), **options)
+    assert [call for call in calls if call[1] == call[2]] == [
+        ("window-512", 122, 122),
+        ("untrained-block-mean", 122, 122),
+    ]
 
     from memkit.viz.comparison import progress_bar
 
     with progress_bar(2) as report:
-        compare([WINDOW, UNTRAINED], progress=report, **options)
+        compare([WINDOW, FREE], progress=report, **options)
 
 
 def test_overrides_policies_of_ones_own_and_names(loaded: hf.LoadedModel):

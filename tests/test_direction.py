@@ -17,10 +17,11 @@ PACKAGE = ROOT / "memkit"
 # From the bottom up. A module may import what stands on its own line or below, a package's own modules included.
 LEVELS = [
     {"errors", "rendering", "version"},
-    {"whole", "yaml12"},
+    {"whole", "yaml12", "texts"},
     {"pieces"},
     {"policy"},
     {"catalog", "schema"},
+    {"profiles"},
     {"memory", "parameters"},
     {"engine"},
     {"reference"},

@@ -140,7 +140,10 @@ def test_a_models_lengths_may_be_a_list(memories: list[Any]):
     [
         (lambda: memkit.attend("full", KEYS, KEYS, KEYS, lengths=[1.0, 2.0]), "lengths must be one whole number"),
         (lambda: memkit.attend("full", KEYS, KEYS, KEYS, rotation=3), "rotation is given, but with growth none"),
-        (lambda: memkit.attend("untrained-kvm-log", KEYS, KEYS, KEYS, rotation=3), "must be a memkit.Rotation"),
+        (
+            lambda: memkit.attend("untrained-kvm-sqrt", KEYS, KEYS, KEYS, rotation=3),
+            "rotation must be a memkit.Rotation",
+        ),
         (lambda: memkit.attend("full", KEYS, KEYS, KEYS, plan=3), "plan must be what memkit.plan returned, got 3"),
         (lambda: memkit.attend("full", KEYS, KEYS, KEYS, scale="1"), "scale must be a finite number, got '1'"),
         (lambda: memkit.attend("full", KEYS, KEYS, KEYS, scale=True), "scale must be a finite number, got True"),

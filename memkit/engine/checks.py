@@ -13,6 +13,7 @@ from memkit.engine.read import default_scale
 from memkit.errors import InputError, shown
 from memkit.memory import Memory, held
 from memkit.parameters import PolicyParameters
+from memkit.pieces.heads import AUTO
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy
@@ -33,9 +34,16 @@ def check(given: AttendInputs) -> AttendInputs:
     _check_parameters(policy, queries, keys, given.parameters)
     if given.memory is not None:
         _check_memory(policy, keys, values, given.memory)
-        observed = given.memory.observed
-        if observed is not None and queries is not None and observed.shape[1] != queries.shape[1]:
-            raise InputError(f"memory observes {observed.shape[1]} query heads, got {queries.shape[1]}")
+        observed = given.memory.observed_heads
+        if observed is not None and queries is not None and observed != queries.shape[1]:
+            raise InputError(f"memory observes {observed} query heads, got {queries.shape[1]}")
+    if policy.spec.heads.profile not in (None, AUTO):
+        raise InputError(
+            "heads.profile says how the heads of every layer share, and a call is about one; "
+            "give it a layer's own policy: memkit.profiles.per_layer(policy, layers, kv_heads)[layer]"
+        )
+    if policy.head_ratios is not None:
+        _check_heads(policy, keys, queries, given.plan)
     if not policy.plans_ahead and (queries is None or given.plan is not None):
         raise InputError(
             "a plan is made from keys alone, and this policy's rows are judged by queries or compete for their slots; "
@@ -46,7 +54,7 @@ def check(given: AttendInputs) -> AttendInputs:
     if given.scale is not None and not is_finite(given.scale):
         raise InputError(f"scale must be a finite number, got {shown(given.scale)}")
     scale = default_scale(keys.shape[-1]) if given.scale is None else given.scale
-    sources = [queries, keys, values, weights, *([] if given.parameters is None else given.parameters.parameters())]
+    sources = [queries, keys, values, weights, *([] if given.parameters is None else given.parameters.tensors())]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in sources)
     wanted = wanted or (given.memory is not None and given.memory.requires_grad)
     differentiable = queries is not None and torch.is_grad_enabled() and wanted
@@ -173,18 +181,32 @@ def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: M
     memory.check_usable()
     memory.check_policy(policy)
     rows, heads, width = keys.shape[0], keys.shape[1], keys.shape[3]
-    if memory.keys.shape[:2] != (rows, heads):
+    if (len(memory.seen_rows), memory.heads) != (rows, heads):
         raise InputError(
-            f"memory is for {memory.keys.shape[0]} rows × {memory.keys.shape[1]} heads, got keys of {rows} × {heads}; "
+            f"memory is for {len(memory.seen_rows)} rows × {memory.heads} heads, got keys of {rows} × {heads}; "
             "reorder() changes rows"
         )
     widths = (width, width if values is None else values.shape[3])
     if memory.head_widths[0] != widths[0] or (values is not None and memory.head_widths[1] != widths[1]):
         raise InputError(f"memory holds keys and values of widths {memory.head_widths}, got {widths}")
-    if memory.keys.dtype != keys.dtype:
-        raise InputError(f"memory holds {memory.keys.dtype}, got keys of {keys.dtype}; go on with the same dtype")
-    if memory.keys.device != keys.device:
-        raise InputError(f"memory is on {memory.keys.device}, got keys on {keys.device}; move it with memory.to()")
+    if memory.dtype != keys.dtype:
+        raise InputError(f"memory holds {memory.dtype}, got keys of {keys.dtype}; go on with the same dtype")
+    if memory.device != keys.device:
+        raise InputError(f"memory is on {memory.device}, got keys on {keys.device}; move it with memory.to()")
+
+
+def _check_heads(policy: Policy, keys: Tensor, queries: Tensor | None, plan: Plan | None) -> None:
+    """That there are as many heads as ratios, and no plan, which has one number of slots for all heads."""
+    ratios = policy.head_ratios or ()
+    if keys.shape[1] != len(ratios):
+        raise InputError(
+            f"heads.ratios has {len(ratios)} numbers, one per key/value head, got keys of {keys.shape[1]} heads"
+        )
+    if queries is None or plan is not None:
+        raise InputError(
+            "a plan has the same number of slots in all heads, and under this policy's heads.ratios they differ; "
+            "leave plan out, or ask each of Policy.head_policies for its own"
+        )
 
 
 def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None, lengths: np.ndarray) -> None:

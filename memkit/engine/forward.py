@@ -88,7 +88,11 @@ class Pass:
     # The steps
 
     def read(self, queries: Queries) -> tuple[Tensor, Tensor]:
-        """For each step: plan, fold, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph."""
+        """For each step: plan, fold, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph.
+
+        Where a policy observes, READ and OBSERVE meet the same rows, and a whole chunk's queries do both at once; the
+        log-sum-exp, which the backward pass of other policies needs, is then not there.
+        """
         key_sets = self.key_sets()
         rows, heads, tokens, _ = queries.windowed.shape
         # Heads next to each other for each token: so the kernels return them, and so the output projection wants them.
@@ -98,9 +102,11 @@ class Pass:
             span = slice(steps[0].start, steps[-1].stop)
             if len(steps) == 1:
                 self.absorb(steps[0])
+                if (known := self.observe(steps[0])) is not None:
+                    output[:, :, span] = known
+                    continue
                 met = key_sets.of(steps[0], queries, self.slots(steps[0]))
                 _, lse[:, :, span] = attend_key_sets(met, self.inputs.checked_scale, out=output[:, :, span])
-                self.observe(steps[0])
                 continue
             snapshots = Snapshots(len(steps), steps[-1].most_slots)
             for number, step in enumerate(steps):
@@ -148,10 +154,11 @@ class Pass:
             if at is not None:
                 self.store.put_rows(at, store)
 
-    def observe(self, step: Step) -> None:
-        """OBSERVE, where the policy does and a chunk is complete."""
-        if self.observer is not None:
-            self.observer.observe(step, self.rules, self.timeline, self.store)
+    def observe(self, step: Step) -> Tensor | None:
+        """OBSERVE, where the policy does and a chunk is complete; the step's outputs where these are known by it."""
+        if self.observer is None:
+            return None
+        return self.observer.observe(step, self.rules, self.timeline, self.store)
 
     def slots(self, step: Step) -> SlotView | None:
         """The slots as a step reads them; None where none is live."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries, scaled
 from memkit.engine.schedule import Schedule, Step, on_device
-from memkit.memory.slots import SlotRules, SlotStore
+from memkit.memory.slots import SlotRules, SlotStore, SlotView
 from memkit.memory.window import Timeline
 from memkit.pieces.evidence import softmax_evidence
 
@@ -50,15 +50,20 @@ class Observer:
         return self._at(after // self.policy.chunk * self.policy.chunk).clone()
 
     @torch.no_grad()
-    def observe(self, step: Step, rules: SlotRules, timeline: Timeline, store: SlotStore) -> None:
-        """Give every row its evidence, for the rows of the batch whose chunk is complete after a step."""
+    def observe(self, step: Step, rules: SlotRules, timeline: Timeline, store: SlotStore) -> Tensor | None:
+        """Give every row its evidence, for the rows of the batch whose chunk is complete after a step.
+
+        Where the step's queries are just those that are observed, what they read is known by then: outputs
+        [b, h, n, v]; else None.
+        """
         schedule, chunk = self.schedule, self.policy.chunk
         end = schedule.seen + step.stop
         complete = step.active & (schedule.lengths >= step.stop) & (end % chunk == 0)
         if not complete.any():
-            return
+            return None
         queries, column = self._at(end - chunk), schedule.old + step.stop
         older = column - chunk - step.first  # columns of the window before the chunk
+        outputs = None
         for rows in alike_rows(complete, older, step.slots):
             first = int(np.flatnonzero(complete)[0]) if rows is None else int(rows[0])
             begin, slots = column - chunk - int(older[first]), int(step.slots[first])
@@ -66,22 +71,11 @@ class Observer:
             held = {name: stream[at, :, begin:column] for name, stream in timeline.streams.items()}
             positions = held.get("positions")
             if positions is not None:
-                offsets = on_device(self.offsets, self.device) + int(older[first])
-                positions = positions[:, :, offsets]
+                positions = positions[:, :, int(older[first]) :][:, :, on_device(self.offsets, self.device)]
             asked = Queries.of(self.policy, queries[at], self.inputs.parameters, self.inputs.rotation, positions)
-            scores = self._scores(asked.windowed, asked.window_scale, held["keys"])
-            own = torch.arange(column - begin, device=self.device) - int(older[first])
-            later = own > on_device(self.offsets, self.device)[:, None]
-            scores = scores.masked_fill(later.repeat(scores.shape[2] // len(self.offsets), 1), -torch.inf)
-            values = held["values"].to(scores.dtype)
-            if slots:
-                view = store.read(rules).first(slots)
-                of_slots = self._scores(asked.remembering, asked.memory_scale, view.keys[at])
-                if view.bias is not None:
-                    of_slots = of_slots + view.bias[at, :, None].to(scores.dtype)
-                scores = torch.cat((of_slots, scores), dim=-1)
-                values = torch.cat((view.values[at].to(scores.dtype), values), dim=2)
-            error, share = softmax_evidence(scores, values)
+            view = store.read(rules).first(slots) if slots else None
+            scores, values = self._met(asked, held["keys"], held["values"], view, at)
+            read, error, share = softmax_evidence(scores, values)
             added = self.policy.observation.added
             store.about_to_write()
             evidence = timeline.streams["evidence"]
@@ -90,13 +84,41 @@ class Observer:
                 assert store.evidence is not None
                 before = store.evidence[at, :, :slots]
                 store.evidence[at, :, :slots] = added(before, error[..., :slots], share[..., :slots])
+            if rows is None and step.stop - step.start == chunk == len(self.offsets):
+                outputs = read.reshape(*queries.shape[:3], -1)
+        return outputs
+
+    def _met(
+        self, asked: Queries, keys: Tensor, values: Tensor, view: SlotView | None, at: slice | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [b, g, r·n, m] of the observed queries against slots and window, and the values [b, g, m, v] there.
+
+        Keys and values of the window [b, g, w, …] end with the chunk's own; `view` is of all rows of the batch.
+        """
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        if view is None:
+            scores, values = self._scores(asked.windowed, asked.window_scale, keys), values.to(wide)
+        else:
+            slots = view.keys.shape[2]
+            values = torch.cat((view.values[at].to(wide), values.to(wide)), dim=2)
+            if asked.alike and asked.window_scale is asked.memory_scale:
+                scores = self._scores(asked.windowed, asked.window_scale, torch.cat((view.keys[at], keys), dim=2))
+            else:
+                of_slots = self._scores(asked.remembering, asked.memory_scale, view.keys[at])
+                scores = torch.cat((of_slots, self._scores(asked.windowed, asked.window_scale, keys)), dim=-1)
+            if view.bias is not None:
+                scores[..., :slots] += view.bias[at, :, None].to(wide)
+        later = torch.arange(self.policy.chunk, device=self.device) > on_device(self.offsets, self.device)[:, None]
+        later = later.repeat(scores.shape[2] // len(self.offsets), 1)
+        scores[..., -self.policy.chunk :].masked_fill_(later, -torch.inf)
+        return scores, values
 
     def _scores(self, queries: Tensor, scale: Tensor | None, keys: Tensor) -> Tensor:
         """Scores of queries [b, h, n, d], a group's in a row, against keys [b, g, m, d]: [b, g, r·n, m]."""
         wide = torch.promote_types(queries.dtype, torch.float32)
-        queries = scaled(queries.to(wide), scale)
+        queries = scaled(queries.to(wide), scale) * self.inputs.checked_scale
         grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
-        return grouped @ keys.to(wide).mT * self.inputs.checked_scale
+        return grouped @ keys.to(wide).mT
 
 
 def alike_rows(among: np.ndarray, *facts: np.ndarray) -> Iterator[np.ndarray | None]:

@@ -124,8 +124,11 @@ def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
         first = maximum(first, chunk.is_first)
     score = admission.score(chunk).expand(chunk.shape).to(chunk.keys.dtype)
     score = score.masked_fill(chunk.offsets < first, torch.inf)
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return rank < chunk.new_slots
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    if isinstance(chunk.new_slots, int):
+        nobody = torch.zeros_like(order, dtype=torch.bool)
+        return nobody.scatter_(2, order[..., : chunk.new_slots], torch.ones_like(nobody))
+    return order.argsort(dim=-1) < chunk.new_slots
 
 
 def follow(leaving: LeavingChunk, plan: Plan, size: int, device: torch.device) -> Assignment:

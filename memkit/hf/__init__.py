@@ -6,5 +6,16 @@ Importing this package imports transformers; `import memkit` does not.
 from memkit.hf.attachment import attach, check_policy, memories
 from memkit.hf.loading import LoadedModel, load
 from memkit.hf.model import MemkitConfig, MemkitForCausalLM
+from memkit.hf.profiling import Measured, measure_profile
 
-__all__ = ["LoadedModel", "MemkitConfig", "MemkitForCausalLM", "attach", "check_policy", "load", "memories"]
+__all__ = [
+    "LoadedModel",
+    "Measured",
+    "MemkitConfig",
+    "MemkitForCausalLM",
+    "attach",
+    "check_policy",
+    "load",
+    "measure_profile",
+    "memories",
+]

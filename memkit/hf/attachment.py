@@ -32,6 +32,7 @@ from memkit.errors import InputError, MemoryStateError, ModelError
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.pieces.rotary import Rotation
+from memkit.profiles import per_layer
 
 if TYPE_CHECKING:
     from memkit.memory import Memory
@@ -89,8 +90,8 @@ def check_policy(policy: Policy) -> None:
     if policy.learned:
         raise ModelError(
             f"a stock model runs policies without learned parts, got {_name(policy)}, which needs "
-            f"{', '.join(need.phrase for need in policy.learned)}; use an untrained-* policy, or train a model with "
-            "this one"
+            f"{', '.join(need.phrase for need in policy.learned)}; use an untrained-* policy, or train a "
+            "model with this one"
         )
 
 
@@ -135,12 +136,12 @@ class MemoryLayer(CarryingLayer):
 
 @dataclass(frozen=True)
 class _Call:
-    """What one forward call of the decoder tells its attention layers.
+    """What one forward call of the decoder tells its attention layers, of which each has a policy.
 
     waiting: where to note the cache once the decoder has run, if a head is to run after it.
     """
 
-    policy: Policy
+    policies: list[Policy]
     rotation: Rotation | None
     cache: Cache | None
     lengths: Tensor | None
@@ -172,7 +173,7 @@ def _attention(
         query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     output, memory = attend(
-        call.policy,
+        call.policies[module.layer_idx],
         query,
         key,
         value,
@@ -193,21 +194,12 @@ class _Attachment:
     """A policy on a model: what is checked once, and what is prepared before each forward call."""
 
     def __init__(self, model: PreTrainedModel, policy: str | PolicySpec | Policy) -> None:
-        _check_model(model)
+        check_model(model)
         self.policy = as_policy(policy)
-        self.layers = model.config.num_hidden_layers
-        self.rotation = None
+        self.layers, config = model.config.num_hidden_layers, model.config
+        self.policies = per_layer(self.policy, self.layers, kv_heads_of(config), facts_of(config))
         check_policy(self.policy)
-        if self.policy.needs_rotation:
-            rotary = model.base_model.rotary_emb
-            if rotary.rope_type in MOVING_FREQUENCIES:
-                raise ModelError(
-                    f"policy {_name(self.policy)} un-rotates keys and needs fixed rotary frequencies, got rope type "
-                    f"{rotary.rope_type}; use a policy with rotary: {{kind: keep}}"
-                )
-            # `attention_scaling` (YaRN) needs nothing: turning back keeps a key's length, and merging is linear in it.
-            frequencies = rotary.inv_freq.detach().clone()
-            self.rotation = Rotation("half-split", 2 * len(frequencies), frequencies)
+        self.rotation = fixed_rotation(model) if self.policy.needs_rotation else None
         forward = type(model.base_model).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
@@ -252,7 +244,7 @@ class _Attachment:
         elif layers is None:
             given.layers = self.memory_layers()  # only now that nothing is refused any more
         arguments[self.cache_name] = cache
-        arguments["memkit_call"] = _Call(self.policy, self.rotation, cache, lengths, waiting)
+        arguments["memkit_call"] = _Call(self.policies, self.rotation, cache, lengths, waiting)
         return (), arguments
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
@@ -270,24 +262,50 @@ class _Attachment:
         layers = layers_of(given, MemoryLayer, "this attached model")
         if layers is None:
             return None
-        other = layers[0].policy
-        if other.spec != self.policy.spec:
-            raise MemoryStateError(
-                f"{CACHE} must be of the attached policy, {_name(self.policy)}, got {_name(other)}; "
-                f"start without {CACHE}"
-            )
         if len(layers) != self.layers:
             raise MemoryStateError(
                 f"{CACHE} must be of a model of {self.layers} layers, got {len(layers)}; start without {CACHE}"
             )
+        for layer, policy in zip(layers, self.policies, strict=True):
+            if layer.policy is not policy and layer.policy.spec != policy.spec:
+                raise MemoryStateError(
+                    f"{CACHE} must be of the attached policy, {_name(policy)}, got {_name(layer.policy)}; "
+                    f"start without {CACHE}"
+                )
         check_whole(layers)
         return layers
 
     def memory_layers(self) -> list[Any]:
-        return [MemoryLayer(self.policy) for _ in range(self.layers)]
+        return [MemoryLayer(policy) for policy in self.policies]
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def fixed_rotation(model: PreTrainedModel) -> Rotation:
+    """How a model of the Llama family rotates its keys. Raises `ModelError` where that changes with the length read."""
+    rotary: Any = model.base_model.rotary_emb
+    if rotary.rope_type in MOVING_FREQUENCIES:
+        raise ModelError(
+            f"un-rotating keys needs fixed rotary frequencies, got rope type {rotary.rope_type}; "
+            "use a policy with rotary: {kind: keep}"
+        )
+    # `attention_scaling` (YaRN) needs nothing: turning back keeps a key's length, and merging is linear in it.
+    frequencies = rotary.inv_freq.detach().clone()
+    return Rotation("half-split", 2 * len(frequencies), frequencies)
+
+
+FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+def kv_heads_of(config: Any) -> int:
+    """Key/value heads of each layer."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def facts_of(config: Any) -> dict[str, int | str]:
+    """By what a head profile knows the model that it was measured on."""
+    return {name: getattr(config, name) for name in FACTS} | {"num_key_value_heads": kv_heads_of(config)}
+
+
+def check_model(model: PreTrainedModel) -> None:
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if family not in FAMILIES:
         raise ModelError(f"model must be of the Llama family ({', '.join(FAMILIES)}), got {family}; see memkit.hf.load")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,26 @@ KEYS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: the policy, the tensors by name, `seen` among them, and the window's end."""
+    """What a file holds of heads that are alike: their policy, tensors by name, `seen` among them, the window's end."""
 
-    spec: PolicySpec
+    policy: Policy
     tensors: dict[str, Tensor]
     end: int
 
 
-def write(path: str | Path, policy: Policy, tensors: dict[str, Tensor], end: int) -> None:
-    """Write a memory's tensors. Raises `MemoryStateError` where the file cannot be written."""
+def write(path: str | Path, policy: Policy, parts: Sequence[Contents]) -> None:
+    """Write a memory's tensors: those of one part, or of each run of heads that are alike, with its number before them.
+
+    Raises `MemoryStateError` where the file cannot be written.
+    """
     said = _named(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    named = [
+        (f"{index}.{name}" if len(parts) > 1 else name, tensor)
+        for index, part in enumerate(parts)
+        for name, tensor in part.tensors.items()
+    ]
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
+    end: Any = [part.end for part in parts] if len(parts) > 1 else parts[0].end
     facts: dict[str, Any] = {"format": FORMAT, "policy": policy.spec.to_yaml(), "name": policy.name, "end": end}
     facts["checksum"] = _checksum(facts, tensors)
     try:
@@ -58,8 +68,8 @@ def write(path: str | Path, policy: Policy, tensors: dict[str, Tensor], end: int
         raise MemoryStateError(f"{said}: cannot be written: {missing}") from None
 
 
-def read(path: str | Path) -> Contents:
-    """Read a memory's file. Raises `MemoryStateError`: what is wrong with it."""
+def read(path: str | Path) -> tuple[PolicySpec, list[Contents]]:
+    """Read a memory's file: its policy, and each part. Raises `MemoryStateError`: what is wrong with it."""
     said = _named(path)
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -75,13 +85,44 @@ def read(path: str | Path) -> Contents:
     try:
         spec = _spec(facts)
         policy = spec.build()
-        wrong = _wrong_end(facts.get("end"), tensors) or _wrong_shapes(policy, tensors)
-        wrong = wrong or _wrong_numbers(policy, tensors, facts["end"])
+        parts, wrong = _parts(policy, facts.get("end"), tensors)
+        for number, part in enumerate(parts):
+            wrong = wrong or _wrong_end(part.end, part.tensors) or _wrong_shapes(part.policy, part.tensors)
+            wrong = wrong or _wrong_numbers(part.policy, part.tensors, part.end)
+            if not wrong and policy.head_policies:
+                wrong = _wrong_heads(part, parts[0], policy.head_policies[number][0])
     except PolicyError as error:
         raise MemoryStateError(f"{said}: its policy: {error}") from None
     if wrong:
         raise MemoryStateError(f"{said}: damaged: {wrong}; save the memory again")
-    return Contents(spec, tensors, facts["end"])
+    return spec, parts
+
+
+def _parts(policy: Policy, end: Any, tensors: dict[str, Tensor]) -> tuple[list[Contents], str | None]:
+    """The parts of a file, and what is wrong with their number or names."""
+    if not policy.head_policies:
+        return [Contents(policy, tensors, end)], None
+    many = len(policy.head_policies)
+    if not isinstance(end, list) or len(end) != many:
+        return [], f"end must be {many} whole numbers, one for each run of equal heads, got {shown(end)}"
+    parts = [Contents(one, {}, each) for (_, one), each in zip(policy.head_policies, end, strict=True)]
+    for name, tensor in tensors.items():
+        number, _, rest = name.partition(".")
+        if not number.isdecimal() or int(number) >= many:
+            return [], f"its tensors must be named 0. to {many - 1}. first, got {short(name)}"
+        parts[int(number)].tensors[rest] = tensor
+    return parts, None
+
+
+def _wrong_heads(part: Contents, first: Contents, heads: int) -> str | None:
+    """What of a part does not fit its policy's heads, or the first part."""
+    if part.tensors["keys"].shape[1] != heads:
+        return f"keys must be of {heads} heads, got {part.tensors['keys'].shape[1]}"
+    if not torch.equal(part.tensors["seen"], first.tensors["seen"]):
+        return "heads must have seen the same tokens"
+    if part.tensors["keys"].dtype != first.tensors["keys"].dtype:
+        return "heads must be of one dtype"
+    return None
 
 
 def _named(path: Any) -> str:

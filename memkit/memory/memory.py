@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ from memkit.policy import Policy, PolicySpec
 from memkit.whole import whole_numbers
 
 __all__ = ["DecodeBuffer", "Memory", "held", "row_numbers"]
-
-FORMAT = "memkit-memory-2"
 
 
 @dataclass
@@ -92,6 +90,9 @@ class Memory:
     written: bool = False
     lost: str | None = None
 
+    of_parts: ClassVar[Callable[[Policy, Sequence[Memory]], Memory]]
+    """Memories of heads that differ, as one: `memory.heads` sets it."""
+
     # What a caller asks
 
     @property
@@ -124,6 +125,26 @@ class Memory:
     def held_rows(self) -> np.ndarray:
         """Tokens in each row's window, [b] int64."""
         return held(self.policy, self.seen_rows)
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads."""
+        return self.keys.shape[1]
+
+    @property
+    def observed_heads(self) -> int | None:
+        """Query heads that are observed; None where none are."""
+        return None if self.observed is None else self.observed.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The keys' and values' dtype."""
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.keys.device
 
     @property
     def head_widths(self) -> tuple[int, int]:
@@ -174,30 +195,34 @@ class Memory:
         """A memory whose row i is this one's row rows[i]; rows may repeat (beam search) or be left out."""
         self.check_usable()
         index = row_numbers(rows, len(self.seen_rows))
-        here = index.to(self.keys.device)
+        here = index.to(self.device)
         copy = self._mapped(lambda tensor: tensor.index_select(0, here))
         return dataclasses.replace(copy, seen_rows=self.seen_rows[index.numpy()])
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a safetensors file; its policy travels along."""
         self.check_usable()
-        file.write(path, self.policy, {**self._saved(), "seen": self.seen}, self.window.end)
+        file.write(path, self.policy, [self.contents()])
 
     @classmethod
     def load(cls, path: str | Path, policy: str | Path | PolicySpec | Policy | None = None) -> Memory:
         """Read a memory. With `policy`, refuse a file that another policy wrote; a damaged file is refused anyway."""
-        found = file.read(path)
+        spec, parts = file.read(path)
         wanted = None if policy is None else as_policy(policy).spec
-        if wanted is not None and wanted != found.spec:
+        if wanted is not None and wanted != spec:
             raise MemoryStateError(
-                f"{path}: belongs to {_named(found.spec)}, not to {_named(wanted)}; load it with its own policy"
+                f"{path}: belongs to {_named(spec)}, not to {_named(wanted)}; load it with its own policy"
             )
-        tensors = found.tensors
-        policy = found.spec.build()
-        return cls(
+        each = [Memory._of(part) for part in parts]
+        return Memory.of_parts(spec.build(), each) if parts[0].policy.spec != spec else each[0]
+
+    @staticmethod
+    def _of(part: file.Contents) -> Memory:
+        tensors, policy = part.tensors, part.policy
+        return Memory(
             policy=policy,
             seen_rows=tensors["seen"].numpy(),
-            window=Window({name: tensors[name] for name in policy.streams}, found.end),
+            window=Window({name: tensors[name] for name in policy.streams}, part.end),
             store=SlotStore(tensors["sums"], tensors["numbers"], evidence=tensors.get("slot_evidence")),
             next_positions=tensors.get("next_positions"),
             observed=tensors.get("observed"),
@@ -277,8 +302,12 @@ class Memory:
         """Whether gradients flow into this memory."""
         return any(tensor.requires_grad for tensor in self._saved().values())
 
+    def contents(self) -> file.Contents:
+        """What a file holds."""
+        return file.Contents(self.policy, {**self._saved(), "seen": self.seen}, self.window.end)
+
     def _saved(self) -> dict[str, Tensor]:
-        """What a file holds, by name."""
+        """The tensors of a file, by name."""
         rest = {
             "sums": self.store.sums,
             "numbers": self.store.numbers,

@@ -221,30 +221,29 @@ class SlotStore:
         stays = torch.ones_like(own, dtype=torch.bool)
         slot = torch.cat((own, assignment.slot), dim=2)
         founded, stored = torch.cat((stays, founded), dim=2), torch.cat((stays, stored), dim=2)
-        target = flat_slots(slot, self.room)
+        target, joins = flat_slots(slot, self.room), stored & ~founded
         evidence = None
         if self.evidence is not None and chunk.evidence is not None:
             evidence = torch.cat((self.evidence[:, :, :live], chunk.evidence), dim=2)
             there = numbers[..., policy.statistics.index(COUNT)] > 0  # rows may have unequally many slots
             rate = (Evidence.of(evidence).share + SHARE_EPS) * there
-            if policy.merging.by_share:
-                taken = (stored & ~founded).to(rate.dtype).unsqueeze(-1)
-                taken = self._summed(target, taken)[target].view_as(rate) > 0  # where nobody joins nothing changes
-                rows, numbers = _weighed(rules, rows, numbers, torch.where(taken, rate, 0))
-            total = self._summed(target, (rate * stored).unsqueeze(-1))[target].view_as(rate)
-            evidence = evidence.clone()
+            # Of each row's slot: the weight of all that goes there, and whether anybody joins.
+            facts = self._summed(target, torch.stack((rate * stored, joins.to(rate.dtype)), dim=-1))[target]
+            total, joined = facts.view(*rate.shape, 2).unbind(-1)
+            if policy.merging.by_share:  # where nobody joins nothing changes
+                rows, numbers = _weighed(rules, rows, numbers, torch.where(joined > 0, rate, 0))
             evidence[..., SHARE] *= torch.where(there, total / torch.where(there, rate, 1), 1)
-        joins = (stored & ~founded).unsqueeze(-1)
+            evidence.masked_fill_(~founded.unsqueeze(-1), 0)
         if policy.merging.of == "values":
-            rows = torch.cat((rows[..., :width].masked_fill(joins, 0), rows[..., width:]), dim=-1)
+            rows[..., :width].masked_fill_(joins.unsqueeze(-1), 0)
         founders_own = [statistic.founders_own(policy.merging.of) for statistic in policy.statistics]
-        numbers = numbers.masked_fill(joins & torch.tensor(founders_own, device=rows.device), 0)
-        rows, numbers = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, numbers))
+        numbers = numbers.masked_fill(joins.unsqueeze(-1) & torch.tensor(founders_own, device=rows.device), 0)
+        if assignment.drops:
+            rows, numbers = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, numbers))
         self.about_to_write()
         self.sums = self._summed(target, rows).view(*self.sums.shape)
         self.numbers = self._summed(target, numbers).view(*self.numbers.shape)
         if evidence is not None and self.evidence is not None:
-            evidence = evidence.masked_fill(~founded.unsqueeze(-1), 0)
             self.evidence = self._summed(target, evidence).view(*self.evidence.shape)
         self.view = None
 
@@ -353,17 +352,19 @@ def flat_slots(slot: Tensor, room: int) -> Tensor:
 
 
 def _weighed(rules: SlotRules, rows: Tensor, numbers: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as if their tokens had a weight [b, g, n] in all: scaled by weight / mass; as they are where it is 0."""
+    """Rows as if their tokens had a weight [b, g, n] in all: scaled by weight / mass; as they are where it is 0.
+
+    The rows are written into.
+    """
     policy = rules.policy
     mass = numbers[..., policy.statistics.index(MASS)]
     factor = torch.where((mass > 0) & (weight > 0), weight / torch.where(mass > 0, mass, 1), 1).unsqueeze(-1)
     scaled = torch.tensor([statistic.weighed for statistic in policy.statistics], device=rows.device)
     if policy.merging.of == "values":  # keys are their founder's, whatever it weighs
-        keys, values = rows[..., : rules.width], rows[..., rules.width :]
-        rows = torch.cat((keys, values * factor.to(rows.dtype)), dim=-1)
+        rows[..., rules.width :] *= factor.to(rows.dtype)
         scaled = scaled & torch.tensor([not statistic.of_keys for statistic in policy.statistics], device=rows.device)
     else:
-        rows = rows * factor.to(rows.dtype)
+        rows *= factor.to(rows.dtype)
     return rows, torch.where(scaled, numbers * factor, numbers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,25 @@ class ChunkContext:
             best = torch.where(as_tensor(self.is_first, best), first, best)
         return best
 
+    def parted(self, founded: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Offsets of the tokens that found, [b, g, max new], and of the others, [b, g, …], each in order.
+
+        In rows where fewer found, others follow them; the others are None where their number differs between rows.
+        """
+        order = torch.argsort((~founded).long(), dim=-1, stable=True)
+        most = self.max_new_slots
+        return order[..., :most], order[..., most:] if isinstance(self.new_slots, int) else None
+
+    def only(self, offsets: Tensor) -> ChunkContext:
+        """Some tokens, [b, g, n], with the slots as they are: for asking what they are most like, and nothing else."""
+        some = replace(self, keys=_picked(self.keys, offsets))
+        if "found" in vars(self):  # asked before, of all
+            of_all = self.found
+            some.__dict__["found"] = Found(
+                *(each.gather(2, offsets) for each in (of_all.slot, of_all.score, of_all.best))
+            )
+        return some
+
     def alike(self, slots: Tensor) -> Tensor:
         """Similarity of the tokens to slots [b, g, m, d]: [b, g, c, m]."""
         return similarities(self.similarity, self.keys, slots)
@@ -103,6 +122,11 @@ class Assignment:
     def founders(self) -> Tensor | None:
         """`founded`, or None where nobody is known to."""
         return self.founded if self.founds else None
+
+
+def _picked(tensor: Tensor, offsets: Tensor) -> Tensor:
+    """[b, g, c, d] at offsets [b, g, n]: [b, g, n, d]."""
+    return tensor.gather(2, offsets.unsqueeze(-1).expand(*offsets.shape, tensor.shape[-1]))
 
 
 def as_tensor(condition: Count | bool, like: Tensor) -> Tensor:

@@ -41,14 +41,16 @@ class Evidence:
         return cls(sums[..., ERROR] / judged, sums[..., SHARE] / judged)
 
 
-def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Error and share of each row, both [b, g, n], from scores [b, g, r, n] and values [b, g, n, v].
+def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From scores [b, g, r, n] and values [b, g, n, v]: outputs o [b, g, r, v]; error and share of each row, [b, g, n].
 
     error_j = [(Σ_r p²)·‖v_j‖² − 2⟨v_j, Σ_r p²·o_r⟩ + Σ_r p²·‖o_r‖²] / R: two products, no [r, n, v] tensor.
     """
     shares = scores.softmax(-1)
     outputs = shares @ values
-    squares = shares.square()
-    error = squares.sum(-2) * values.square().sum(-1) - 2 * (values * (squares.mT @ outputs)).sum(-1)
-    error = error + (squares * outputs.square().sum(-1, keepdim=True)).sum(-2)
-    return error.clamp(min=0) / scores.shape[-2], shares.mean(-2)
+    # All three sums over r are columns of one product.
+    facts = torch.cat((outputs, outputs.square().sum(-1, keepdim=True), torch.ones_like(outputs[..., :1])), dim=-1)
+    summed = shares.square().mT @ facts
+    of_outputs, of_sizes, of_squares = summed.split((values.shape[-1], 1, 1), dim=-1)
+    error = (values * (of_squares * values - 2 * of_outputs)).sum(-1) + of_sizes.squeeze(-1)
+    return outputs, error.clamp(min=0) / scores.shape[-2], shares.mean(-2)

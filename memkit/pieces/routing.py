@@ -86,24 +86,31 @@ class Nearest(Routing):
         self.drops = least is not None
 
     def targets(self, chunk: ChunkContext, founded: Tensor | None) -> Tensor:
-        target, best = chunk.found.slot, chunk.found.score
-        if founded is not None:
-            fresh, score = best_slot(self._to_founders(chunk, founded), 0)
-            target = torch.where(score > best, fresh + chunk.slots_before, target)
-            best = torch.maximum(score, best)
-        return target if self.least is None else torch.where(best < self.least, -1, target)
+        if founded is None:
+            return self._least(chunk.found.slot, chunk.found.score)
+        founders, others = chunk.parted(founded)
+        asking = chunk if others is None else chunk.only(others)
+        fresh, score = best_slot(self._to_founders(chunk, founders, asking), 0)
+        target = torch.where(score > asking.found.score, fresh + chunk.slots_before, asking.found.slot)
+        target = self._least(target, torch.maximum(score, asking.found.score))
+        return target if others is None else torch.zeros_like(founded, dtype=torch.long).scatter_(2, others, target)
 
-    def _to_founders(self, chunk: ChunkContext, founded: Tensor) -> Tensor:
-        """Similarity to the slots founded in this step, in token order, [b, g, c, max new]; −∞: not a target."""
+    def _least(self, target: Tensor, similarity: Tensor) -> Tensor:
+        """Targets [b, g, c], −1 where they are not similar enough."""
+        return target if self.least is None else torch.where(similarity < self.least, -1, target)
+
+    def _to_founders(self, chunk: ChunkContext, founders: Tensor, asking: ChunkContext) -> Tensor:
+        """Similarity of who asks to the slots founded in this step, in token order, [b, g, n, max new]; −∞: no target.
+
+        founders [b, g, max new]: their offsets in the chunk.
+        """
         alone = chunk.alone()
-        # Founders' offsets first, in order; the offsets of the others behind them are masked below.
-        where = torch.argsort((~founded).long(), dim=-1, stable=True)[..., : chunk.max_new_slots]
-        scores = chunk.alike(alone.gather(2, where.unsqueeze(-1).expand(*where.shape, alone.shape[-1])))
+        scores = asking.alike(alone.gather(2, founders.unsqueeze(-1).expand(*founders.shape, alone.shape[-1])))
         nth = torch.arange(chunk.max_new_slots, device=scores.device)
-        barred = (nth >= chunk.new_slots) | (where < chunk.sink_tokens)
+        barred = (nth >= chunk.new_slots) | (founders < chunk.sink_tokens)
         if not self.new_slots:  # but for the very first slot, which all others are compared with
             barred = barred | (nth > 0) | ~as_tensor(chunk.is_first, barred)
-        return scores.masked_fill(barred.unsqueeze(-2), -torch.inf)
+        return scores.masked_fill_(barred.unsqueeze(-2), -torch.inf)
 
 
 @register

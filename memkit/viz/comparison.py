@@ -27,22 +27,22 @@ MARK = "●"
 HEADERS = (
     ("", "policy"),
     ("memory", "MB"),
-    ("of", "full"),
-    ("", "slots"),
-    ("", "window"),
+    ("peak", "MB"),
+    ("rows,", "a head"),
     ("loss", "nats"),
-    ("vs", "full"),
-    ("read", "s"),
+    ("gap", "closed"),
+    ("second", "text"),
+    ("read", "tok/s"),
     ("decode", "ms"),
 )
 
 
 def table(comparison: Comparison) -> RenderableType:
-    """Sorted by memory; policies on the memory–loss front are marked; the settings below."""
+    """The memory–loss front first, then the others, each sorted by memory; the settings below."""
     grid = empty_table()
     for index, (above, below) in enumerate(HEADERS):
         grid.add_column(f"{above}\n{below}", justify="right" if index else "left", no_wrap=True)
-    for entry in _by_memory(comparison):
+    for entry in _front_first(comparison):
         grid.add_row(*_cells(entry), style="bold" if entry.front else "")
     return Group(grid, *(Text(line, style="dim") for line in _notes(comparison)))
 
@@ -51,7 +51,7 @@ def html(comparison: Comparison) -> str:
     """The same table for a notebook."""
     heads = "".join(f"<th>{above}<br>{below}</th>" for above, below in HEADERS)
     rows: list[str] = []
-    for entry in _by_memory(comparison):
+    for entry in _front_first(comparison):
         tag = "th" if entry.front else "td"
         rows.append("<tr>" + "".join(f"<{tag}>{markup.escape(cell)}</{tag}>" for cell in _cells(entry)) + "</tr>")
     notes = "<br>".join(markup.escape(line) for line in _notes(comparison))
@@ -133,6 +133,10 @@ def _by_memory(comparison: Comparison) -> list[Measurement]:
     return sorted(comparison.policies, key=lambda entry: (entry.bytes, entry.loss))
 
 
+def _front_first(comparison: Comparison) -> list[Measurement]:
+    return sorted(_by_memory(comparison), key=lambda entry: not entry.front)
+
+
 def _megabytes(entry: Measurement) -> float:
     return entry.bytes / 1e6
 
@@ -141,29 +145,39 @@ def _cells(entry: Measurement) -> tuple[str, ...]:
     return (
         f"{MARK if entry.front else ' '} {entry.policy}",
         f"{_megabytes(entry):,.1f}",
-        "–" if entry.bytes_share is None else f"{entry.bytes_share:.1%}",
-        f"{entry.slots:,}",
-        f"{entry.window:,}",
+        f"{entry.peak_bytes / 1e6:,.1f}",
+        f"{entry.slots + entry.window:,}",
         f"{entry.loss:.3f}",
-        "–" if entry.difference is None else f"{entry.difference:+.3f}" if entry.difference else "0",
-        f"{entry.read_seconds:.1f}",
+        _share(entry.gap_closed),
+        _share(entry.second_gap_closed),
+        f"{entry.tokens_per_second:,.0f}",
         f"{entry.decode_ms:.0f}",
     )
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
 
 
 def _notes(comparison: Comparison) -> list[str]:
     """What the marks mean, and the settings."""
     s = comparison.settings
     lines = [f"{MARK} on the front: no other policy has at most its memory and at most its loss"]
-    errors = [entry.difference_error for entry in comparison.policies if entry.difference_error is not None]
+    errors = [entry.gap_error for entry in comparison.policies if entry.gap_error is not None]
+    second = [entry.second_gap_error for entry in comparison.policies if entry.second_gap_error is not None]
     if errors:
-        lines.append(f"vs full: standard errors up to {max(errors):.3f}")
+        lines.append(
+            "gap closed: how much of the loss from streaming-4-512 (0%) to full (100%) is saved; "
+            f"standard errors up to {max(errors + second):.0%}"
+        )
     else:
-        lines.append("vs full: compare full too to see differences and shares")
+        lines.append("gap closed: compare streaming-4-512 and full too to see it")
+    lines.append("memory, peak: bytes held once the text is read; the most until the last decoded token")
     versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
     lines += [
         f"model: {s['model']}, {s['parameters'] / 1e6:.0f}M parameters, {s['dtype']}",
         f"text: {s['text']}, {s['tokens']:,} tokens, loss over the last {s['scored']:,}",
+        *([f"second text: {s['second_text']}"] if s.get("second_text") else []),
         f"machine: {s['machine']}, {s['device']}, cores {s['cores']}, threads {s['threads']}",
         f"versions: {versions}",
         f"loaded in {s['load_seconds']:.0f} s; decode: median of {s['decoded']} tokens; seed {s['seed']}",

@@ -1,0 +1,184 @@
+"""Measure a head profile: how many rows each layer and head of a model needs, by what leaving them out would cost.
+
+A document is read once with full attention. Its reader is somebody who goes on with it: queries of the text, turned to
+positions behind its end, meet every key, and tell what each row is worth (`memkit.pieces.evidence`: the error of the
+output, were it left out). All heads then share one budget by one threshold on that error, after each has had half of
+its even share. The profile is how many times the even share a head gets, averaged over documents and budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memkit.errors import InputError
+from memkit.hf.attachment import check_model, facts_of, fixed_rotation, kv_heads_of
+from memkit.hf.loading import LoadedModel
+from memkit.pieces.evidence import softmax_evidence
+from memkit.pieces.rotary import Rotation
+from memkit.profiles import HeadProfile
+from memkit.whole import whole_number
+
+__all__ = ["Measured", "measure_profile"]
+
+NAME = "memkit-profiling"
+SINKS = 4
+LEAST = 0.5
+"""Of its even share, what a head gets whatever its rows are worth."""
+ASKED = 256
+"""Queries of the end of the text, and as many from everywhere in it."""
+NEIGHBOURS = 3
+"""Rows over which scores are averaged."""
+STEP = 0.125
+"""Ratios are rounded to this: heads that hardly differ then go side by side."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is measured, layers done, and how many there are in all documents."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A profile, and the ratios [documents, layers, heads] of each document by itself."""
+
+    profile: HeadProfile
+    each: Tensor
+
+    @property
+    def stability(self) -> float:
+        """The correlation of a document's ratios with another's, averaged over pairs; 1 where there is one document."""
+        flat = self.each.flatten(1)
+        if len(flat) < 2:
+            return 1.0
+        return float(torch.corrcoef(flat)[*torch.triu_indices(len(flat), len(flat), 1)].mean())
+
+
+@torch.no_grad()
+def measure_profile(
+    loaded: LoadedModel,
+    documents: Sequence[str],
+    *,
+    tokens: int = 2048,
+    rows: Sequence[int] = (256, 512),
+    names: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Measured:
+    """Measure a model's head profile on some texts.
+
+    documents: of each the first `tokens` tokens are read; names: what to call them in the profile.
+    rows: how many rows each head would have on average, sinks and window included; the ratios are averaged over these.
+
+    Raises `InputError` for a text that is too short, `ModelError` for a model that `hf.attach` refuses.
+    """
+    check_model(loaded.model)
+    tokens = whole_number("tokens", tokens, 2 * ASKED, 2**20)
+    budgets = [whole_number("rows", each, 4 * SINKS, tokens // 2) for each in rows]
+    rotation = fixed_rotation(loaded.model)
+    config = loaded.model.config
+    layers, heads = config.num_hidden_layers, kv_heads_of(config)
+    if not documents:
+        raise InputError("documents must be one text at least, got none")
+    found: list[Tensor] = []
+    for number, text in enumerate(documents):
+        ids = loaded.tokenizer(text[: 16 * tokens], verbose=False)["input_ids"][:tokens]
+        if len(ids) < tokens:
+            raise InputError(f"each document must have {tokens} tokens at least, got one of {len(ids)}; lower tokens")
+        scores: list[Tensor] = []
+
+        def look(
+            query: Tensor, key: Tensor, value: Tensor, scale: float, scores: list[Tensor] = scores, done: int = number
+        ) -> None:
+            scores.append(_scores(query, key, value, scale, rotation))
+            if progress is not None:
+                progress("head profile", done * layers + len(scores), len(documents) * layers)
+
+        with _looking(loaded.model):
+            loaded.model.base_model(torch.tensor([ids], device=loaded.model.device), use_cache=False, memkit_look=look)
+        found.append(torch.stack([_ratios(torch.stack(scores), budget) for budget in budgets]).mean(0))
+    each = torch.stack(found)
+    ratios = _rounded(each.mean(0))
+    measured = {
+        "texts": list(names) if names else f"{len(documents)} texts",
+        "tokens": tokens,
+        "rows": budgets,
+        "by": f"root of the output error, one threshold over all heads, at least {LEAST:g} of the even share",
+    }
+    profile = HeadProfile(
+        model=facts_of(config),
+        measured=measured,
+        ratios=tuple(tuple(row) for row in ratios.view(layers, heads).tolist()),
+    )
+    return Measured(profile, each)
+
+
+def _scores(query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation) -> Tensor:
+    """What each row is worth to a reader who goes on, [g, n]: queries [1, h, n, d], keys and values [1, g, n, d]."""
+    tokens, device = key.shape[2], key.device
+    last = torch.arange(tokens - ASKED, tokens, device=device)
+    spread = torch.linspace(4 * SINKS, tokens - 1, ASKED, device=device).long()
+    asked = torch.cat((last, spread))
+    random = torch.Generator().manual_seed(0)
+    behind = tokens + torch.randint(ASKED, (len(asked),), generator=random).to(device)
+    turned = rotation.apply(query[:, :, asked].float(), behind - asked)
+    grouped = turned.reshape(1, key.shape[1], -1, turned.shape[-1])
+    keys, values = key[0, :, None].float(), value[0, :, None].float()
+    heads = zip(grouped[0, :, None], keys, values, strict=True)  # one at a time: [queries, n] scores are large
+    root = torch.cat([softmax_evidence(asked @ keys.mT * scale, values)[1] for asked, keys, values in heads]).sqrt()
+    return nn.functional.avg_pool1d(root, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
+
+
+def _ratios(scores: Tensor, rows: int) -> Tensor:
+    """How many times the even share each head gets, [layers, g], of scores [layers, g, n] with so many rows a head."""
+    window = rows // 8
+    share = rows - SINKS - window
+    candidates = scores[..., SINKS : scores.shape[-1] - window].flatten(0, 1)
+    least = int(LEAST * share)
+    ranked = candidates.sort(dim=1, descending=True).values[:, least:]
+    free = (share - least) * len(ranked)
+    threshold = ranked.flatten().sort(descending=True).values[free - 1]
+    return ((ranked >= threshold).sum(1) + least).view(scores.shape[:2]) / share
+
+
+def _rounded(ratios: Tensor) -> Tensor:
+    """Multiples of STEP whose mean stays 1: rounded down, and one step more for those that lost most by it."""
+    steps = ratios.flatten().double() / STEP
+    whole = steps.floor()
+    missing = round(len(steps) / STEP - float(whole.sum()))
+    whole[(steps - whole).argsort(descending=True, stable=True)[:missing]] += 1
+    return (whole * STEP).view_as(ratios)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    memkit_look: Callable[[Tensor, Tensor, Tensor, float], None],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Full attention, which shows what it is given: [b, h, t, d] in, [b, t, h, d] out."""
+    memkit_look(query, key, value, scaling)
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+
+
+@contextmanager
+def _looking(model: Any) -> Generator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,134 @@
+"""Head profiles: how many slots each layer and head of one model needs, as ratios of an even share.
+
+A profile is calibration, not training: measured once on a model by `memkit profile`, and shipped as a small YAML file.
+It belongs to that model. Which policies use one is theirs to say: `heads: {profile: NAME}`, or `auto`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from memkit import yaml12
+from memkit.catalog import as_policy, is_file, policies_folder
+from memkit.errors import PolicyError, short, unknown_name
+from memkit.pieces.heads import AUTO, MOST_RATIO
+from memkit.pieces.registry import Spec, SpecError
+from memkit.policy import Policy, PolicySpec
+
+__all__ = ["HeadProfile", "load_profile", "per_layer", "profile_names"]
+
+
+class HeadProfile(Spec):
+    """One model's ratios.
+
+    model: what a model's config must say for the profile to be its own; measured: on what, and with what settings;
+    ratios: a row per layer, a number per key/value head, 1 on average.
+    """
+
+    model: dict[str, int | str] = Field(description="what the config of the model says")
+    measured: dict[str, Any] = Field(default_factory=dict, description="how the ratios were measured")
+    ratios: tuple[tuple[float, ...], ...] = Field(description="a row per layer, a number per key/value head")
+
+    @field_validator("ratios", mode="before")
+    @classmethod
+    def _from_lists(cls, rows: object) -> object:
+        if not isinstance(rows, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in rows):
+            return rows
+        return tuple(tuple(float(each) if type(each) is int else each for each in row) for row in rows)
+
+    @model_validator(mode="after")
+    def _even_rows(self) -> HeadProfile:
+        if not self.ratios or len({len(row) for row in self.ratios}) != 1 or not self.ratios[0]:
+            raise ValueError("ratios must have a row per layer, all of as many numbers as there are key/value heads")
+        if not all(0 < ratio <= MOST_RATIO for row in self.ratios for ratio in row):
+            raise ValueError(f"ratios must be above 0 and at most {MOST_RATIO:g}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and key/value heads of each."""
+        return len(self.ratios), len(self.ratios[0])
+
+    def fits(self, facts: Mapping[str, Any]) -> bool:
+        """Whether a model that says this of itself is the one that was measured."""
+        return all(facts.get(name) == value for name, value in self.model.items())
+
+    def to_yaml(self) -> str:
+        """As a file: what `load_profile` reads."""
+        head = yaml12.dump({"model": dict(self.model), "measured": dict(self.measured)})
+        rows = "".join(f"  - [{', '.join(f'{ratio:g}' for ratio in row)}]\n" for row in self.ratios)
+        return f"{head}ratios: # a row per layer, a number per key/value head\n{rows}"
+
+
+def profiles_folder() -> Path:
+    """Where the shipped profiles lie: beside the policies."""
+    return policies_folder().parent / "profiles"
+
+
+def profile_names() -> list[str]:
+    """The names of the shipped profiles, sorted."""
+    return sorted(path.stem for path in profiles_folder().glob("*.yaml"))
+
+
+def load_profile(profile: str | Path) -> HeadProfile:
+    """A profile by its shipped name or its YAML file's path. Raises `PolicyError`: what is wrong."""
+    text = str(profile)
+    if isinstance(profile, Path) or text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text:
+        path = Path(profile)
+        if not is_file(path):
+            raise PolicyError(f"{short(text)}: no such file; give the path of a profile's YAML, or its shipped name")
+    else:
+        path = profiles_folder() / f"{text}.yaml"
+        if not is_file(path):
+            raise PolicyError(unknown_name("profile", text, profile_names()) + "; or give the path of a YAML file")
+    data = yaml12.read(path)
+    if not isinstance(data, dict):
+        raise PolicyError(f"{short(text)}: a profile is a mapping of model, measured and ratios")
+    try:
+        return HeadProfile(**{str(field): value for field, value in data.items()})
+    except SpecError as error:
+        raise PolicyError(f"{short(text)}: {error}") from None
+
+
+def profile_of(facts: Mapping[str, Any]) -> str | None:
+    """The name of the shipped profile that was measured on a model that says this of itself; None: there is none."""
+    return next((name for name in profile_names() if load_profile(name).fits(facts)), None)
+
+
+def per_layer(
+    policy: str | Path | PolicySpec | Policy,
+    layers: int,
+    kv_heads: int,
+    facts: Mapping[str, Any] | None = None,
+) -> list[Policy]:
+    """The policy of each layer of a model: its profile's ratios put in, where it names one.
+
+    layers, kv_heads: of the model. facts: what its config says, by which `auto` finds a profile; without a fitting one
+    the shares are even. Raises `PolicyError` for a profile that is not there or not right, or is of another model.
+    """
+    policy = as_policy(policy)
+    wanted = policy.spec.heads.profile
+    name = profile_of(facts or {}) if wanted == AUTO else wanted
+    if wanted is None or policy.sinks_only:
+        return [policy] * layers
+    if name is None:
+        even = policy.spec.with_ratios(1.0).build()
+        return [even] * layers
+    profile = load_profile(name)
+    if profile.shape != (layers, kv_heads):
+        raise PolicyError(
+            f"heads.profile {short(name)} is of a model of {profile.shape[0]} layers × {profile.shape[1]} key/value "
+            f"heads, got {layers} × {kv_heads}; measure one with memkit profile, or leave heads out"
+        )
+    if facts is not None and not profile.fits(facts):
+        other = {each: facts.get(each) for each, value in profile.model.items() if facts.get(each) != value}
+        raise PolicyError(
+            f"heads.profile {short(name)} was measured on another model, got {other} instead of "
+            f"{ {each: profile.model[each] for each in other} }; measure one with memkit profile, or leave heads out"
+        )
+    built = {row: policy.spec.with_ratios(*row).build() for row in profile.ratios}
+    return [built[row] for row in profile.ratios]

@@ -1,0 +1,103 @@
+"""Head profiles of stock models: measured, and put on each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import memkit
+from memkit import hf
+from memkit.hf import profiling
+from memkit.hf.attachment import facts_of
+from memkit.memory import HeadsMemory
+from memkit.profiles import HeadProfile
+from tests.hf.tiny import randomised, tiny_config
+
+SMALL = {"chunker.size": 8, "growth.slots": 24, "observe.queries": 8}
+TOKENS = 600
+
+
+class Words:
+    """A tokenizer: a character each."""
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 200 for letter in text]}
+
+
+def loaded(model: torch.nn.Module) -> hf.LoadedModel:
+    return hf.LoadedModel(model, Words(), "tiny", 0.0)
+
+
+def text(seed: int) -> str:
+    random = torch.Generator().manual_seed(seed)
+    return "".join(chr(40 + letter) for letter in torch.randint(80, (2 * TOKENS,), generator=random).tolist())
+
+
+def test_heads_whose_rows_are_worth_nothing_get_least(tiny: torch.nn.Module):
+    with torch.no_grad():  # the second key/value head of layer 0 has no values, so no output to lose
+        tiny.model.layers[0].self_attn.v_proj.weight[8:] = 0
+    measured = hf.measure_profile(loaded(tiny), [text(0), text(1)], tokens=TOKENS, rows=(64, 128))
+    ratios = torch.tensor(measured.profile.ratios)
+    assert ratios.sum() == ratios.numel()
+    assert ratios[0, 1] == ratios.min() == profiling.LEAST
+    assert measured.each.shape == (2, 2, 2)
+    assert -1 <= measured.stability <= 1
+    assert tiny.config._attn_implementation != profiling.NAME
+    assert measured.profile.fits(facts_of(tiny.config))
+
+
+def test_shares_come_from_the_largest_scores():
+    scores = torch.zeros(2, 1, 100)
+    scores[0, 0] = torch.arange(100).flip(0) / 100  # the newest are worth least
+    ratios = profiling._ratios(scores, 40)  # 4 sinks, 5 newest, 31 others: 15 for each head, 32 for whoever needs them
+    assert ratios.flatten().tolist() == pytest.approx([(15 + 32) / 31, 15 / 31])
+
+
+def test_measuring_says_what_does_not_fit(tiny: torch.nn.Module):
+    with pytest.raises(memkit.InputError, match="600 tokens at least, got one of 5"):
+        hf.measure_profile(loaded(tiny), ["short"], tokens=TOKENS, rows=(64,))
+    with pytest.raises(memkit.InputError, match="one text at least"):
+        hf.measure_profile(loaded(tiny), [], tokens=TOKENS, rows=(64,))
+    with pytest.raises(memkit.ModelError, match="one policy at a time"), hf.attach(tiny, "full"):
+        hf.measure_profile(loaded(tiny), [text(0)], tokens=TOKENS, rows=(64,))
+
+
+@torch.no_grad()
+def test_a_model_reads_with_each_layers_ratios(tmp_path: Path, ids: torch.Tensor):
+    model = randomised(memkit_model())
+    path = tmp_path / "profile.yaml"
+    ratios = ((0.5, 2.0), (1.0, 0.5))
+    path.write_text(HeadProfile(model=facts_of(model.config), ratios=ratios).to_yaml())
+    spec = memkit.load_policy("untrained-observed", SMALL | {"heads.profile": str(path)})
+    with hf.attach(model, spec):
+        whole = model(ids)
+        parts, cache = [], None
+        for begin, end in ((0, 37), (37, 38), (38, 70), (70, 90)):
+            output = model(ids[:, begin:end], **({} if cache is None else {hf.attachment.CACHE: cache}))
+            cache = hf.names.returned_cache(output)
+            parts.append(output.logits)
+        beams = model.generate(ids[:1], num_beams=2, max_new_tokens=20, do_sample=False)
+    memories = hf.memories(cache)
+    assert all(isinstance(memory, HeadsMemory) for memory in memories)
+    assert [memory.slots[0].tolist() for memory in memories] == [[4 + 10, 4 + 40], [24, 4 + 10]]
+    torch.testing.assert_close(torch.cat(parts, 1), whole.logits, atol=2e-4, rtol=2e-4)
+    assert beams.shape == (1, 110)
+    with pytest.raises(memkit.PolicyError, match="another model"), hf.attach(randomised(memkit_model(64)), spec):
+        pass
+
+
+def memkit_model(wide: int = 32) -> torch.nn.Module:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(tiny_config(hidden_size=wide))
+
+
+@torch.no_grad()
+def test_the_shipped_model_finds_its_shipped_profile(smollm: hf.LoadedModel):
+    attachment = hf.attachment._Attachment(smollm.model, "untrained-observed")
+    assert sum(layer.head_ratios is not None for layer in attachment.policies) > 10
+    slots = [layer.head_policies or ((3, layer),) for layer in attachment.policies]
+    total = sum(heads * policy.slots_after(10_000) for layer in slots for heads, policy in layer)
+    assert abs(total - 90 * 320) <= 45  # but for rounding, as many as with even shares

@@ -1,0 +1,105 @@
+"""Head profiles: files, what a wrong one says, and which layer gets what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import memkit
+from memkit.profiles import HeadProfile, load_profile, per_layer, profile_names, profile_of
+
+RATIOS = ((0.5, 1.5), (1.0, 1.0), (0.75, 1.25))
+FACTS = {"model_type": "llama", "hidden_size": 8}
+
+
+def written(folder: Path, **changes: object) -> str:
+    profile = HeadProfile(**{"model": FACTS, "measured": {"texts": "none"}, "ratios": RATIOS} | changes)
+    path = folder / "profile.yaml"
+    path.write_text(profile.to_yaml(), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shipped_profiles_share_what_there_is(name: str):
+    profile = load_profile(name)
+    ratios = [ratio for row in profile.ratios for ratio in row]
+    assert sum(ratios) == len(ratios)
+    assert profile_of(profile.model) == name
+    assert profile_of({**profile.model, "hidden_size": 1}) is None
+
+
+def test_a_file_gives_each_layer_its_ratios(tmp_path: Path):
+    path = written(tmp_path)
+    assert load_profile(path).ratios == RATIOS
+    spec = memkit.load_policy("untrained-observed", {"heads.profile": path})
+    layers = per_layer(spec, 3, 2)
+    assert [layer.spec.heads.ratios for layer in layers] == list(RATIOS)
+    assert layers[0].name == "untrained-observed"
+    assert [policy.slots_after(10_000) for _, policy in layers[0].head_policies] == [4 + 158, 4 + 474]
+    assert not layers[1].head_policies
+    assert layers[1].slots_after(10_000) == 320
+
+
+def test_auto_without_a_profile_is_even():
+    for facts in (None, {}, FACTS):
+        layers = per_layer("untrained-observed", 2, 2, facts)
+        assert all(not layer.head_policies and layer.slots_after(10_000) == 320 for layer in layers)
+    assert per_layer("kvm-sqrt-16", 2, 2) == [memkit.load_policy("kvm-sqrt-16").build()] * 2
+
+
+def test_another_model_is_refused(tmp_path: Path):
+    spec = memkit.load_policy("untrained-observed", {"heads.profile": written(tmp_path)})
+    with pytest.raises(memkit.PolicyError, match="3 layers × 2 key/value heads, got 4 × 2"):
+        per_layer(spec, 4, 2)
+    with pytest.raises(memkit.PolicyError, match="measured on another model"):
+        per_layer(spec, 3, 2, {**FACTS, "hidden_size": 16})
+    assert per_layer(spec, 3, 2, FACTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("ratios: [[1, 0], [1, 1]]\nmodel: {}\n", "above 0"),
+        ("ratios: [[1], [1, 1]]\nmodel: {}\n", "a row per layer"),
+        ("ratios: []\nmodel: {}\n", "a row per layer"),
+        ("ratios: 3\nmodel: {}\n", "ratios"),
+        ("model: {}\n", "ratios"),
+        ("- 1\n", "mapping"),
+        ("ratios: [[1]]\nmodel: {}\nmore: 1\n", "more"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, says: str):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(memkit.PolicyError, match=says):
+        load_profile(path)
+
+
+def test_a_name_that_is_not_there_is_refused(tmp_path: Path):
+    with pytest.raises(memkit.PolicyError, match="smollm2-135m"):
+        load_profile("smollm2-136m")
+    with pytest.raises(memkit.PolicyError, match="no such file"):
+        load_profile(tmp_path / "none.yaml")
+
+
+def test_one_call_is_about_one_layer(tmp_path: Path):
+    import torch
+
+    spec = memkit.load_policy("kvm-sqrt-16", {"heads": {"profile": written(tmp_path)}})
+    tensors = torch.randn(3, 1, 2, 4, 8)
+    with pytest.raises(memkit.InputError, match="per_layer"):
+        memkit.attend(spec, *tensors)
+
+
+def test_costs_are_those_of_all_layers(tmp_path: Path):
+    path = written(tmp_path)
+    spec = memkit.load_policy("untrained-observed", {"heads.profile": path})
+    shape = {"heads": 4, "kv_heads": 2, "head_width": 8}
+    whole = memkit.cost(spec, 4000, layers=3, **shape)
+    each = [memkit.cost(layer, 4000, **shape) for layer in per_layer(spec, 3, 2)]
+    assert whole.bytes == sum(one.bytes for one in each)
+    assert whole.prefill.total == sum(one.prefill.total for one in each)
+    assert whole.slots == 320
+    with pytest.raises(memkit.PolicyError, match="key/value heads"):
+        memkit.cost(spec, 4000, layers=1, **shape)
