@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from memkit.attention import RotaryEmbeddingSpec
 from memkit.lm.mixer import Mixer
 from memkit.lm.parts import MlpSpec
-from memkit.pieces.registry import AnyOf, FamilySpec, Spec
-from memkit.yaml12 import dump
+from memkit.pieces.registry import AnyOf, FamilySpec, NamedSpec, Spec
 
 __all__ = ["LayersSpec", "MixerSpec", "ModelSpec", "OverrideSpec"]
 
@@ -79,7 +78,7 @@ class LayersSpec(Spec):
         return data
 
 
-class ModelSpec(Spec):
+class ModelSpec(NamedSpec):
     """A decoder-only language model; `MemoryLM(spec)` makes it.
 
     x = LN(embedding[ids]); per block x += mixer(LN(x)), x += mlp(LN(x)); logits = head(LN(x)). All LayerNorms have
@@ -106,25 +105,6 @@ class ModelSpec(Spec):
     )
     layers: LayersSpec = Field(description="which mixer each layer has")
 
-    _name: str | None = PrivateAttr(None)
-
-    @property
-    def name(self) -> str | None:
-        """The stem of the file it came from; None for a spec made in Python. No part of the declaration."""
-        return self._name
-
-    def named(self, name: str | None) -> ModelSpec:
-        """The same declaration under a name."""
-        copy = self.model_copy()
-        copy._name = name
-        return copy
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ModelSpec) and self.model_dump() == other.model_dump()
-
-    def __hash__(self) -> int:
-        return hash(self.to_yaml())
-
     @property
     def mixers(self) -> list[MixerSpec]:
         """Every layer's mixer, first layer first."""
@@ -133,10 +113,6 @@ class ModelSpec(Spec):
             for layer in override.layers(self.depth):
                 mixers[layer] = override.mixer
         return mixers
-
-    def to_yaml(self) -> str:
-        """The declaration as YAML, every field and policy written out; `load_model_spec` reads it back."""
-        return dump(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
