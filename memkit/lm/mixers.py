@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from memkit.attention import MemoryAttention, QueryKeyNorm, RotaryEmbeddingSpec
 from memkit.catalog import load_policy
+from memkit.costing import cost
 from memkit.lm.mixer import Mixer
 from memkit.lm.parts import Span, State, TokenShift, ValueResidual, rank, tensor
 from memkit.lm.rounding import rounded
@@ -61,6 +63,17 @@ class AttentionMixerSpec(MixerSpec):
 
     def build(self, model: ModelSpec, layer: int) -> AttentionMixer:
         return AttentionMixer(self, model)
+
+    def memory_bytes(self, model: ModelSpec, lengths: Sequence[int], dtype: torch.dtype, rows: int) -> list[int]:
+        width = model.head_width or model.width // model.heads
+        kv_heads = self.kv_heads or model.kv_heads or model.heads
+        shape = {"heads": model.heads, "kv_heads": kv_heads, "head_width": width, "rows": rows}
+        shift = rows * dtype.itemsize * width * (model.heads + 2 * kv_heads) if self.token_shift else 0
+        return [entry.bytes + shift for entry in cost(self.policy, lengths, dtype=dtype, **shape)]
+
+    @property
+    def label(self) -> str:
+        return self.policy.name or f"attention over a {self.policy.window.kind} window"
 
     def check(self, model: ModelSpec) -> None:
         if self.kv_heads is not None and model.heads % self.kv_heads:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from memkit.attention import RotaryEmbeddingSpec
@@ -19,13 +21,26 @@ MOST_VOCABULARY, MOST_WIDTH, MOST_DEPTH = 2**24, 2**20, 2**10
 
 
 class MixerSpec(FamilySpec):
-    """Declares how a layer mixes tokens."""
+    """Declares how a layer mixes tokens. A mixer is this and the `Mixer` it builds; nothing else knows the kinds."""
 
     family: ClassVar[str] = "mixer"
 
     @abstractmethod
     def build(self, model: ModelSpec, layer: int) -> Mixer:
         """The mixer of that layer."""
+
+    @abstractmethod
+    def memory_bytes(self, model: ModelSpec, lengths: Sequence[int], dtype: torch.dtype, rows: int) -> list[int]:
+        """Bytes that a layer carries on after one prefill of each length, `rows` rows in `dtype`."""
+
+    def first_memory_bytes(self, model: ModelSpec, dtype: torch.dtype, rows: int) -> int:
+        """Bytes that the first layer of a kind carries besides, for `Mixer.first_values`; none unless it says so."""
+        return 0
+
+    @property
+    def label(self) -> str:
+        """The mixer in a word or two, for tables."""
+        return self.kind
 
     def check(self, model: ModelSpec) -> None:
         """Raise `ValueError` where the mixer does not fit the model's sizes."""
