@@ -30,6 +30,7 @@ from memkit.engine import attend
 from memkit.engine.autocast import autocasts
 from memkit.errors import InputError, MemoryStateError, ModelError
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
+from memkit.hf.masks import present
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.pieces.rotary import Rotation
 from memkit.profiles import per_layer
@@ -325,28 +326,15 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _lengths(mask: Tensor | None, rows: int, columns: int, seen: Tensor, before: int) -> Tensor | None:
     """Valid tokens per row of this call's `columns`, [b]; None where every token is valid."""
-    if mask is None:
+    now = present(mask, rows, columns, seen, before, "; a policy makes its own causal mask")
+    if now is None:
         return None
-    if mask.shape not in ((rows, columns), (rows, before + columns)):
-        raise InputError(
-            f"attention_mask must cover this call's tokens, shape ({rows}, {columns}), or all tokens so far, "
-            f"({rows}, {before + columns}), got {tuple(mask.shape)}; a policy makes its own causal mask"
-        )
-    mask = mask.bool()
-    now = mask[:, mask.shape[1] - columns :]
-    earlier = mask[:, : mask.shape[1] - columns]
-    if (now[:, 1:] & ~now[:, :-1]).any():
+    if (after := now[:, 1:] & ~now[:, :-1]).any():
         raise InputError(
             f"padding must be on the right, got a token after padding in attention_mask row "
-            f"{int((now[:, 1:] & ~now[:, :-1]).any(1).nonzero()[0])}; set tokenizer.padding_side = 'right', "
-            "or give one row at a time"
+            f"{int(after.any(1).nonzero()[0])}; set tokenizer.padding_side = 'right', or give one row at a time"
         )
-    if earlier.shape[1] and (earlier.sum(1) != seen).any():
-        raise InputError(
-            f"attention_mask must mark the tokens already read, {seen.tolist()} per row, got "
-            f"{earlier.sum(1).tolist()}; give this call's columns only, or pass on the mask of the earlier calls"
-        )
-    return None if now.all() else now.sum(1)
+    return now.sum(1)
 
 
 def _check_positions(given: Tensor | None, positions: Tensor, lengths: Tensor | None) -> None:

@@ -10,9 +10,9 @@ from rich.text import Text
 
 from memkit.lm import MemoryLM, MixerSpec, ModelSpec
 from memkit.lm.footprint import memory_bytes
-from memkit.viz.costs import amount, columns
+from memkit.viz.costs import amount
 from memkit.viz.policies import tokens_in_words
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns, with_notes
 
 __all__ = ["details", "listing"]
 
@@ -21,10 +21,7 @@ SHOWN_LENGTHS = tuple(4096 << (2 * index) for index in range(5))
 
 def listing(models: Iterable[tuple[ModelSpec, str]]) -> RenderableType:
     """One line per model: its name, its parameters, what it is."""
-    grid = empty_table(gap=1)
-    grid.add_column("model", no_wrap=True)
-    grid.add_column("parameters", justify="right")
-    grid.add_column("what it is")
+    grid = columns("model", "parameters", "what it is", align="lrw")
     for spec, header in models:
         grid.add_row(spec.name, amount(_parameters(spec)), header.split("\n", 1)[0])
     return grid
@@ -71,4 +68,4 @@ def _memory_table(spec: ModelSpec) -> RenderableType:
             if len(kinds) > 1
         ]
         grid.add_row(tokens_in_words(tokens), *(amount(size, "B") for size in (sum(layers), *shares)))
-    return Group(grid, Text("memory of one row in float32, after one prefill", style="dim"))
+    return with_notes(grid, ["memory of one row in float32, after one prefill"])
