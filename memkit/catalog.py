@@ -89,7 +89,7 @@ class Catalog(Generic[AnySpec]):
         for changed, value in sorted(changes.items(), key=lambda change: change[0].split(".")[-1] != "kind"):
             self._override(data, source, changed, value)
         spec = self._validated(data, source).named(name)
-        if not changes and isinstance(given, str) and not _is_path(given) and self._is_shipped(given):
+        if not changes and isinstance(given, str) and not _is_path(given) and self._shipped_file(given) is not None:
             self._shipped[given] = spec
         return spec
 
@@ -100,8 +100,8 @@ class Catalog(Generic[AnySpec]):
         path = Path(given)
         inside = None if self.inside is None else path / self.inside
         if not _is_path(given):
-            if self._is_shipped(given):
-                return self.shipped_folder() / f"{given}.yaml"
+            if (shipped := self._shipped_file(given)) is not None:
+                return shipped
             if inside is None or not is_file(inside):
                 unknown = unknown_name(self.what, str(given), self.names())
                 raise self.error(f"{unknown}; or give the path of {self.files}")
@@ -120,15 +120,19 @@ class Catalog(Generic[AnySpec]):
             raise self.error(f"{path}: a {self.what} file is a mapping of {self.fields}, got {type(data).__name__}")
         return data
 
-    def _is_shipped(self, name: str | Path) -> bool:
-        return is_file(self.shipped_folder() / f"{name}.yaml")
+    def _shipped_file(self, name: str | Path) -> Path | None:
+        """The file of a shipped name; those in `more/` have a name, but are not among the names that are listed."""
+        folder = self.shipped_folder()
+        return next(
+            (path for path in (folder / f"{name}.yaml", folder / "more" / f"{name}.yaml") if is_file(path)), None
+        )
 
     def _now(self, name: str | Path, level: int) -> str | Path:
         """A shipped name of now, with a notice, `level` calls up, where it was given as it was in former releases."""
         if isinstance(name, str) and not _is_path(name):
             for former, now in self.former.items():
                 renamed = now + name.removeprefix(former)
-                if name.startswith(former) and self._is_shipped(renamed):
+                if name.startswith(former) and self._shipped_file(renamed) is not None:
                     notice = f"{self.what} {name} is called {renamed} now; the old name goes soon"
                     warnings.warn(notice, FutureWarning, stacklevel=level + 1)
                     return renamed

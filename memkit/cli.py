@@ -235,8 +235,18 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", help="Another text, for its loss alone; without --text: IDLE's help."),
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to read.")] = 4096,
-    skip: Annotated[int, typer.Option(metavar="N", help="First token whose loss counts.")] = 1024,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens to read; left out: 4,096, or 2,304 with --prefill full.")
+    ] = None,
+    skip: Annotated[
+        int | None, typer.Option(metavar="N", help="First token whose loss counts; left out: 1,024, or 2,048.")
+    ] = None,
+    prefill: Annotated[
+        str, typer.Option(help="policy; or full: what is skipped is read exactly, and then compressed at once.")
+    ] = "policy",
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Slots and window of each head, for policies with a number of them.")
+    ] = None,
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
     json_file: Annotated[
@@ -261,6 +271,8 @@ def compare(
             second=second,
             tokens=tokens,
             skip=skip,
+            prefill=_choice("--prefill", prefill, "policy", "full"),
+            rows=rows,
             overrides=overrides,
             progress=progress,
         )
@@ -495,6 +507,12 @@ def _overrides(changes: list[str]) -> dict[str, Any]:
         except PolicyError as error:
             raise PolicyError(f"{error}; the value is YAML, as 8 or '{{kind: none}}'") from None
     return overrides
+
+
+def _choice(option: str, given: str, *allowed: str) -> Any:
+    if given not in allowed:
+        raise InputError(f"{option} must be one of {', '.join(allowed)}, got {short(given)}")
+    return given
 
 
 def _check_writable(option: str, path: Path | None) -> None:

@@ -14,19 +14,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from memkit.catalog import as_policy, load_policy
-from memkit.errors import InputError, ModelError
+from memkit.errors import InputError, ModelError, shown
+from memkit.pieces.growth import FixedGrowthSpec
+from memkit.pieces.window import SlidingWindowSpec
 from memkit.policy import Policy, PolicySpec
 from memkit.rendering import render
 from memkit.texts import default_text, read_text, second_text
 from memkit.version import __version__
-from memkit.whole import SEEDS, whole_number
+from memkit.whole import MOST, SEEDS, whole_number
 
 if TYPE_CHECKING:
     import pandas
@@ -37,15 +40,14 @@ __all__ = ["DEFAULT_POLICIES", "Comparison", "Measurement", "Progress", "compare
 
 DEFAULT_POLICIES = (
     "full",
-    "window-512",
-    "block-window-3x256",
+    "untrained-observed-sqrt",
+    "untrained-observed",
+    "caote-512",
+    "h2o-512",
+    "keydiff-512",
     "streaming-4-512",
     "block-mean-8",
-    "block-mean-sqrt",
     "untrained-kvm-fixed",
-    "untrained-kvm-sqrt",
-    "untrained-kvm-log",
-    "untrained-observed",
 )
 BASELINE, STREAMING = "full", "streaming-4-512"
 # Tokens per forward call, which bounds the activations. Longer ones are not faster: stock SmolLM2-135M read 4,096
@@ -53,6 +55,9 @@ BASELINE, STREAMING = "full", "streaming-4-512"
 SEGMENT = 4096
 # Positions whose logits are held at once: 256 · 49,152 words · 4 bytes = 50 MB.
 SLICE = 256
+
+LENGTHS = {"policy": (4096, 1024), "full": (2304, 2048)}
+"""Tokens, and the first that counts, where neither is given."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (policy, tokens done, tokens in all) as a policy is measured."""
@@ -104,8 +109,8 @@ class Comparison:
     """The measurements of one run, in the order asked for, and its settings.
 
     settings: model, parameters, dtype, context (tokens the model was trained for, or None), text, text_sha256,
-    second_text, second_text_sha256 (None without one), tokens, skip, scored (positions in the loss), decoded,
-    overrides, seed, load_seconds, device, machine, cores, threads, versions.
+    second_text, second_text_sha256 (None without one), tokens, skip, prefill, rows, scored (positions in the loss),
+    decoded, overrides, seed, load_seconds, device, machine, cores, threads, versions.
     """
 
     settings: dict[str, Any]
@@ -150,8 +155,10 @@ def compare(
     model: str | Path | LoadedModel | None = None,
     text: str | Path | None = None,
     second: str | Path | None = None,
-    tokens: int = 4096,
-    skip: int = 1024,
+    tokens: int | None = None,
+    skip: int | None = None,
+    prefill: Literal["policy", "full"] = "policy",
+    rows: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     decoded: int = 16,
     seed: int = 0,
@@ -165,14 +172,23 @@ def compare(
     `decoded` more are decoded greedily for their time alone.
     second: another text, of which the loss alone is measured, over the same positions; left out where `text` is, too:
         `second_text()`, on which no shipped policy was chosen.
-    skip: the loss is the mean of −ln p(token i | tokens before i) over i = skip … tokens − 1, the same for all.
+    tokens: left out, 4,096, or 2,304 where the prompt is read in full. skip: the loss is the mean of
+        −ln p(token i | tokens before i) over i = skip … tokens − 1, the same for all; left out, 1,024 or 2,048.
+    prefill: `policy`: bounded from the first chunk on; `full`: the first `skip` tokens are read exactly and then
+        compressed at once, and the others are read from there (`hf.attach`).
+    rows: slots and window that each head has at most, on average: put into every policy with a fixed number of slots
+        or a sliding window; the others stay as they are. Left out: as the policies say.
     seed: for torch, set while this runs; nothing here draws at random unless a policy of yours does.
 
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `load_policy`, `hf.load` and
     `hf.attach` do.
     """
+    if prefill not in LENGTHS:
+        raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
+    tokens, skip = LENGTHS[prefill][0] if tokens is None else tokens, LENGTHS[prefill][1] if skip is None else skip
     skip, decoded = whole_number("skip", skip, 1), whole_number("decoded", decoded, 1)
     tokens = whole_number("tokens", tokens, 1)
+    rows = None if rows is None else whole_number("rows", rows, 1, MOST)
     if tokens <= skip:
         raise InputError(
             f"tokens must be a whole number, at least {skip + 1} (skip + 1: something must be scored), got {tokens}"
@@ -188,6 +204,8 @@ def compare(
         ) from None
 
     chosen = [_policy(policy, overrides) for policy in (DEFAULT_POLICIES if policies is None else policies)]
+    if rows is not None:
+        chosen = [with_rows(policy.spec, rows).build() for policy in chosen]
     for policy in chosen:
         hf.check_policy(policy)
     other_source, other = _second(text, second)
@@ -207,7 +225,7 @@ def compare(
             torch.manual_seed(seed)
             for label, policy in _labelled(chosen):
                 report = progress or _say_nothing
-                measured.append(_measure(loaded, policy, label, ids, other_ids, skip, decoded, report))
+                measured.append(_measure(loaded, policy, label, ids, other_ids, skip, decoded, prefill, report))
     finally:
         loaded.model.train(training)
 
@@ -222,6 +240,8 @@ def compare(
         "second_text_sha256": None if other is None else hashlib.sha256(other.encode()).hexdigest(),
         "tokens": tokens,
         "skip": skip,
+        "prefill": prefill,
+        "rows": rows,
         "scored": tokens - skip,
         "decoded": decoded,
         "overrides": dict(overrides or {}),
@@ -229,7 +249,22 @@ def compare(
         "load_seconds": loaded.seconds,
         **_machine(loaded.model.device),
     }
-    return Comparison(settings, _against_others(measured))
+    streaming = load_policy(STREAMING) if rows is None else with_rows(load_policy(STREAMING), rows)
+    return Comparison(settings, _against_others(measured, streaming))
+
+
+def with_rows(spec: PolicySpec, rows: int) -> PolicySpec:
+    """The policy with so many rows a head, slots and window together, where its rows are a number; else as it is."""
+    if isinstance(spec.window, SlidingWindowSpec):
+        least, changed = spec.sinks + 1, {"window.size": rows - spec.sinks}
+    elif isinstance(spec.growth, FixedGrowthSpec):
+        window = spec.build().window.capacity or 0
+        least, changed = window + spec.sinks + 1, {"growth.slots": rows - window}
+    else:
+        return spec
+    if rows < least:
+        raise InputError(f"rows must be at least {least} for {spec.name or 'this policy'}, got {rows}")
+    return load_policy(spec, changed)
 
 
 @dataclass(frozen=True)
@@ -252,22 +287,23 @@ class _Reading:
     seconds: float
 
 
-def _read(loaded: LoadedModel, ids: Tensor, skip: int, progress: Callable[[int], None]) -> _Reading:
-    """Let the attached model read `ids` [1, n]."""
+def _read(loaded: LoadedModel, ids: Tensor, skip: int, prompt: int | None, progress: Callable[[int], None]) -> _Reading:
+    """Let the attached model read `ids` [1, n], the first `prompt` of them in one call of their own."""
     from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
     head, seconds, cache, hidden = model.get_output_embeddings(), 0.0, None, ids.new_empty(0)
     losses: list[Tensor] = []
-    for begin in range(0, ids.shape[1], SEGMENT):
-        part = ids[:, begin : begin + SEGMENT]
+    starts = [*([] if prompt is None else [0]), *range(prompt or 0, ids.shape[1], SEGMENT), ids.shape[1]]
+    for begin, end in pairwise(starts):
+        part = ids[:, begin:end]
         start = _now(ids.device)
         output = model.base_model(part, use_cache=True, **with_cache(model.base_model, cache))
         seconds += _now(ids.device) - start
         cache, hidden = returned_cache(output), output.last_hidden_state[0]
         first = max(0, skip - 1 - begin)  # the state of token i predicts token i + 1
-        losses += _losses(head, hidden[first:], ids[0, begin + first + 1 : begin + part.shape[1] + 1])
-        progress(begin + part.shape[1])
+        losses += _losses(head, hidden[first:], ids[0, begin + first + 1 : end + 1])
+        progress(end)
     return _Reading(cache, hidden[-1], torch.cat(losses), seconds)
 
 
@@ -279,6 +315,7 @@ def _measure(
     second_ids: Tensor | None,
     skip: int,
     decoded: int,
+    prefill: Literal["policy", "full"],
     progress: Progress,
 ) -> _Measured:
     """Read `ids` [1, n], then decode; read the second text, where there is one."""
@@ -290,9 +327,10 @@ def _measure(
     all_tokens = tokens + decoded + (0 if second_ids is None else tokens)
     times: list[float] = []
     progress(label, 0, all_tokens)
-    with hf.attach(model, policy):
+    prompt = skip if prefill == "full" else None
+    with hf.attach(model, policy, prefill=prefill):
         model.base_model(ids[:, :SLICE], use_cache=True)  # the first call allocates; not counted
-        reading = _read(loaded, ids, skip, lambda done: progress(label, done, all_tokens))
+        reading = _read(loaded, ids, skip, prompt, lambda done: progress(label, done, all_tokens))
         layers = hf.memories(reading.cache)
         held = peak = sum(memory.bytes for memory in layers)
         slots = round(statistics.mean(float(memory.slots[0].double().mean()) for memory in layers))
@@ -307,7 +345,8 @@ def _measure(
             progress(label, tokens + step + 1, all_tokens)
         second = None
         if second_ids is not None:
-            second = _read(loaded, second_ids, skip, lambda done: progress(label, tokens + decoded + done, all_tokens))
+            before = tokens + decoded
+            second = _read(loaded, second_ids, skip, prompt, lambda done: progress(label, before + done, all_tokens))
     entry = Measurement(
         policy=label,
         loss=float(reading.losses.mean()),
@@ -333,9 +372,10 @@ def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[Tensor
         yield nn.functional.cross_entropy(head(states).float(), words, reduction="none").double().cpu()
 
 
-def _against_others(measured: list[_Measured]) -> tuple[Measurement, ...]:
+def _against_others(measured: list[_Measured], streaming_spec: PolicySpec | None = None) -> tuple[Measurement, ...]:
     """Fill in what compares a policy with the others."""
-    full, streaming = (_find(measured, name) for name in (BASELINE, STREAMING))
+    full = _find(measured, load_policy(BASELINE))
+    streaming = _find(measured, streaming_spec or load_policy(STREAMING))
     entries = [each.entry for each in measured]
     done: list[Measurement] = []
     for each in measured:
@@ -369,9 +409,8 @@ def _closed(losses: Tensor, full: Tensor, streaming: Tensor) -> tuple[float | No
     return float(saved.mean()) / gap, float(saved.std(correction=0)) / len(saved) ** 0.5 / gap
 
 
-def _find(measured: list[_Measured], name: str) -> _Measured | None:
-    """What was measured under a shipped policy."""
-    spec = load_policy(name)
+def _find(measured: list[_Measured], spec: PolicySpec) -> _Measured | None:
+    """What was measured under a policy."""
     return next((each for each in measured if each.policy.spec == spec), None)
 
 

@@ -287,3 +287,28 @@ def test_the_main_job_takes_less_than_six_minutes():
     assert all(entry.bytes < full.bytes for entry in whole.policies[1:])
     measured = sum(entry.read_seconds for entry in whole.policies)
     assert whole.settings["load_seconds"] + measured < 360
+
+
+def test_a_prompt_read_in_full(loaded: hf.LoadedModel):
+    spec = memkit.load_policy("caote-512", {"chunker.size": 8, "observe.queries": 8, "growth.slots": 20})
+    options = {"model": loaded, "tokens": 200, "skip": 150, "decoded": 1}
+    whole = compare(["full", spec], prefill="full", **options)
+    full, compressed = whole.policies
+    assert full.loss == pytest.approx(compare(["full"], **options).policies[0].loss, abs=1e-5)
+    assert (compressed.slots, compressed.window) == (20, 24)
+    assert compressed.loss != compare([spec], **options).policies[0].loss
+    assert whole.settings["prefill"] == "full"
+    assert "read in full" in plain(whole)
+    with pytest.raises(InputError, match="prefill must be 'policy' or 'full', got 'some'"):
+        compare(["full"], prefill="some", **options)
+
+
+def test_as_many_rows_for_everybody():
+    for name in ("streaming-4-512", "window-512", "caote-512", "untrained-observed"):
+        spec = comparison.with_rows(memkit.load_policy(name), 300).build()
+        held = max(spec.slots_after(n) + n - int(spec.window.begin(n - 1)) for n in range(3900, 4100))
+        assert held == 300, name
+    for name in ("full", "kvm-sqrt-16", "block-mean-8", "block-window-3x256"):
+        assert comparison.with_rows(memkit.load_policy(name), 300) == memkit.load_policy(name)
+    with pytest.raises(InputError, match="rows must be at least 197 for caote-512, got 100"):
+        comparison.with_rows(memkit.load_policy("caote-512"), 100)

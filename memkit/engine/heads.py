@@ -7,7 +7,7 @@ heads is a call like any other; here tensors are cut by heads, and outputs put t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from memkit.engine.checks import check
 from memkit.engine.inputs import AttendInputs
 from memkit.memory import HeadsMemory, Memory
 
-__all__ = ["attend_by_heads"]
+__all__ = ["attend_by_heads", "by_heads"]
 
 Call = Callable[[AttendInputs], tuple[Tensor, Memory]]
 
@@ -29,36 +29,44 @@ def attend_by_heads(given: AttendInputs, call: Call) -> tuple[Tensor, Memory]:
     policy, memory = given.policy, given.memory
     if not _one_more_token(given):
         check(given)
-    assert given.queries is not None and given.values is not None
-    assert memory is None or isinstance(memory, HeadsMemory)
-    group = given.queries.shape[1] // given.keys.shape[1]
     outputs: list[Tensor] = []
     memories: list[Memory] = []
-    begin = 0
-    for index, (heads, one) in enumerate(policy.head_policies):
-        end = begin + heads
-        queries = slice(begin * group, end * group)
-        some = dataclasses.replace(
-            given,
-            policy=one,
-            queries=given.queries[:, queries],
-            keys=given.keys[:, begin:end],
-            values=given.values[:, begin:end],
-            weights=None if given.weights is None else given.weights[:, begin:end],
-            parameters=None if given.parameters is None else given.parameters.of_heads(queries),
-            memory=None if memory is None else memory.parts[index],
-        )
+    for _, part in by_heads(given):
         try:
-            output, after = call(some)
+            output, after = call(part)
         except BaseException as error:
-            if memory is not None and memory.parts[0].taken:  # the heads before these have gone on
+            if isinstance(memory, HeadsMemory) and memory.parts[0].taken:  # the heads before these have gone on
                 memory.about_to_write()
                 memory.call_failed(error)
             raise
         outputs.append(output)
         memories.append(after)
-        begin = end
     return torch.cat(outputs, dim=1), HeadsMemory(policy, memories)
+
+
+def by_heads(given: AttendInputs) -> Iterator[tuple[slice, AttendInputs]]:
+    """The arguments of each run of alike heads, and which query heads these are."""
+    memory, begin = given.memory, 0
+    assert given.queries is not None and given.values is not None
+    assert memory is None or isinstance(memory, HeadsMemory)
+    group = given.queries.shape[1] // given.keys.shape[1]
+    for index, (heads, one) in enumerate(given.policy.head_policies):
+        end = begin + heads
+        queries = slice(begin * group, end * group)
+        yield (
+            queries,
+            dataclasses.replace(
+                given,
+                policy=one,
+                queries=given.queries[:, queries],
+                keys=given.keys[:, begin:end],
+                values=given.values[:, begin:end],
+                weights=None if given.weights is None else given.weights[:, begin:end],
+                parameters=None if given.parameters is None else given.parameters.of_heads(queries),
+                memory=None if memory is None else memory.parts[index],
+            ),
+        )
+        begin = end
 
 
 def _one_more_token(given: AttendInputs) -> bool:

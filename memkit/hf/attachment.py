@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.catalog import as_policy
-from memkit.engine import attend
+from memkit.engine import attend, compress, next_readers
 from memkit.engine.autocast import autocasts
-from memkit.errors import InputError, MemoryStateError, ModelError
+from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
 from memkit.hf.masks import present
 from memkit.hf.names import CACHE, cache_argument, take_cache
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from memkit.memory import Memory
     from memkit.policy import Policy, PolicySpec
 
-__all__ = ["attach", "check_policy", "memories"]
+Prefill = Literal["policy", "full"]
+
+__all__ = ["Prefill", "attach", "check_policy", "memories"]
 
 NAME = "memkit"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -50,7 +52,9 @@ MOVING_FREQUENCIES = ("dynamic", "longrope")
 
 
 @contextmanager
-def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generator[PreTrainedModel]:
+def attach(
+    model: PreTrainedModel, policy: str | PolicySpec | Policy, *, prefill: Prefill = "policy"
+) -> Generator[PreTrainedModel]:
     """Inside the `with` block, every attention layer of `model` remembers as `policy` says.
 
     ```python
@@ -64,6 +68,12 @@ def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generat
     share their key/value head's memory. When the block ends, by an error too, the model is as it was; a cache made
     inside is of no use outside.
 
+    prefill: `policy`: bounded from the first chunk on. `full`: the first call of a cache, the prompt, is read exactly,
+    and all that is older than the window then leaves at once (`memkit.compress`); from there on the policy goes on.
+    What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in the first call.
+
+    Where the policy says `heads: {profile: auto}` and a head profile of this model is shipped, it is put in.
+
     Rows of unequal length are padded on the right, with a 2D `attention_mask` over this call's tokens or over all so
     far. `logits[row, length - 1]` then predicts a row's next token, and the next call continues each row at its own
     position. `generate` reads the last column of the logits, so it needs rows of equal length.
@@ -72,7 +82,7 @@ def attach(model: PreTrainedModel, policy: str | PolicySpec | Policy) -> Generat
     layers, or attached already, and for a policy with learned parts, which no stock model has; `InputError` inside the
     block for calls that the engine cannot serve (left padding, 4D masks, positions of one's own, …).
     """
-    attachment = _Attachment(model, policy)
+    attachment = _Attachment(model, policy, prefill)
     with ExitStack() as undo:
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(NAME)
@@ -137,13 +147,12 @@ class MemoryLayer(CarryingLayer):
 
 @dataclass(frozen=True)
 class _Call:
-    """What one forward call of the decoder tells its attention layers, of which each has a policy.
+    """What one forward call of the decoder tells its attention layers.
 
     waiting: where to note the cache once the decoder has run, if a head is to run after it.
     """
 
-    policies: list[Policy]
-    rotation: Rotation | None
+    attachment: _Attachment
     cache: Cache | None
     lengths: Tensor | None
     waiting: list[Cache] | None
@@ -173,16 +182,17 @@ def _attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
-    output, memory = attend(
-        call.policies[module.layer_idx],
-        query,
-        key,
-        value,
-        rotation=call.rotation,
-        scale=scaling,
-        memory=None if layer is None else layer.memory,
-        lengths=call.lengths,
-    )
+    attachment = call.attachment
+    policy, rotation = attachment.policies[module.layer_idx], attachment.rotation
+    if attachment.prefill == "full" and (layer is None or layer.memory is None):
+        output, memory = attend("full", query, key, value, scale=scaling)
+        if layer is not None:
+            readers = None if attachment.readers is None else next_readers(query, attachment.readers)
+            memory = compress(policy, query, key, value, rotation=rotation, scale=scaling, readers=readers)
+    else:
+        memory = None if layer is None else layer.memory
+        given = {"rotation": rotation, "scale": scaling, "memory": memory, "lengths": call.lengths}
+        output, memory = attend(policy, query, key, value, **given)
     if layer is not None:
         layer.memory, layer.columns = memory, layer.columns + query.shape[2]
     return output.transpose(1, 2).contiguous(), None
@@ -192,15 +202,24 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 
 
 class _Attachment:
-    """A policy on a model: what is checked once, and what is prepared before each forward call."""
+    """A policy on a model: what is checked once, and what is prepared before each forward call.
 
-    def __init__(self, model: PreTrainedModel, policy: str | PolicySpec | Policy) -> None:
+    policies: of each layer; rotation: how keys are rotated, where the policy asks; readers: how queries are turned to
+    those who go on with the text, where they are asked once a prompt was read in full.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: str | PolicySpec | Policy, prefill: Prefill = "policy") -> None:
+        if prefill not in ("policy", "full"):
+            raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
         check_model(model)
+        self.prefill: Prefill = prefill
         self.policy = as_policy(policy)
         self.layers, config = model.config.num_hidden_layers, model.config
         self.policies = per_layer(self.policy, self.layers, kv_heads_of(config), facts_of(config))
         check_policy(self.policy)
         self.rotation = fixed_rotation(model) if self.policy.needs_rotation else None
+        asks = prefill == "full" and self.policy.observes and self.policy.spec.observe.readers == "next"
+        self.readers = fixed_rotation(model) if asks else None
         forward = type(model.base_model).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
@@ -229,6 +248,11 @@ class _Attachment:
                     "rows with its batch_select_indices or batch_repeat_interleave"
                 )
         lengths = _lengths(arguments.pop("attention_mask", None), rows, columns, seen, before)
+        if self.prefill == "full" and lengths is not None and not before:
+            raise InputError(
+                "prefill='full' needs rows of equal length in the first call, got padding; read one row at a time, "
+                "or leave prefill out"
+            )
         positions = seen[:, None] + torch.arange(columns, device=seen.device)
         _check_positions(arguments.get("position_ids"), positions, lengths)
         arguments["position_ids"] = positions
@@ -245,7 +269,7 @@ class _Attachment:
         elif layers is None:
             given.layers = self.memory_layers()  # only now that nothing is refused any more
         arguments[self.cache_name] = cache
-        arguments["memkit_call"] = _Call(self.policies, self.rotation, cache, lengths, waiting)
+        arguments["memkit_call"] = _Call(self, cache, lengths, waiting)
         return (), arguments
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:

@@ -5,6 +5,8 @@ When a chunk has been read, some of its queries, with what each saw then, judge 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -25,6 +27,11 @@ class ObservationSpec(Spec):
     )
     decay: float = Field(
         default=1.0, gt=0, le=1, description="γ: what evidence still counts one chunk later; 1: as much as new"
+    )
+    readers: Literal["next", "window"] = Field(
+        default="next",
+        description="where a text is read in full and then compressed, who says what rows are worth: next: somebody "
+        "who goes on with the text (its queries, turned to places behind its end); window: the newest chunk's queries",
     )
 
     def build(self, chunk: int) -> Observation:

@@ -174,6 +174,11 @@ def _notes(comparison: Comparison) -> list[str]:
     lines += [
         f"model: {s['model']}, {s['parameters'] / 1e6:.0f}M parameters, {s['dtype']}",
         f"text: {s['text']}, {s['tokens']:,} tokens, loss over the last {s['scored']:,}",
+        *(
+            [f"the first {s['skip']:,} tokens read in full, then compressed at once"]
+            if s.get("prefill") == "full"
+            else []
+        ),
         *([f"second text: {s['second_text']}"] if s.get("second_text") else []),
         f"machine: {s['machine']}, {s['device']}, cores {s['cores']}, threads {s['threads']}",
         f"versions: {versions}",

@@ -1,0 +1,163 @@
+"""A text read in full, and then compressed at once: what leaves the window does so together, and competes once.
+
+For a prompt that is read exactly and then kept small, as tools that compress a cache do (SnapKV, arXiv 2404.14469;
+KVzip, 2505.23416). What rows are worth is asked of a few queries, the readers:
+
+- `next`: queries of the text, turned to positions behind its end, which meet every row: somebody who goes on with it;
+- `window`: the observed queries of the newest chunk, where they stand.
+
+From here on the memory is the policy's own, and goes on chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from memkit.catalog import as_policy
+from memkit.engine.carry import close, open_store, open_timeline
+from memkit.engine.checks import check
+from memkit.engine.heads import by_heads
+from memkit.engine.inputs import AttendInputs
+from memkit.engine.observe import Observer
+from memkit.engine.plan import compete, place
+from memkit.engine.schedule import LeavingChunk, Schedule
+from memkit.errors import InputError
+from memkit.memory import HeadsMemory, Memory
+from memkit.memory.slots import Chunk, SlotRules, SlotStore, memory_keys
+from memkit.memory.window import Timeline
+from memkit.parameters import PolicyParameters
+from memkit.pieces.evidence import softmax_evidence
+from memkit.pieces.rotary import Rotation
+from memkit.policy import Policy, PolicySpec
+
+__all__ = ["compress", "next_readers"]
+
+ASKED = 256
+"""Readers who go on: so many queries of the text's end, and as many from everywhere in it."""
+FIRST = 16
+"""The first of those: earlier ones see hardly anything but sinks."""
+NEIGHBOURS = 3
+"""Rows over which the root of the output error is averaged: what is worth keeping seldom stands alone."""
+LEAST_SHARE = 1e-7
+"""Of the softmax, what a row has that nobody asks for: of the shares of thousands of rows, many are all but 0."""
+
+
+@torch.no_grad()
+def compress(
+    policy: str | PolicySpec | Policy,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    weights: Tensor | None = None,
+    parameters: PolicyParameters | None = None,
+    rotation: Rotation | None = None,
+    scale: float | None = None,
+    readers: Tensor | None = None,
+) -> Memory:
+    """The memory of a text that was read in full, as if all that is older than the window left it now.
+
+    Args:
+        policy: as for `attend`, and so are the tensors.
+        queries: [b, h, t, d]: the text's.
+        keys, values: [b, g, t, d], [b, g, t, v]. All rows have t tokens.
+        weights, parameters, rotation, scale: as for `attend`.
+        readers: queries [b, h, n, d] that say what rows are worth, turned to where they ask from; they see all of the
+            text. None: the observed queries of the newest chunk. Only for policies that observe.
+
+    Raises `InputError` where these do not fit each other or the policy, `PolicyError` for a policy that is not there.
+    """
+    given = AttendInputs(
+        as_policy(policy), queries, keys, values, weights, parameters, rotation, scale, None, None, None
+    )
+    inputs = check(given)
+    if readers is not None and (readers.ndim != 4 or readers.shape[:2] != queries.shape[:2]):
+        raise InputError(f"readers must be [b, h, n, d] as queries, {tuple(queries.shape)}, got {tuple(readers.shape)}")
+    if not inputs.policy.head_policies:
+        return _compressed(inputs, readers)
+    parts: Iterator[tuple[slice, AttendInputs]] = by_heads(given)
+    each = [_compressed(check(part), None if readers is None else readers[:, heads]) for heads, part in parts]
+    return HeadsMemory(inputs.policy, each)
+
+
+def next_readers(queries: Tensor, rotation: Rotation, positions: Tensor | None = None, seed: int = 0) -> Tensor:
+    """Those who go on with the text: some of its queries [b, h, t, d], turned to places behind its end, [b, h, n, d].
+
+    The last 256 and 256 evenly spaced ones, each at a position of its own among the 256 that follow: one draw for all
+    layers and heads. positions [t]: where the queries stand; None: 0 … t − 1.
+    """
+    tokens, device = queries.shape[2], queries.device
+    last = torch.arange(max(0, tokens - ASKED), tokens, device=device)
+    spread = torch.linspace(min(FIRST, tokens - 1), tokens - 1, min(ASKED, tokens), device=device).long()
+    asked = torch.cat((last, spread))
+    stand = asked if positions is None else positions.to(device)[asked]
+    ahead = torch.randint(ASKED, (len(asked),), generator=torch.Generator().manual_seed(seed)).to(device)
+    end = tokens if positions is None else positions[-1].to(device) + 1
+    return rotation.apply(queries[:, :, asked], end + ahead - stand)
+
+
+def _compressed(inputs: AttendInputs, readers: Tensor | None) -> Memory:
+    policy, keys = inputs.policy, inputs.keys
+    rows, _, tokens, width = keys.shape
+    schedule = Schedule(policy, np.zeros(rows, dtype=np.int64), inputs.row_lengths, tokens)
+    timeline, following = open_timeline(inputs, schedule)
+    observer = Observer(inputs, schedule) if policy.observes else None
+    if observer is not None:
+        _observe(inputs, timeline, readers)
+    store = open_store(inputs, schedule, timeline)
+    left = int(schedule.left_after.max(initial=0))
+    new, sinks = min(left, policy.slots_after(tokens)), min(left, policy.sinks)
+    if left and store.room:
+        rules = SlotRules(policy, width, keys.dtype, inputs.key_norm, inputs.rotation, valued=True)
+        _fold(rules, store, timeline, left, new, sinks)
+    memory = close(inputs, schedule, timeline, store, following)
+    memory.observed = None if observer is None else observer.waiting()
+    return memory
+
+
+def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new: int, sinks: int) -> None:
+    """PLAN and FOLD all tokens that leave, as one chunk."""
+    where = slice(0, left)
+    streams = {name: stream[:, :, where] for name, stream in timeline.streams.items()}
+    some = {name: streams.get(name) for name in ("values", "weights", "positions", "evidence")}
+    chunk = Chunk(keys=streams["keys"], **some, first=True, where=where)
+    chunk.memory_keys = memory_keys(rules, chunk)
+    if rules.policy.competes:
+        store.replace(rules, compete(rules, chunk, store, 0, 0, new, sinks), chunk, 0, 0)
+        return
+    everyone = np.ones(len(chunk.keys), dtype=np.int64)
+    leaving = LeavingChunk(everyone > 0, 0 * everyone, 0 * everyone, new * everyone, sinks * everyone)
+    assignment = place(rules, leaving, chunk, store)
+    if rules.policy.observes:
+        store.replace(rules, assignment, chunk, 0, 0)
+    else:
+        store.add(rules, assignment, chunk)
+
+
+def _observe(inputs: AttendInputs, timeline: Timeline, readers: Tensor | None) -> None:
+    """Write into the timeline what the readers say of every row."""
+    assert inputs.queries is not None
+    policy, wide = inputs.policy, torch.promote_types(inputs.keys.dtype, torch.float32)
+    keys, values, tokens = inputs.keys.to(wide), timeline.values.to(wide), inputs.keys.shape[2]
+    hidden = None
+    if readers is None:
+        stand = torch.tensor(policy.observation.offsets, device=keys.device) + max(0, tokens - policy.chunk)
+        stand = stand[stand < tokens]
+        readers = inputs.queries[:, :, stand]
+        hidden = torch.arange(tokens, device=keys.device) > stand[:, None]
+    evidence = timeline.streams["evidence"]
+    group = readers.shape[1] // keys.shape[1]
+    for head in range(keys.shape[1]):  # one at a time: [readers, t] scores are large
+        asked = readers[:, head * group : (head + 1) * group].to(wide).flatten(1, 2)
+        scores = asked @ keys[:, head].mT * inputs.checked_scale
+        if hidden is not None:
+            scores.masked_fill_(hidden.repeat(group, 1), -torch.inf)
+        _, error, share = softmax_evidence(scores, values[:, head])
+        root = avg_pool1d(error.sqrt(), NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
+        facts = (root.square(), share + LEAST_SHARE, torch.ones_like(share))
+        evidence[:, head] = torch.stack(facts, dim=-1).to(evidence.dtype)
