@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import memkit
+from memkit.engine import next_readers
 from memkit.memory.slots import SlotRules, read_slots
 from memkit.pieces.statistics import POSITION
-from tests.engine.cases import assert_close, tolerance
+from tests.engine.cases import CHUNK, assert_close, make_case, small, tolerance
 from tests.engine.test_observing import golden, golden_rotation
 
 LIMIT = tolerance(torch.float64, 2048)
@@ -61,3 +62,74 @@ def test_rows_values_and_biases_are_as_published(name: str):
     if view.bias is not None:
         assert_close(view.bias[:, :, :slots], wanted["bias"][:, :, :slots], 2e-5, "bias")
         assert not wanted["bias"][:, :, slots:].any()
+
+
+NAMES = ["kvm-sqrt-16", "ovq-1024", "untrained-observed", "caote-512", "keydiff-512", "streaming-4-512", "block-mean-8"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_compressed_has_the_policys_size_and_goes_on_in_any_pieces(name: str):
+    case = make_case(small(name), 90)
+    policy, prompt, rest = case.spec.build(), case.part(0, 61), case.part(61, 90)
+    given = prompt.tensors | {"parameters": prompt.parameters(), "rotation": prompt.rotation}
+    memory = memkit.compress(case.spec, **given)
+    assert memory.slots.tolist() == [policy.slots_after(61)] * 2
+    assert memory.seen.tolist() == [61, 61]
+    tokens = 61 - int(memory.held_rows[0])
+    assert (memory.counts.sum(-1) == (tokens if policy.merging.joins else int(memory.slots[0]))).all()
+    expected, _ = rest.attend(memory=memory.fork())
+    outputs = []
+    for begin, end in ((61, 62), (62, 80), (80, 81), (81, 90)):
+        output, memory = case.part(begin, end).attend(memory=memory)
+        outputs.append(output)
+    assert_close(torch.cat(outputs, 2), expected, LIMIT, "output")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_within_the_window_is_what_attend_keeps(name: str):
+    case = make_case(small(name), CHUNK + 3)
+    given = case.tensors | {"parameters": case.parameters(), "rotation": case.rotation}
+    memory, rest = memkit.compress(case.spec, **given), make_case(small(name), 40, seed=1)
+    _, expected = case.attend()
+    assert torch.equal(memory.counts, expected.counts)
+    output, _ = rest.attend(memory=memory)
+    wanted, _ = rest.attend(memory=expected)
+    if not case.spec.build().observes:  # readers have judged where nobody has yet
+        assert_close(output, wanted, LIMIT, "output")
+
+
+@torch.no_grad()
+def test_each_head_is_compressed_as_it_would_be_alone():
+    from tests.engine.test_heads import RATIOS, alone, uneven
+
+    case = uneven("untrained-observed")
+    rotation = case.rotation
+    readers = torch.randn(2, 8, 5, 8, generator=torch.Generator().manual_seed(0)).double()
+    memory = memkit.compress(case.spec, **case.tensors, rotation=rotation, readers=readers)
+    for head in range(len(RATIOS)):
+        one = alone(case, head)
+        own = memkit.compress(one.spec, **one.tensors, rotation=rotation, readers=readers[:, 2 * head : 2 * head + 2])
+        assert torch.equal(memory.counts[:, head : head + 1, : own.counts.shape[2]], own.counts)
+        assert_close(memory.sums[:, head : head + 1, : own.sums.shape[2]], own.sums, LIMIT, "sums")
+
+
+def test_those_who_go_on_stand_behind_the_text():
+    rotation = memkit.Rotation("half-split", 8, 0.5 ** torch.arange(4).double())
+    plain = torch.randn(1, 2, 1, 8, generator=torch.Generator().manual_seed(0)).double().expand(-1, -1, 600, -1)
+    queries = rotation.apply(plain, torch.arange(600))
+    readers = next_readers(queries, rotation)
+    assert readers.shape == (1, 2, 512, 8)
+    back = [rotation.apply(readers, torch.full((512,), 600 + ahead), inverse=True) for ahead in range(256)]
+    off = torch.stack([(each - plain[:, :, :1]).abs().amax((0, 1, 3)) for each in back])
+    assert (off.amin(0) < 1e-9).all()
+    assert off.argmin(0).unique().numel() > 150
+    short = next_readers(queries[:, :, :3], rotation)
+    assert short.shape[2] == 6
+
+
+def test_readers_must_fit():
+    case = make_case(small("untrained-observed"), 40)
+    with pytest.raises(memkit.InputError, match="readers must be"):
+        memkit.compress(case.spec, **case.tensors, rotation=case.rotation, readers=torch.randn(2, 3, 5, 8).double())
