@@ -151,7 +151,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_compare_defaults(compared: list[Any]):
     assert run("compare") == "the table\n"
-    options = {"model": None, "text": None, "tokens": 4096, "skip": 1024, "overrides": {}}
+    options = {"model": None, "text": None, "second": None, "tokens": None, "skip": None, "prefill": "policy"}
+    options |= {"rows": None, "overrides": {}}
     assert compared == [(list(comparison.DEFAULT_POLICIES), options)]
 
 
@@ -160,7 +161,8 @@ def test_compare_options(compared: list[Any], tmp_path: Path):
     changes = ["--set", "window.chunks=8", "--set", "sinks=2"]
     run("compare", "full", "mine.yaml", "--model", "m", "--text", "t.txt", "--tokens", "64", "--skip", "8",
         *changes, "--json", str(out))  # fmt: skip
-    options = {"model": "m", "text": Path("t.txt"), "tokens": 64, "skip": 8}
+    options = {"model": "m", "text": Path("t.txt"), "second": None, "tokens": 64, "skip": 8}
+    options |= {"prefill": "policy", "rows": None}
     assert compared == [(["full", "mine.yaml"], options | {"overrides": {"window.chunks": 8, "sinks": 2}})]
     assert json.loads(out.read_text()) == {"settings": {}, "policies": []}
 
