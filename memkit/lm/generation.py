@@ -112,8 +112,8 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     # From the likeliest down, so that no temperature makes an infinite score of it; 1/tiny is finite yet.
-    heat = max(temperature, torch.finfo(torch.float32).tiny)
-    ranked, order = ((logits - logits.amax(-1, keepdim=True)) / heat).sort(dim=-1, descending=True, stable=True)
+    scale = max(temperature, torch.finfo(torch.float32).tiny)
+    ranked, order = ((logits - logits.amax(-1, keepdim=True)) / scale).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ranked[:, top_k:] = -torch.inf
     chances = ranked.softmax(-1)
