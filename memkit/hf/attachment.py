@@ -5,7 +5,7 @@ Three seams that transformers and torch offer carry it, and nothing is patched:
 - the attention registry of transformers gets one more attention function, `memkit`, which calls `attend`.
   It has no mask function, so that no `[tokens, tokens]` mask is built;
 - a transformers `Cache` is a list of layers of any kind: ours hold one `Memory` each;
-- a forward pre-hook on the decoder puts such a cache in, turns the attention mask into lengths per row, sets the
+- a forward pre-hook on the decoder puts such a cache in, reads off the attention mask which tokens are there, sets the
   positions, and hands the lot to every layer as one keyword argument. Forward hooks note when a call ran to its end.
 
 When the `with` block ends, hooks and setting are gone; the function stays in the registry, where nothing else names it.
@@ -30,7 +30,7 @@ from memkit.engine import attend, compress, next_readers
 from memkit.engine.autocast import autocasts
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
-from memkit.hf.masks import present
+from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.pieces.rotary import Rotation
 from memkit.profiles import per_layer
@@ -74,13 +74,14 @@ def attach(
 
     Where the policy says `heads: {profile: auto}` and a head profile of this model is shipped, it is put in.
 
-    Rows of unequal length are padded on the right, with a 2D `attention_mask` over this call's tokens or over all so
-    far. `logits[row, length - 1]` then predicts a row's next token, and the next call continues each row at its own
-    position. `generate` reads the last column of the logits, so it needs rows of equal length.
+    Rows of unequal length are padded, on the left, on the right or anywhere, with a 2D `attention_mask` over this
+    call's tokens or over all so far: a row's tokens are read as if they stood alone, and the next call continues each
+    row at its own position. `generate` reads the last column of the logits, so it needs padding on the left
+    (`tokenizer.padding_side = "left"`), as pipelines set it.
 
     Raises `ModelError` for a model outside the Llama family (llama, mistral, qwen2, qwen3), with sliding-window
     layers, or attached already, and for a policy with learned parts, which no stock model has; `InputError` inside the
-    block for calls that the engine cannot serve (left padding, 4D masks, positions of one's own, …).
+    block for calls that the engine cannot serve (4D masks, positions of one's own, …).
     """
     attachment = _Attachment(model, policy, prefill)
     with ExitStack() as undo:
@@ -154,7 +155,7 @@ class _Call:
 
     attachment: _Attachment
     cache: Cache | None
-    lengths: Tensor | None
+    present: _Present | None
     waiting: list[Cache] | None
 
 
@@ -182,6 +183,9 @@ def _attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
+    present = call.present
+    if present is not None:
+        query, key, value = (present.to_the_left(each) for each in (query, key, value))
     attachment = call.attachment
     policy, rotation = attachment.policies[module.layer_idx], attachment.rotation
     if attachment.prefill == "full" and (layer is None or layer.memory is None):
@@ -191,8 +195,12 @@ def _attention(
             memory = compress(policy, query, key, value, rotation=rotation, scale=scaling, readers=readers)
     else:
         memory = None if layer is None else layer.memory
-        given = {"rotation": rotation, "scale": scaling, "memory": memory, "lengths": call.lengths}
-        output, memory = attend(policy, query, key, value, **given)
+        given = {"rotation": rotation, "scale": scaling, "memory": memory}
+        output, memory = attend(
+            policy, query, key, value, lengths=None if present is None else present.lengths, **given
+        )
+    if present is not None:
+        output = present.back(output)
     if layer is not None:
         layer.memory, layer.columns = memory, layer.columns + query.shape[2]
     return output.transpose(1, 2).contiguous(), None
@@ -247,14 +255,17 @@ class _Attachment:
                     f"a call must have the rows of its {CACHE}, {len(seen)}, got {rows}; select or repeat the cache's "
                     "rows with its batch_select_indices or batch_repeat_interleave"
                 )
-        lengths = _lengths(arguments.pop("attention_mask", None), rows, columns, seen, before)
-        if self.prefill == "full" and lengths is not None and not before:
+        now = present_tokens(
+            arguments.pop("attention_mask", None), rows, columns, seen, before, "; a policy makes its own causal mask"
+        )
+        if self.prefill == "full" and now is not None and not before:
             raise InputError(
                 "prefill='full' needs rows of equal length in the first call, got padding; read one row at a time, "
                 "or leave prefill out"
             )
-        positions = seen[:, None] + torch.arange(columns, device=seen.device)
-        _check_positions(arguments.get("position_ids"), positions, lengths)
+        places = torch.arange(columns, device=seen.device) if now is None else (now.cumsum(1) - 1).clamp(min=0)
+        positions = seen[:, None] + places
+        _check_positions(arguments.get("position_ids"), positions, now)
         arguments["position_ids"] = positions
 
         cache = given
@@ -269,7 +280,7 @@ class _Attachment:
         elif layers is None:
             given.layers = self.memory_layers()  # only now that nothing is refused any more
         arguments[self.cache_name] = cache
-        arguments["memkit_call"] = _Call(self, cache, lengths, waiting)
+        arguments["memkit_call"] = _Call(self, cache, None if now is None else _Present(now), waiting)
         return (), arguments
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
@@ -348,30 +359,45 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def _lengths(mask: Tensor | None, rows: int, columns: int, seen: Tensor, before: int) -> Tensor | None:
-    """Valid tokens per row of this call's `columns`, [b]; None where every token is valid."""
-    now = present(mask, rows, columns, seen, before, "; a policy makes its own causal mask")
-    if now is None:
-        return None
-    if (after := now[:, 1:] & ~now[:, :-1]).any():
-        raise InputError(
-            f"padding must be on the right, got a token after padding in attention_mask row "
-            f"{int(after.any(1).nonzero()[0])}; set tokenizer.padding_side = 'right', or give one row at a time"
+class _Present:
+    """Which tokens of a call are there, `now` [b, t]: those of a row are moved to the left for us, and back again.
+
+    lengths [b]: how many; order [b, t]: the columns, those with a token first; None where they already stand so.
+    """
+
+    def __init__(self, now: Tensor) -> None:
+        self.lengths = now.sum(1)
+        beyond = torch.arange(now.shape[1], device=now.device) >= self.lengths[:, None]
+        self.order = None if torch.equal(now, ~beyond) else (~now).long().argsort(dim=1, stable=True)
+
+    def to_the_left(self, tensor: Tensor) -> Tensor:
+        """[b, h, t, d] with each row's tokens first."""
+        return tensor if self.order is None else self._at(tensor, self.order)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """[b, h, t, d] with each row's tokens where they stood."""
+        return tensor if self.order is None else self._at(tensor, self.order.argsort(dim=1))
+
+    @staticmethod
+    def _at(tensor: Tensor, columns: Tensor) -> Tensor:
+        return tensor.gather(
+            2, columns.to(tensor.device)[:, None, :, None].expand(-1, *tensor.shape[1:2], -1, tensor.shape[3])
         )
-    return now.sum(1)
 
 
-def _check_positions(given: Tensor | None, positions: Tensor, lengths: Tensor | None) -> None:
+def _check_positions(given: Tensor | None, positions: Tensor, now: Tensor | None) -> None:
     """Positions of one's own would be another text than the memory holds (packed rows, for one)."""
     if given is None:
         return
     wrong = given.to(positions.device) != positions
-    if lengths is not None:
-        wrong &= torch.arange(positions.shape[1], device=positions.device) < lengths[:, None]
+    if now is not None:
+        wrong &= now
     if wrong.any():
+        row, column = (int(each) for each in wrong.nonzero()[0])
         raise InputError(
-            f"position_ids must count each row's tokens, {positions[0, 0]} first in row 0, got "
-            f"{given[0].tolist()[:8]}…; leave position_ids out, and give packed texts a row each"
+            f"position_ids must count each row's tokens, got {int(given.expand_as(positions)[row, column])} instead of "
+            f"{int(positions[row, column])} in row {row}, column {column}; leave position_ids out, and give packed "
+            "texts a row each"
         )
 
 
@@ -382,7 +408,7 @@ def _before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
         raise InputError(
             f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in row "
-            f"{int((mask[:, -1] == 0).nonzero()[0])}; generate rows of equal length, or one at a time"
+            f"{int((mask[:, -1] == 0).nonzero()[0])}; pad on the left (tokenizer.padding_side = 'left')"
         )
     # Keyword arguments that a head does not know it hands to the decoder, and to the loss, where there is one.
     if model.base_model is not model and kwargs.get("labels") is None:

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from memkit.errors import InputError, MemoryStateError
 
-__all__ = ["present"]
+__all__ = ["present_tokens"]
 
 
-def present(mask: Tensor | None, rows: int, columns: int, seen: Tensor, before: int, hint: str = "") -> Tensor | None:
+def present_tokens(
+    mask: Tensor | None, rows: int, columns: int, seen: Tensor, before: int, hint: str = ""
+) -> Tensor | None:
     """Which tokens of this call are there, bool [rows, columns]; None where all are.
 
     Args:

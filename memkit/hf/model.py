@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memkit.errors import InputError, ModelError
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
-from memkit.hf.masks import present
+from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, NAMES, take_cache
 from memkit.lm import MemoryLM, ModelMemory, ModelSpec
 from memkit.memory import Memory
@@ -178,7 +178,7 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
         check_whole([layer])
         memory = layer.memory
         seen = torch.zeros(len(input_ids), dtype=torch.long) if memory is None else memory.seen
-        now = present(attention_mask, *input_ids.shape, seen, layer.columns)
+        now = present_tokens(attention_mask, *input_ids.shape, seen, layer.columns)
         shown = now
         if now is None:
             x, layer.memory = self.model.read(input_ids, memory)

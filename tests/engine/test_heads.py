@@ -13,6 +13,7 @@ import torch
 
 import memkit
 from memkit.costing import cost
+from memkit.memory import HeadsMemory
 from tests.engine.cases import CHUNK, VALUE_WIDTH, WIDTH, Case, assert_close, cotangent, make_case, small, tolerance
 
 TOKENS = 9 * CHUNK + 3
@@ -166,7 +167,7 @@ def test_a_call_that_fails_between_heads_says_that_the_memory_is_lost(monkeypatc
     case = uneven("kvm-sqrt-16")
     _, memory = case.part(0, 50).attend()
     rest = case.part(50, 60)
-    assert isinstance(memory, memkit.memory.HeadsMemory)
+    assert isinstance(memory, HeadsMemory)
     monkeypatch.setattr(memory.parts[1], "taken_over", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rest.attend(memory=memory)
@@ -196,4 +197,4 @@ def test_equal_ratios_are_a_policy_like_any_other(name: str):
     expected, _ = dataclasses.replace(case, spec=small(name)).attend()
     output, memory = case.attend()
     assert torch.equal(output, expected)
-    assert not isinstance(memory, memkit.memory.HeadsMemory)
+    assert not isinstance(memory, HeadsMemory)

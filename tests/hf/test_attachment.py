@@ -329,10 +329,6 @@ def test_learned_parts_are_refused_with_the_reason(tiny):
         hf.attach(tiny, "kvm-sqrt-16").__enter__()
 
 
-def left_padded(model, ids):
-    model(ids, attention_mask=torch.tensor([[1] * 90, [0] * 3 + [1] * 87]))
-
-
 def padded_generate(model, ids):
     model.generate(ids, attention_mask=torch.tensor([[1] * 90, [1] * 87 + [0] * 3]), max_new_tokens=2)
 
@@ -365,8 +361,7 @@ def bidirectional(model, ids):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (left_padded, r"padding must be on the right.*row 1.*padding_side = 'right'"),
-        (padded_generate, r"as generate sets it.*padding in row 1; generate rows of equal length"),
+        (padded_generate, r"as generate sets it.*padding in row 1; pad on the left"),
         (four_dimensional_mask, r"attention_mask must cover.*\(2, 90\).*got \(2, 1, 90, 90\)"),
         (mask_of_another_text, r"must mark the tokens already read, \[90, 90\] per row, got \[89, 89\]"),
         (positions_of_ones_own, r"position_ids must count each row's tokens.*leave position_ids out"),
@@ -532,10 +527,6 @@ def more_rows(model, ids, cache):
     model(ids.repeat(2, 1), **{CACHE: cache})
 
 
-def padding_on_the_left(model, ids, cache):
-    model(ids, attention_mask=torch.tensor([[1] * 9, [0] * 3 + [1] * 6]), **{CACHE: cache})
-
-
 def mask_of_another_length(model, ids, cache):
     model(ids, attention_mask=torch.ones(2, 40), **{CACHE: cache})
 
@@ -578,7 +569,6 @@ def shorter_again(model, ids, cache):
 
 
 REFUSED_OF_EMPTY = [
-    padding_on_the_left,
     mask_of_another_length,
     in_training_with_checkpoints,
     with_dropout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 import memkit
 from memkit import hf
 from memkit.hf import profiling
-from memkit.hf.attachment import facts_of
+from memkit.hf.attachment import _Attachment, facts_of
+from memkit.hf.names import CACHE, returned_cache
 from memkit.memory import HeadsMemory
 from memkit.profiles import HeadProfile
 from tests.hf.tiny import randomised, tiny_config
@@ -26,7 +28,7 @@ class Words:
         return {"input_ids": [3 + ord(letter) % 200 for letter in text]}
 
 
-def loaded(model: torch.nn.Module) -> hf.LoadedModel:
+def loaded(model: Any) -> hf.LoadedModel:
     return hf.LoadedModel(model, Words(), "tiny", 0.0)
 
 
@@ -35,7 +37,7 @@ def text(seed: int) -> str:
     return "".join(chr(40 + letter) for letter in torch.randint(80, (2 * TOKENS,), generator=random).tolist())
 
 
-def test_heads_whose_rows_are_worth_nothing_get_least(tiny: torch.nn.Module):
+def test_heads_whose_rows_are_worth_nothing_get_least(tiny: Any):
     with torch.no_grad():  # the second key/value head of layer 0 has no values, so no output to lose
         tiny.model.layers[0].self_attn.v_proj.weight[8:] = 0
     measured = hf.measure_profile(loaded(tiny), [text(0), text(1)], tokens=TOKENS, rows=(64, 128))
@@ -55,7 +57,7 @@ def test_shares_come_from_the_largest_scores():
     assert ratios.flatten().tolist() == pytest.approx([(15 + 32) / 31, 15 / 31])
 
 
-def test_measuring_says_what_does_not_fit(tiny: torch.nn.Module):
+def test_measuring_says_what_does_not_fit(tiny: Any):
     with pytest.raises(memkit.InputError, match="600 tokens at least, got one of 5"):
         hf.measure_profile(loaded(tiny), ["short"], tokens=TOKENS, rows=(64,))
     with pytest.raises(memkit.InputError, match="one text at least"):
@@ -75,8 +77,8 @@ def test_a_model_reads_with_each_layers_ratios(tmp_path: Path, ids: torch.Tensor
         whole = model(ids)
         parts, cache = [], None
         for begin, end in ((0, 37), (37, 38), (38, 70), (70, 90)):
-            output = model(ids[:, begin:end], **({} if cache is None else {hf.attachment.CACHE: cache}))
-            cache = hf.names.returned_cache(output)
+            output = model(ids[:, begin:end], **({} if cache is None else {CACHE: cache}))
+            cache = returned_cache(output)
             parts.append(output.logits)
         beams = model.generate(ids[:1], num_beams=2, max_new_tokens=20, do_sample=False)
     memories = hf.memories(cache)
@@ -88,7 +90,7 @@ def test_a_model_reads_with_each_layers_ratios(tmp_path: Path, ids: torch.Tensor
         pass
 
 
-def memkit_model(wide: int = 32) -> torch.nn.Module:
+def memkit_model(wide: int = 32) -> Any:
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM(tiny_config(hidden_size=wide))
@@ -96,7 +98,7 @@ def memkit_model(wide: int = 32) -> torch.nn.Module:
 
 @torch.no_grad()
 def test_the_shipped_model_finds_its_shipped_profile(smollm: hf.LoadedModel):
-    attachment = hf.attachment._Attachment(smollm.model, "untrained-observed")
+    attachment = _Attachment(smollm.model, "untrained-observed")
     assert sum(layer.head_ratios is not None for layer in attachment.policies) > 10
     slots = [layer.head_policies or ((3, layer),) for layer in attachment.policies]
     total = sum(heads * policy.slots_after(10_000) for layer in slots for heads, policy in layer)
