@@ -247,6 +247,10 @@ def compare(
     rows: Annotated[
         int | None, typer.Option(metavar="N", help="Slots and window of each head, for policies with a number of them.")
     ] = None,
+    passkey: Annotated[
+        bool, typer.Option("--passkey", help="Hide a number in the text (2,048 tokens by default), and ask for it.")
+    ] = False,
+    placements: Annotated[int, typer.Option(metavar="N", help="With --passkey: depths at which it is hidden.")] = 8,
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
     json_file: Annotated[
@@ -263,6 +267,20 @@ def compare(
     from memkit.viz.comparison import progress_bar
 
     chosen = policies or list(comparison.DEFAULT_POLICIES)
+    reading = _choice("--prefill", prefill, "policy", "full")
+    if passkey:
+        from memkit.passkey import find_passkeys
+        from memkit.viz import passkeys
+
+        given: dict[str, Any] = {"model": model, "text": text, "prefill": reading, "rows": rows, "overrides": overrides}
+        with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
+            asked = find_passkeys(
+                chosen, tokens=2048 if tokens is None else tokens, placements=placements, progress=progress, **given
+            )
+        viz.show(passkeys.table(asked))
+        if json_file is not None:
+            _write(json_file, asked.to_json() + "\n")
+        return
     with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
         result = comparison.compare(
             chosen,
@@ -271,7 +289,7 @@ def compare(
             second=second,
             tokens=tokens,
             skip=skip,
-            prefill=_choice("--prefill", prefill, "policy", "full"),
+            prefill=reading,
             rows=rows,
             overrides=overrides,
             progress=progress,

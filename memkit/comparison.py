@@ -194,8 +194,6 @@ def compare(
             f"tokens must be a whole number, at least {skip + 1} (skip + 1: something must be scored), got {tokens}"
         )
     seed = whole_number("seed", seed, *SEEDS)
-    if isinstance(policies, (str, Path, PolicySpec, Policy)):
-        policies = [policies]
     try:
         from memkit import hf
     except ImportError as error:
@@ -203,13 +201,11 @@ def compare(
             f"comparing needs transformers, accelerate and gguf, got: {error}; run: pip install 'memkit-attention[hf]'"
         ) from None
 
-    chosen = [_policy(policy, overrides) for policy in (DEFAULT_POLICIES if policies is None else policies)]
-    if rows is not None:
-        chosen = [with_rows(policy.spec, rows).build() for policy in chosen]
+    chosen = chosen_policies(DEFAULT_POLICIES if policies is None else policies, overrides, rows)
     for policy in chosen:
         hf.check_policy(policy)
     other_source, other = _second(text, second)
-    source, text = _text(text)
+    source, text = text_and_source(text)
     loaded = model if isinstance(model, hf.LoadedModel) else hf.load(model)
     ids = _token_ids(loaded, source, text, tokens)
     if second is None and other is not None and len(_tokenized(loaded, other)) < tokens:
@@ -223,7 +219,7 @@ def compare(
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(seed)
-            for label, policy in _labelled(chosen):
+            for label, policy in labelled(chosen):
                 report = progress or _say_nothing
                 measured.append(_measure(loaded, policy, label, ids, other_ids, skip, decoded, prefill, report))
     finally:
@@ -419,13 +415,22 @@ def _dominates(one: Measurement, other: Measurement) -> bool:
     return no_worse and (one.bytes < other.bytes or one.loss < other.loss)
 
 
-def _policy(policy: str | Path | PolicySpec | Policy, overrides: Mapping[str, Any] | None) -> Policy:
-    if not overrides:
-        return as_policy(policy)
-    return load_policy(policy.spec if isinstance(policy, Policy) else policy, overrides).build()
+def chosen_policies(
+    policies: Iterable[str | Path | PolicySpec | Policy], overrides: Mapping[str, Any] | None, rows: int | None
+) -> list[Policy]:
+    """The policies asked for, one or several, with these fields changed and so many rows a head (see `compare`)."""
+    if isinstance(policies, (str, Path, PolicySpec, Policy)):
+        policies = [policies]
+    chosen: list[Policy] = []
+    for policy in policies:
+        if overrides:
+            policy = load_policy(policy.spec if isinstance(policy, Policy) else policy, overrides).build()
+        policy = as_policy(policy)
+        chosen.append(policy if rows is None else with_rows(policy.spec, rows).build())
+    return chosen
 
 
-def _labelled(policies: list[Policy]) -> Iterator[tuple[str, Policy]]:
+def labelled(policies: list[Policy]) -> Iterator[tuple[str, Policy]]:
     """Each policy with a name of its own: a second one of the same name gets a number."""
     used: dict[str, int] = {}
     for policy in policies:
@@ -437,14 +442,14 @@ def _labelled(policies: list[Policy]) -> Iterator[tuple[str, Policy]]:
 def _second(text: str | Path | None, second: str | Path | None) -> tuple[str, str | None]:
     """Where the second text comes from, and the text; None where there is none."""
     if second is not None:
-        return _text(second)
+        return text_and_source(second)
     return (
         f"IDLE's help, Python {platform.python_version()} (no policy was chosen on it)",
         second_text() if text is None else None,
     )
 
 
-def _text(text: str | Path | None) -> tuple[str, str]:
+def text_and_source(text: str | Path | None) -> tuple[str, str]:
     """Where the text comes from, and the text."""
     if text is None:
         return f"pydoc_data.topics of Python {platform.python_version()}", default_text()

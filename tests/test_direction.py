@@ -27,7 +27,7 @@ LEVELS = [
     {"reference"},
     {"attention", "costing"},
     {"hf", "lm", "interop", "evals", "testing"},
-    {"comparison", "benchmark"},
+    {"comparison", "passkey", "benchmark"},
     {"viz"},
     {"cli"},
 ]

@@ -80,7 +80,8 @@ def read(path: str | Path) -> tuple[PolicySpec, list[Contents]]:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise MemoryStateError(f"{said}: not a memory saved by memkit (no format {FORMAT}); write one with Memory.save")
     checksum = facts.pop("checksum", None)  # files of before there was one have none
-    if checksum is not None and checksum != _checksum(facts, tensors):
+    damaged = checksum is not None and checksum != _checksum(facts, tensors)
+    if damaged or facts.keys() - {"format", "policy", "name", "end"}:
         raise MemoryStateError(f"{said}: damaged: its checksum is not that of what it holds; save the memory again")
     try:
         spec = _spec(facts)

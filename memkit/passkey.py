@@ -1,0 +1,194 @@
+"""Is what was read once still there? A number hidden in a long text, and asked for at its end.
+
+A sentence that names a random number is put into real text at evenly spaced depths. At the end the number is asked for;
+counted are the placements at which greedy decoding would say it exactly, and the loss of its tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from memkit.comparison import DEFAULT_POLICIES, chosen_policies, labelled, text_and_source
+from memkit.errors import InputError, ModelError
+from memkit.policy import Policy, PolicySpec
+from memkit.whole import MOST, SEEDS, whole_number
+
+if TYPE_CHECKING:
+    from memkit.hf import LoadedModel
+
+__all__ = ["Passkeys", "Retrieval", "find_passkeys"]
+
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+QUESTION = "\n\nWhat is the pass key? The pass key is"
+DIGITS = 5
+LEAST_TOKENS = 128
+
+Progress = Callable[[str, int, int], None]
+"""Called with (policy, placements done, placements in all)."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What one policy found.
+
+    policy: its name; found: placements at which the number is said exactly; placements: how many there were;
+    nats: loss per token of the number, the mean over placements; nats_error: its standard error (0 for one placement);
+    bytes: what the memories held once the question was read, the most over placements;
+    by_depth: for each placement its depth (0: the text's beginning, 1: its end), whether it was found, and the loss.
+    """
+
+    policy: str
+    found: int
+    placements: int
+    nats: float
+    nats_error: float
+    bytes: int
+    by_depth: tuple[tuple[float, bool, float], ...]
+
+
+@dataclass(frozen=True)
+class Passkeys:
+    """What each policy found, in the order asked for, and the settings.
+
+    settings: model, text, tokens, placements, prefill, rows, overrides, seed.
+    """
+
+    settings: dict[str, Any]
+    policies: tuple[Retrieval, ...]
+
+    def to_json(self) -> str:
+        """`{"settings": {…}, "policies": [{"policy": …, "found": …, …}]}`."""
+        data = {"settings": self.settings, "policies": [asdict(each) for each in self.policies]}
+        return json.dumps(data, indent=2, ensure_ascii=False)
+
+
+def find_passkeys(
+    policies: Iterable[str | Path | PolicySpec | Policy] | None = None,
+    *,
+    model: str | Path | LoadedModel | None = None,
+    text: str | Path | None = None,
+    tokens: int = 2048,
+    placements: int = 8,
+    prefill: Literal["policy", "full"] = "policy",
+    rows: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Passkeys:
+    """Hide a number in a text of `tokens` tokens, once at each of `placements` depths, and ask each policy for it.
+
+    policies, model, text, overrides: as for `memkit.compare`. prefill: `full`: all but the question is read exactly and
+    then compressed at once. rows: slots and window of each head, for policies that have a number of them. seed: of the
+    numbers; every policy is asked for the same ones at the same places.
+
+    Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `compare` does.
+    """
+    tokens = whole_number("tokens", tokens, LEAST_TOKENS, 2**24)
+    placements = whole_number("placements", placements, 1, 2**16)
+    rows = None if rows is None else whole_number("rows", rows, 1, MOST)
+    seed = whole_number("seed", seed, *SEEDS)
+    if prefill not in ("policy", "full"):
+        raise InputError(f"prefill must be 'policy' or 'full', got {prefill}")
+    try:
+        from memkit import hf
+    except ImportError as error:
+        raise ModelError(
+            f"this needs transformers, accelerate and gguf, got: {error}; run: pip install 'memkit-attention[hf]'"
+        ) from None
+    chosen = chosen_policies(DEFAULT_POLICIES if policies is None else policies, overrides, rows)
+    for policy in chosen:
+        hf.check_policy(policy)
+    source, filler = text_and_source(text)
+    loaded = model if isinstance(model, hf.LoadedModel) else hf.load(model)
+    hidden = _hidden(loaded, filler, tokens, placements, seed)
+    found: list[Retrieval] = []
+    for label, policy in labelled(chosen):
+        each: list[tuple[float, bool, float]] = []
+        most = 0
+        for number, (depth, prompt, question, key) in enumerate(hidden):
+            exact, nats, held = _ask(loaded, policy, prefill, prompt, question, key)
+            each.append((depth, exact, nats))
+            most = max(most, held)
+            if progress is not None:
+                progress(label, number + 1, placements)
+        losses = [nats for _, _, nats in each]
+        error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+        found.append(
+            Retrieval(
+                policy=label,
+                found=sum(exact for _, exact, _ in each),
+                placements=placements,
+                nats=statistics.mean(losses),
+                nats_error=error,
+                bytes=most,
+                by_depth=tuple(each),
+            )
+        )
+    settings = {
+        "model": loaded.name,
+        "text": source,
+        "tokens": tokens,
+        "placements": placements,
+        "prefill": prefill,
+        "rows": rows,
+        "overrides": dict(overrides or {}),
+        "seed": seed,
+    }
+    return Passkeys(settings, tuple(found))
+
+
+def _hidden(
+    loaded: LoadedModel, filler: str, tokens: int, placements: int, seed: int
+) -> list[tuple[float, Tensor, Tensor, Tensor]]:
+    """For each placement its depth, the text with the number in it [1, n], the question [1, q] and the number [k]."""
+
+    def ids(text: str) -> list[int]:
+        return loaded.tokenizer(text, verbose=False)["input_ids"]
+
+    draw, made = random.Random(seed), []
+    question, words = ids(QUESTION), ids(filler[: 16 * tokens])
+    for number in range(placements):
+        key = str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS))
+        needle, answer = ids(NEEDLE.format(key=key)), ids(f" {key}")
+        room = tokens - len(needle) - len(question) - len(answer)
+        if room < 1 or len(words) < room:
+            raise InputError(f"the text must have {room} tokens at least, got {len(words)}; give a longer one")
+        depth = (number + 0.5) / placements
+        at = round(depth * room)
+        prompt = words[:at] + needle + words[at:room]
+        device = loaded.model.device
+        tensors = [torch.tensor(each, device=device) for each in (prompt, question, answer)]
+        made.append((depth, tensors[0][None], tensors[1][None], tensors[2]))
+    return made
+
+
+@torch.no_grad()
+def _ask(
+    loaded: LoadedModel,
+    policy: Policy,
+    prefill: Literal["policy", "full"],
+    prompt: Tensor,
+    question: Tensor,
+    key: Tensor,
+) -> tuple[bool, float, int]:
+    """Whether the number is said exactly, its loss per token, and the bytes held."""
+    from memkit import hf
+    from memkit.hf.names import returned_cache, with_cache
+
+    model: Any = loaded.model
+    with hf.attach(model, policy, prefill=prefill):
+        cache = returned_cache(model.base_model(prompt, use_cache=True))
+        asked = torch.cat((question, key[None, :-1]), dim=1)
+        output = model.base_model(asked, use_cache=True, **with_cache(model.base_model, cache))
+        held = sum(memory.bytes for memory in hf.memories(returned_cache(output)))
+    logits = model.get_output_embeddings()(output.last_hidden_state[0, question.shape[1] - 1 :]).float()
+    return bool((logits.argmax(-1) == key).all()), float(nn.functional.cross_entropy(logits, key)), held

@@ -1,0 +1,97 @@
+"""A number hidden in a text: where it stands, who is asked, and what counts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import rich.console
+import torch
+
+import memkit
+from memkit import comparison, hf, passkey
+from memkit.passkey import find_passkeys
+from memkit.viz.passkeys import table
+from tests.hf.tiny import randomised, tiny_config
+from tests.test_comparison import Letters
+
+OPTIONS: dict[str, Any] = {"tokens": 300, "placements": 3}
+WINDOW = memkit.load_policy("window-512", {"window.size": 20})
+
+
+@pytest.fixture(scope="module")
+def loaded() -> hf.LoadedModel:
+    from transformers import LlamaForCausalLM
+
+    return hf.LoadedModel(randomised(LlamaForCausalLM(tiny_config())), Letters(), "tiny", 0.0)
+
+
+def test_the_number_stands_at_even_depths_once(loaded: hf.LoadedModel):
+    def letters(text: str) -> list[int]:
+        return Letters()(text)["input_ids"]
+
+    hidden = passkey._hidden(loaded, comparison.default_text(), 300, 3, seed=0)
+    assert [depth for depth, *_ in hidden] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+    filler = letters(comparison.default_text()[:400])
+    for depth, prompt, question, key in hidden:
+        words = prompt[0].tolist()
+        assert len(words) + question.shape[1] + len(key) == 300
+        number = "".join(chr(token - 3) for token in key.tolist()).strip()
+        needle = letters(passkey.NEEDLE.format(key=number))
+        at = next(i for i in range(len(words)) if words[i : i + len(needle)] == needle)
+        assert at == round(depth * (len(words) - len(needle)))
+        assert words[:at] + words[at + len(needle) :] == filler[: len(words) - len(needle)]
+    assert len({tuple(key.tolist()) for *_, key in hidden}) == 3
+
+
+@torch.no_grad()
+def test_what_counts_is_the_numbers_loss_and_whether_it_would_be_said(loaded: hf.LoadedModel):
+    result = find_passkeys(["full"], model=loaded, **OPTIONS).policies[0]
+    for (depth, found, nats), (at, prompt, question, key) in zip(
+        result.by_depth, passkey._hidden(loaded, comparison.default_text(), 300, 3, seed=0), strict=True
+    ):
+        logits = loaded.model(torch.cat((prompt, question, key[None]), 1)).logits[0, -len(key) - 1 : -1]
+        assert depth == at
+        assert nats == pytest.approx(float(torch.nn.functional.cross_entropy(logits, key)), abs=1e-4)
+        assert found == bool((logits.argmax(-1) == key).all())
+    assert result.nats == pytest.approx(sum(nats for *_, nats in result.by_depth) / 3)
+    assert result.found == sum(found for _, found, _ in result.by_depth)
+
+
+def test_reading_in_full_forgets_nothing_before_the_end(loaded: hf.LoadedModel):
+    spec = memkit.load_policy("caote-512", {"chunker.size": 8, "observe.queries": 8, "growth.slots": 20})
+    result = find_passkeys(["full", spec, WINDOW], model=loaded, prefill="full", **OPTIONS)
+    full, compressed, window = result.policies
+    assert full.nats != compressed.nats != window.nats
+    assert full.bytes > compressed.bytes
+    assert full.nats == pytest.approx(find_passkeys(["full"], model=loaded, **OPTIONS).policies[0].nats, abs=1e-4)
+
+
+def test_the_table_and_the_file(loaded: hf.LoadedModel):
+    result = find_passkeys(["full", WINDOW], model=loaded, seed=3, **OPTIONS)
+    console = rich.console.Console(width=90, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(result))
+    text = console.export_text()
+    for word in ("full", "window-512", f"{result.policies[0].found}/3", "300 tokens", "seed 3", "tiny"):
+        assert word in text
+    data = json.loads(result.to_json())
+    assert [row["policy"] for row in data["policies"]] == ["full", "window-512"]
+    assert data["settings"]["placements"] == 3
+    again = find_passkeys(["full", WINDOW], model=loaded, seed=3, **OPTIONS)
+    assert again == result
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 5}, "tokens must be"),
+        ({"placements": 0}, "placements must be"),
+        ({"text": "short"}, "tokens at least, got 5"),
+        ({"prefill": "some"}, "prefill must be"),
+        ({"rows": 0}, "rows must be"),
+    ],
+)
+def test_what_does_not_fit_is_refused(loaded: hf.LoadedModel, options: dict[str, Any], message: str):
+    with pytest.raises(memkit.InputError, match=message):
+        find_passkeys(["full"], model=loaded, **(OPTIONS | options))
