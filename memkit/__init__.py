@@ -16,8 +16,8 @@ from memkit.parameters import PolicyParameters
 from memkit.pieces.registry import register
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
-
-__version__ = "0.1.0"
+from memkit.rendering import set_renderers
+from memkit.version import __version__
 
 __all__ = [
     "Comparison",
@@ -36,6 +36,7 @@ __all__ = [
     "PolicyParameters",
     "PolicySpec",
     "Rotation",
+    "__version__",
     "attend",
     "compare",
     "compress",
@@ -47,6 +48,9 @@ __all__ = [
     "policy_names",
     "register",
 ]
+
+# The records know none of these modules, and the modules load rich, and matplotlib when something is drawn.
+set_renderers({"Bench": "memkit.viz.benchmark", "Comparison": "memkit.viz.comparison"})
 
 
 def __getattr__(name: str) -> ModuleType:

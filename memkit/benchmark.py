@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,11 +31,8 @@ from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
+from memkit.rendering import render
 from memkit.whole import MOST, SEEDS, whole_number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from rich.console import RenderableType
 
 __all__ = ["MODES", "Bench", "Timing", "bench"]
 
@@ -91,17 +88,16 @@ class Bench:
         rows = [{**asdict(row), "factor": row.factor, "limit_share": row.limit_share} for row in self.timings]
         return json.dumps({"settings": self.settings, "timings": rows}, indent=2)
 
-    def table(self) -> RenderableType:
-        """The timings as a rich table."""
-        from memkit.viz.benchmark import table
+    def table(self) -> Any:
+        """The timings as a rich table: `rich.print(bench.table())`."""
+        return render(self, "table")
 
-        return table(self)
+    def plot(self) -> Any:
+        """Factor against tokens: a panel per mode, a line per policy; the first panel's matplotlib axes.
 
-    def plot(self) -> Axes:
-        """Factor against tokens: a panel per mode, a line per policy (extra `notebook`)."""
-        from memkit.viz.benchmark import plot
-
-        return plot(self)
+        Raises `ModelError` where matplotlib is not installed.
+        """
+        return render(self, "plot")
 
 
 @dataclass(frozen=True)

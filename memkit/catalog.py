@@ -1,4 +1,4 @@
-"""Names ↔ files: the shipped policies, and policies read from anybody's YAML.
+"""Names ↔ files: one class for policies, models and profiles, and the policies.
 
 A file is data: loading one never imports or runs anything.
 """
@@ -9,19 +9,173 @@ import functools
 import itertools
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
 
 from memkit import yaml12
 from memkit.errors import MemkitError, PolicyError, short, shown, unknown_name
-from memkit.pieces.registry import SpecError
+from memkit.pieces.registry import NamedSpec, SpecError
 from memkit.policy import Policy, PolicySpec
 
-__all__ = ["as_policy", "load_policy", "policies_folder", "policy_header", "policy_names"]
+__all__ = ["Catalog", "as_policy", "load_policy", "policies_folder", "policy_header", "policy_names"]
+
+AnySpec = TypeVar("AnySpec", bound=NamedSpec)
 
 
-FORMER = {"free-": "untrained-"}
-"""How names of shipped policies began in former releases, and how they begin now."""
+@dataclass(frozen=True, eq=False)
+class Catalog(Generic[AnySpec]):
+    """Names ↔ files of one kind of spec: those that memkit ships in a folder, and anybody's.
+
+    Args:
+        what: what messages call one: policy, model, profile.
+        spec: its class.
+        error: what is raised, in one line: file, field, what is allowed.
+        folder: the name of the shipped files' folder, beside the shipped policies.
+        given: what messages say one is given as.
+        files: what messages say besides names may be given.
+        looked_for: what messages say to give where a file is missing, before the shipped names.
+        fields: what messages call the fields of a file.
+        inside: the file that is meant where a folder is given; None: folders are not read.
+        former: how shipped names began in former releases, and how they begin now.
+    """
+
+    what: str
+    spec: type[AnySpec]
+    error: type[MemkitError]
+    folder: str
+    given: str
+    files: str
+    looked_for: str
+    fields: str = "fields"
+    inside: str | None = None
+    former: Mapping[str, str] = field(default_factory=dict)
+    _shipped: dict[str, AnySpec] = field(default_factory=dict, init=False, repr=False)
+
+    def shipped_folder(self) -> Path:
+        """Where the shipped files lie."""
+        return policies_folder().parent / self.folder
+
+    def names(self) -> list[str]:
+        """The shipped names, sorted."""
+        return sorted(path.stem for path in self.shipped_folder().glob("*.yaml"))
+
+    def header(self, name: str | Path) -> str:
+        """The comment at the head of a file, its schema's name left out."""
+        lines = self.path(self._now(name, 3)).read_text(encoding="utf-8").splitlines()
+        head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+        return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
+
+    def load(self, given: str | Path | AnySpec, overrides: Mapping[str, Any] | None = None) -> AnySpec:
+        """The spec of a shipped name, a path or a spec, with fields overridden by dotted path.
+
+        Overriding a `kind` with another one drops the other fields beside it, since they belong to the kind.
+        """
+        changes = checked_overrides(overrides, self.error)
+        if isinstance(given, self.spec):
+            name, source, data = given.name, given.name or self.what, given.model_dump(mode="json")
+        elif not isinstance(given, (str, Path)):
+            remedy = f"; write {self.spec.__name__}(**fields) for a mapping" if isinstance(given, Mapping) else ""
+            raise self.error(f"a {self.what} is {self.given}, got {shown(given)}{remedy}")
+        else:
+            given = self._now(given, 3)
+            if not changes and given in self._shipped:
+                return self._shipped[str(given)]
+            path = self.path(given)
+            name = path.parent.name if path.name == self.inside else path.stem
+            source, data = short(str(given)), self.read(path)
+        for changed, value in sorted(changes.items(), key=lambda change: change[0].split(".")[-1] != "kind"):
+            self._override(data, source, changed, value)
+        spec = self._validated(data, source).named(name)
+        if not changes and isinstance(given, str) and not _is_path(given) and self._shipped_file(given) is not None:
+            self._shipped[given] = spec
+        return spec
+
+    def path(self, given: str | Path) -> Path:
+        """The YAML file of a shipped name or a path; raises where there is none."""
+        if not isinstance(given, (str, Path)):
+            raise self.error(f"a {self.what} is {self.given}, got {shown(given)}")
+        path = Path(given)
+        inside = None if self.inside is None else path / self.inside
+        if not _is_path(given):
+            if (shipped := self._shipped_file(given)) is not None:
+                return shipped
+            if inside is None or not is_file(inside):
+                unknown = unknown_name(self.what, str(given), self.names())
+                raise self.error(f"{unknown}; or give the path of {self.files}")
+        if inside is not None and is_file(inside):
+            return inside
+        if not is_file(path):
+            raise self.error(f"{short(str(given))}: no such file; give {self.looked_for}: {', '.join(self.names())}")
+        return path
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """A file's fields, not yet validated; an empty file has none."""
+        data = yaml12.read(path, self.error)
+        if data is None:
+            return {}
+        if not isinstance(data, dict):
+            raise self.error(f"{path}: a {self.what} file is a mapping of {self.fields}, got {type(data).__name__}")
+        return data
+
+    def _shipped_file(self, name: str | Path) -> Path | None:
+        """The file of a shipped name; those in `more/` have a name, but are not among the names that are listed."""
+        folder = self.shipped_folder()
+        return next(
+            (path for path in (folder / f"{name}.yaml", folder / "more" / f"{name}.yaml") if is_file(path)), None
+        )
+
+    def _now(self, name: str | Path, level: int) -> str | Path:
+        """A shipped name of now, with a notice, `level` calls up, where it was given as it was in former releases."""
+        if isinstance(name, str) and not _is_path(name):
+            for former, now in self.former.items():
+                renamed = now + name.removeprefix(former)
+                if name.startswith(former) and self._shipped_file(renamed) is not None:
+                    notice = f"{self.what} {name} is called {renamed} now; the old name goes soon"
+                    warnings.warn(notice, FutureWarning, stacklevel=level + 1)
+                    return renamed
+        return name
+
+    def _override(self, data: dict[str, Any], source: str, changed: str, value: Any) -> None:
+        *parents, last = changed.split(".")
+        for depth, parent in enumerate(parents):
+            data = data.setdefault(parent, self._default(parent) if depth == 0 else {})
+            if not isinstance(data, dict):
+                raise self.error(
+                    f"{source}: {short(changed)}: {short(parent)} is a plain value and has no field {short(last)}; "
+                    f"set {short(parent)} itself"
+                )
+        if last == "kind" and data.get("kind") != value:
+            data.clear()
+        data[last] = value
+
+    def _default(self, name: str) -> dict[str, Any]:
+        """What a file that leaves a field out means by that, for an override to change a part of it."""
+        known = self.spec.model_fields.get(name)
+        default = None if known is None else known.get_default(call_default_factory=True, validated_data={})
+        return default.model_dump(mode="json") if isinstance(default, BaseModel) else {}
+
+    def _validated(self, data: dict[str, Any], source: str) -> AnySpec:
+        try:
+            return self.spec(**{str(name): value for name, value in data.items()})
+        except SpecError as error:
+            problems = (f"{source}: {path}: {text}" if path else f"{source}: {text}" for path, text in error.problems)
+            raise self.error("; ".join(problems)) from None
+
+
+POLICIES = Catalog(
+    what="policy",
+    spec=PolicySpec,
+    error=PolicyError,
+    folder="policies",
+    given="a name, a path or a PolicySpec",
+    files="a YAML file",
+    looked_for="the path of a policy's YAML or one of",
+    fields="families",
+    former={"free-": "untrained-"},
+)
 
 
 @functools.cache
@@ -36,14 +190,12 @@ def policies_folder() -> Path:
 
 def policy_names() -> list[str]:
     """The names of the shipped policies, sorted."""
-    return sorted(path.stem for path in policies_folder().glob("*.yaml"))
+    return POLICIES.names()
 
 
 def policy_header(name: str) -> str:
     """The comment at the head of a shipped policy's file: what it is, where it comes from, when to use it."""
-    lines = _path(name if _is_path(name) else _now(name)).read_text(encoding="utf-8").splitlines()
-    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
+    return POLICIES.header(name)
 
 
 def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | None = None) -> PolicySpec:
@@ -52,21 +204,7 @@ def load_policy(policy: str | Path | PolicySpec, overrides: Mapping[str, Any] | 
     `load_policy("kvm-sqrt-16", {"growth.factor": 8})`. Overriding a `kind` with another one drops the family's other
     fields, since they belong to the kind. Raises `PolicyError` naming the file, the field and what is allowed.
     """
-    changes = checked_overrides(overrides, PolicyError)
-    if isinstance(policy, PolicySpec):
-        name, source, data = policy.name, policy.name or "policy", policy.model_dump(mode="json")
-    elif not isinstance(policy, (str, Path)):
-        remedy = "; write PolicySpec(**fields) for a mapping" if isinstance(policy, Mapping) else ""
-        raise PolicyError(f"a policy is a name, a path or a PolicySpec, got {shown(policy)}{remedy}")
-    else:
-        policy = policy if _is_path(policy) else _now(str(policy))
-        if not changes and not _is_path(policy):
-            return _shipped(str(policy))
-        path = _path(policy)
-        name, source, data = path.stem, short(str(policy)), _read(path)
-    for field, value in sorted(changes.items(), key=lambda change: change[0].split(".")[-1] != "kind"):
-        _override(data, source, field, value)
-    return _validate(data, source).named(name)
+    return POLICIES.load(policy, overrides)
 
 
 def as_policy(policy: str | Path | PolicySpec | Policy) -> Policy:
@@ -84,9 +222,9 @@ def checked_overrides(overrides: Mapping[str, Any] | None, kind: type[MemkitErro
         return {}
     if not isinstance(overrides, Mapping):
         raise kind(f"overrides must be a mapping of fields, as {{'growth.factor': 8}}, got {shown(overrides)}")
-    for field in overrides:
-        if not isinstance(field, str) or not all(field.split(".")):
-            raise kind(f"overrides must name fields by dotted paths, as 'growth.factor', got {shown(field)}")
+    for name in overrides:
+        if not isinstance(name, str) or not all(name.split(".")):
+            raise kind(f"overrides must name fields by dotted paths, as 'growth.factor', got {shown(name)}")
     return dict(overrides)
 
 
@@ -98,79 +236,5 @@ def is_file(path: Path) -> bool:
         return False
 
 
-@functools.cache
-def _shipped(name: str) -> PolicySpec:
-    return _validate(_read(_path(name)), name).named(name)
-
-
-def _is_path(policy: str | Path) -> bool:
-    return isinstance(policy, Path) or policy.endswith((".yaml", ".yml")) or "/" in policy or "\\" in policy
-
-
-def _now(name: str) -> str:
-    """A shipped policy's name of now, with a notice where it was given its former one."""
-    for former, now in FORMER.items():
-        renamed = now + name.removeprefix(former)
-        if name.startswith(former) and _shipped_file(renamed) is not None:
-            warnings.warn(f"policy {name} is called {renamed} now; the old name goes soon", FutureWarning, stacklevel=3)
-            return renamed
-    return name
-
-
-def _path(policy: str | Path) -> Path:
-    if _is_path(policy):
-        path = Path(policy)
-        if not is_file(path):
-            raise PolicyError(
-                f"{short(str(policy))}: no such file; give the path of a policy's YAML or one of: "
-                f"{', '.join(policy_names())}"
-            )
-        return path
-    path = _shipped_file(str(policy))
-    if path is None:
-        raise PolicyError(unknown_name("policy", str(policy), policy_names()) + "; or give the path of a YAML file")
-    return path
-
-
-def _shipped_file(name: str) -> Path | None:
-    """The file of a shipped policy; those in `more/` have a name, but are not among the names that are listed."""
-    paths = (folder / f"{name}.yaml" for folder in (policies_folder(), policies_folder() / "more"))
-    return next((path for path in paths if is_file(path)), None)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data = yaml12.read(path)
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise PolicyError(f"{path}: a policy file is a mapping of families, got {type(data).__name__}")
-    return data
-
-
-def _default_family(family: str) -> dict[str, Any]:
-    """What a policy file that leaves a family out means by that, for an override to change a part of it."""
-    default = PolicySpec().model_dump(mode="json").get(family)
-    return default if isinstance(default, dict) else {}
-
-
-def _override(data: dict[str, Any], source: str, field: str, value: Any) -> None:
-    *parents, last = field.split(".")
-    for depth, parent in enumerate(parents):
-        data = data.setdefault(parent, _default_family(parent) if depth == 0 else {})
-        if not isinstance(data, dict):
-            raise PolicyError(
-                f"{source}: {short(field)}: {short(parent)} is a plain value and has no field {short(last)}; "
-                f"set {short(parent)} itself"
-            )
-    if last == "kind" and data.get("kind") != value:
-        data.clear()
-    data[last] = value
-
-
-def _validate(data: dict[str, Any], source: str) -> PolicySpec:
-    try:
-        return PolicySpec(**{str(field): value for field, value in data.items()})
-    except SpecError as error:
-        raise PolicyError(
-            "; ".join(f"{source}: {path}: {text}" if path else f"{source}: {text}" for path, text in error.problems)
-        ) from None
+def _is_path(given: str | Path) -> bool:
+    return isinstance(given, Path) or given.endswith((".yaml", ".yml")) or "/" in given or "\\" in given

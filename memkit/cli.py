@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from memkit import __version__, yaml12
+from memkit import yaml12
 from memkit.catalog import load_policy, policy_header, policy_names
 from memkit.errors import InputError, MemkitError, PolicyError, short, shown, unknown_name
+from memkit.version import __version__
 
 __all__ = ["app"]
 

@@ -26,13 +26,13 @@ from memkit.errors import InputError, ModelError, shown
 from memkit.pieces.growth import FixedGrowthSpec
 from memkit.pieces.window import SlidingWindowSpec
 from memkit.policy import Policy, PolicySpec
+from memkit.rendering import render
 from memkit.texts import default_text, read_text, second_text
+from memkit.version import __version__
 from memkit.whole import MOST, SEEDS, whole_number
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.axes import Axes
-    from rich.console import RenderableType
 
     from memkit.hf import LoadedModel
 
@@ -134,22 +134,19 @@ class Comparison:
         frame.attrs.update(self.settings)
         return frame
 
-    def table(self) -> RenderableType:
+    def table(self) -> Any:
         """A rich table sorted by memory with the memory–loss front marked, settings below: `rich.print(c.table())`."""
-        from memkit.viz.comparison import table
+        return render(self, "table")
 
-        return table(self)
+    def plot(self, axes: Any = None) -> Any:
+        """Loss against memory, the front drawn as a line; into matplotlib `axes`, or into a new figure; the axes.
 
-    def plot(self, axes: Axes | None = None) -> Axes:
-        """Loss against memory, the front drawn as a line; into `axes`, or into a new figure (matplotlib)."""
-        from memkit.viz.comparison import plot
-
-        return plot(self, axes)
+        Raises `ModelError` where matplotlib is not installed.
+        """
+        return render(self, "plot", axes)
 
     def _repr_html_(self) -> str:
-        from memkit.viz.comparison import html
-
-        return html(self)
+        return render(self, "html")
 
 
 def compare(
@@ -490,15 +487,9 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in ("torch", "transformers")},
-            "memkit": _own_version(),
+            "memkit": __version__,
         },
     }
-
-
-def _own_version() -> str:
-    import memkit
-
-    return memkit.__version__
 
 
 def _now(device: torch.device) -> float:

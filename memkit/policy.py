@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -20,12 +20,11 @@ from memkit.pieces.merging import Drop, MeanSpec, Merging, MergingSpec
 from memkit.pieces.needs import Need
 from memkit.pieces.observation import ObservationSpec
 from memkit.pieces.readout import ReadoutSpec
-from memkit.pieces.registry import AnyOf, Spec
+from memkit.pieces.registry import AnyOf, NamedSpec
 from memkit.pieces.rotary import KeepSpec, Rotary, RotarySpec
 from memkit.pieces.routing import Discard, NearestSpec, Routing, RoutingSpec
 from memkit.pieces.statistics import COUNT, MASS, Statistic
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
-from memkit.yaml12 import dump
 
 __all__ = ["Policy", "PolicySpec"]
 
@@ -35,7 +34,7 @@ MOST_SINKS = 2**20
 _BUILDING = threading.RLock()
 
 
-class PolicySpec(Spec):
+class PolicySpec(NamedSpec):
     """How an attention layer remembers. Families left out have the neutral default, which is full attention."""
 
     chunker: Annotated[ChunkerSpec, AnyOf("chunker")] = Field(
@@ -74,29 +73,13 @@ class PolicySpec(Spec):
         default=KeepSpec(), description="what happens to RoPE in memory"
     )
 
-    _name: str | None = PrivateAttr(None)
     _policy: Policy | None = PrivateAttr(None)
 
-    @property
-    def name(self) -> str | None:
-        """The stem of the file it came from; None for a spec made in Python. No part of the declaration."""
-        return self._name
-
-    def named(self, name: str | None) -> PolicySpec:
+    def named(self, name: str | None) -> Self:
         """The same declaration under a name."""
-        copy = self.model_copy()
-        copy._name, copy._policy = name, None
+        copy = super().named(name)
+        copy._policy = None
         return copy
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PolicySpec) and self.model_dump() == other.model_dump()
-
-    def __hash__(self) -> int:
-        return hash(self.to_yaml())
-
-    def to_yaml(self) -> str:
-        """The declaration as YAML, every field written out; `load_policy` reads it back to an equal spec."""
-        return dump(self.model_dump(mode="json"))
 
     def build(self) -> Policy:
         """The pieces, put together (once, whatever the threads)."""

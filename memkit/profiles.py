@@ -13,16 +13,16 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from memkit import yaml12
-from memkit.catalog import as_policy, is_file, policies_folder
-from memkit.errors import PolicyError, short, unknown_name
+from memkit.catalog import Catalog, as_policy
+from memkit.errors import PolicyError, short
 from memkit.pieces.heads import AUTO, MOST_RATIO
-from memkit.pieces.registry import Spec, SpecError
+from memkit.pieces.registry import NamedSpec
 from memkit.policy import Policy, PolicySpec
 
 __all__ = ["HeadProfile", "load_profile", "per_layer", "profile_names"]
 
 
-class HeadProfile(Spec):
+class HeadProfile(NamedSpec):
     """One model's ratios.
 
     model: what a model's config must say for the profile to be its own; measured: on what, and with what settings;
@@ -64,34 +64,25 @@ class HeadProfile(Spec):
         return f"{head}ratios: # a row per layer, a number per key/value head\n{rows}"
 
 
-def profiles_folder() -> Path:
-    """Where the shipped profiles lie: beside the policies."""
-    return policies_folder().parent / "profiles"
+PROFILES = Catalog(
+    what="profile",
+    spec=HeadProfile,
+    error=PolicyError,
+    folder="profiles",
+    given="a name, a path or a HeadProfile",
+    files="a YAML file",
+    looked_for="the path of a profile's YAML or one of",
+)
 
 
 def profile_names() -> list[str]:
     """The names of the shipped profiles, sorted."""
-    return sorted(path.stem for path in profiles_folder().glob("*.yaml"))
+    return PROFILES.names()
 
 
 def load_profile(profile: str | Path) -> HeadProfile:
     """A profile by its shipped name or its YAML file's path. Raises `PolicyError`: what is wrong."""
-    text = str(profile)
-    if isinstance(profile, Path) or text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text:
-        path = Path(profile)
-        if not is_file(path):
-            raise PolicyError(f"{short(text)}: no such file; give the path of a profile's YAML, or its shipped name")
-    else:
-        path = profiles_folder() / f"{text}.yaml"
-        if not is_file(path):
-            raise PolicyError(unknown_name("profile", text, profile_names()) + "; or give the path of a YAML file")
-    data = yaml12.read(path)
-    if not isinstance(data, dict):
-        raise PolicyError(f"{short(text)}: a profile is a mapping of model, measured and ratios")
-    try:
-        return HeadProfile(**{str(field): value for field, value in data.items()})
-    except SpecError as error:
-        raise PolicyError(f"{short(text)}: {error}") from None
+    return PROFILES.load(profile)
 
 
 def profile_of(facts: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from memkit.pieces import registry
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", derandomize=False, deadline=None, print_blob=True, max_examples=1000)
 # Whether a test fails is all that tools/mutants.py asks.
-settings.register_profile("judge", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
+settings.register_profile("verify", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("MEMKIT_HYPOTHESIS_PROFILE", "ci"))
 
 # Tensors are tiny here: a second thread only waits for the first.

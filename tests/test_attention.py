@@ -120,7 +120,7 @@ def test_split_equals_whole_with_gradients(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_rows_of_unequal_length_are_strangers(policy):
+def test_rows_of_unequal_length_do_not_depend_on_each_other(policy):
     made, x = layer(small(policy)), inputs(rows=3)
     first, second = torch.tensor([30, 7, 0]), torch.tensor([1, 20, 9])
     with torch.no_grad():

@@ -33,6 +33,16 @@ SHIPPED = {
 }
 
 
+MORE = {"untrained-block-mean", "untrained-kvm-fixed", "untrained-kvm-log", "untrained-kvm-sqrt"}
+
+
+@pytest.mark.parametrize("name", sorted(MORE))
+def test_policies_that_are_not_listed_have_their_names_all_the_same(name: str):
+    assert name not in memkit.policy_names()
+    assert memkit.load_policy(name).name == name
+    assert policy_header(name)
+
+
 def test_names():
     assert memkit.policy_names() == sorted(memkit.policy_names())
     assert set(memkit.policy_names()) >= SHIPPED

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "memkit"
 
 # From the bottom up. A module may import what stands on its own line or below, a package's own modules included.
 LEVELS = [
-    {"errors"},
+    {"errors", "rendering", "version"},
     {"whole", "yaml12", "texts"},
     {"pieces"},
     {"policy"},
@@ -27,7 +27,8 @@ LEVELS = [
     {"reference"},
     {"attention", "costing"},
     {"hf", "lm", "interop", "evals", "testing"},
-    {"comparison", "passkey", "benchmark", "viz"},
+    {"comparison", "passkey", "benchmark"},
+    {"viz"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
@@ -46,38 +47,13 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-
-# They name a renderer's types in annotations and load none of it; to be taken out along with the circles below.
-OUTSIDE_AS_TYPES = {"matplotlib": {"benchmark", "comparison"}, "rich": {"benchmark", "comparison"}}
-
 ORACLE = ("memkit.engine.api", "memkit.reference")
 """The one import upward: `attend(backend="reference")`, inside the function."""
 
-CIRCLES = {
-    # `table()`, `plot()` and the notebook's HTML are methods of the records; the renderers name the records' types.
-    ("memkit.benchmark", "memkit.viz.benchmark"),
-    ("memkit.comparison", "memkit.viz.comparison"),
-    # A comparison notes memkit's version, which stands beside the public names.
-    ("memkit.comparison", "memkit"),
-    # A spec builds its mixers and its model; a model generates, saves and loads itself.
-    ("memkit.lm.spec", "memkit.lm.mixers"),
-    ("memkit.lm.spec", "memkit.lm.model"),
-    ("memkit.lm.generation", "memkit.lm.model"),
-    ("memkit.lm.model", "memkit.lm.catalog"),
-}
-"""Imports that close a circle and are still to be taken out; nothing may be added."""
 
-
-def imports(path: Path, types: bool = True) -> Iterator[str]:
-    """Every module that a file imports, in functions too and, with `types`, for type checkers alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped: set[int] = set()
-    for node in ast.walk(tree):
-        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            skipped |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, in functions and for type checkers alone too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -115,8 +91,6 @@ def test_nothing_imports_upward():
 def test_nothing_imports_in_a_circle():
     """Not even inside a package, in a function or for type checkers alone."""
     graph = {module: {imported for who, imported in INSIDE if who == module} - {module} for module in MODULES}
-    for module, imported in CIRCLES:
-        graph[module].discard(imported)
 
     def back(module: str, goal: str) -> bool:
         seen, waiting = {module}, [module]
@@ -127,14 +101,12 @@ def test_nothing_imports_in_a_circle():
         return goal in seen
 
     assert [(module, imported) for module in graph for imported in graph[module] if back(imported, module)] == []
-    # What no longer closes a circle leaves the list.
-    assert [(module, imported) for module, imported in CIRCLES if not back(imported, module)] == []
 
 
 def test_the_public_names_are_for_users():
     inside = {module for module, imported in INSIDE if not part(imported)}
-    # They want the version; `testing` is a user itself.
-    assert {part(module) for module in inside} <= {"cli", "comparison", "testing"}
+    # `testing` is a user itself.
+    assert {part(module) for module in inside} <= {"testing"}
 
 
 def test_the_public_names_come_from_light_parts():
@@ -168,14 +140,11 @@ def test_the_oracle_shares_no_code_with_the_fast_path():
 
 @pytest.mark.parametrize("package", OUTSIDE)
 def test_packages_that_only_some_parts_import(package: str):
-    loads = {part(module) for module, path in MODULES.items() if package in _outside(path, types=False)}
-    names = {part(module) for module, path in MODULES.items() if package in _outside(path)} - OUTSIDE[package]
-    assert loads <= OUTSIDE[package]
-    assert names == OUTSIDE_AS_TYPES.get(package, set())
+    assert {part(module) for module, path in MODULES.items() if package in _outside(path)} <= OUTSIDE[package]
 
 
-def _outside(path: Path, types: bool = True) -> set[str]:
-    return {imported.split(".")[0] for imported in imports(path, types)}
+def _outside(path: Path) -> set[str]:
+    return {imported.split(".")[0] for imported in imports(path)}
 
 
 def test_importing_memkit_loads_nothing_heavy():

@@ -37,7 +37,7 @@ def test_a_sample_of_inputs(surface: str, folder: Path):
     ],
     ids=["traceback", "import", "write", "exec", "endless", "long", "one line", "refused"],
 )
-def test_the_judge_finds_what_is_wrong(use, said, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_verifier_finds_what_is_wrong(use, said, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(fuzz.SURFACES, "tried", fuzz.Surface(lambda rng: None, use))
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
     found = fuzz.tried("tried", 0, folder)

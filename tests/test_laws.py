@@ -10,7 +10,7 @@ from memkit.pieces import registry
 from memkit.testing import calls, cases, laws, scaled_down
 from tests.testing.ema import EmaSpec
 
-# Fewer, and not made smaller, where the same tests judge hundreds of mutants (make mutants).
+# Fewer, and not made smaller, where the same tests verify hundreds of mutants (make mutants).
 FEW = os.environ.get("MEMKIT_LAW_EXAMPLES")
 PHASES = [Phase.generate] if FEW else list(Phase)
 DRAWN = settings(max_examples=int(FEW or 200), phases=PHASES, suppress_health_check=[HealthCheck.too_slow])

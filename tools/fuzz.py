@@ -650,7 +650,7 @@ SURFACES: dict[str, Surface] = {
 }
 
 
-# Judging
+# Verifying
 
 
 class TooLong(BaseException):
@@ -736,7 +736,7 @@ def warm_up(folder: Path) -> None:
         for seed in range(-40, 0):
             try:
                 surface.use(surface.draw(Random(f"{name} {seed}")), folder)
-            except Exception as error:  # whatever it is, the judge sees the like of it again
+            except Exception as error:  # whatever it is, the verifier sees the like of it again
                 del error
     long = (["compare"], ["bench"], ["check", "full"], ["import-kvm", "nowhere", "nowhere", "out"])
     for words in (

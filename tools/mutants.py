@@ -58,7 +58,7 @@ TARGETS = {
     "memkit/engine/plan.py": [[CHOICES], [WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
     "memkit/engine/schedule.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
 }
-"""What is mutated, and the tests that judge it, the quickest first."""
+"""What is mutated, and the tests that verify it, the quickest first."""
 
 PYTEST = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 """Whether a test fails is all that matters here."""
@@ -307,7 +307,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MEMKIT_LAW_EXAMPLES", "20")
-    os.environ.setdefault("MEMKIT_HYPOTHESIS_PROFILE", "judge")
+    os.environ.setdefault("MEMKIT_HYPOTHESIS_PROFILE", "verify")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     # Heavy packages once, memkit never: each child imports it with its own change.
     for module in ("einops", "hypothesis", "numpy", "pydantic", "pytest", "safetensors.torch", "torch", "yaml"):
@@ -322,8 +322,8 @@ def main() -> None:
     stages = [list(stage) for stage in dict.fromkeys(tuple(stage) for file in TARGETS for stage in TARGETS[file])]
     child, reader = in_child(lambda: failing(stages))
     os.waitpid(child, 0)
-    if (judge := os.read(reader, 1000).decode()) != "-":
-        raise SystemExit(f"{judge or 'a test run'} fails without any mutant: nothing can be judged by it")
+    if (failed := os.read(reader, 1000).decode()) != "-":
+        raise SystemExit(f"{failed or 'a test run'} fails without any mutant: nothing can be verified by it")
     print(f"{len(everything)} mutants, {len(chosen)} of them tried (seed {given.seed})", flush=True)
     results = run(chosen, given.workers)
     survived = [result for result in results if not result["noticed_by"]]

@@ -30,6 +30,7 @@ from memkit.engine import attend, compress, next_readers
 from memkit.engine.autocast import autocasts
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
+from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.pieces.rotary import Rotation
 from memkit.profiles import per_layer
@@ -254,7 +255,9 @@ class _Attachment:
                     f"a call must have the rows of its {CACHE}, {len(seen)}, got {rows}; select or repeat the cache's "
                     "rows with its batch_select_indices or batch_repeat_interleave"
                 )
-        now = _present(arguments.pop("attention_mask", None), rows, columns, seen, before)
+        now = present_tokens(
+            arguments.pop("attention_mask", None), rows, columns, seen, before, "; a policy makes its own causal mask"
+        )
         if self.prefill == "full" and now is not None and not before:
             raise InputError(
                 "prefill='full' needs rows of equal length in the first call, got padding; read one row at a time, "
@@ -380,25 +383,6 @@ class _Present:
         return tensor.gather(
             2, columns.to(tensor.device)[:, None, :, None].expand(-1, *tensor.shape[1:2], -1, tensor.shape[3])
         )
-
-
-def _present(mask: Tensor | None, rows: int, columns: int, seen: Tensor, before: int) -> Tensor | None:
-    """Which tokens of this call's `columns` are there, [b, t]; None where all are."""
-    if mask is None:
-        return None
-    if mask.shape not in ((rows, columns), (rows, before + columns)):
-        raise InputError(
-            f"attention_mask must cover this call's tokens, shape ({rows}, {columns}), or all tokens so far, "
-            f"({rows}, {before + columns}), got {tuple(mask.shape)}; a policy makes its own causal mask"
-        )
-    mask = mask.bool()
-    now, earlier = mask[:, mask.shape[1] - columns :], mask[:, : mask.shape[1] - columns]
-    if earlier.shape[1] and (earlier.sum(1) != seen).any():
-        raise InputError(
-            f"attention_mask must mark the tokens already read, {seen.tolist()} per row, got "
-            f"{earlier.sum(1).tolist()}; give this call's columns only, or pass on the mask of the earlier calls"
-        )
-    return None if now.all() else now
 
 
 def _check_positions(given: Tensor | None, positions: Tensor, now: Tensor | None) -> None:

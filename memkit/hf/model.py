@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from memkit.errors import InputError, MemoryStateError, ModelError
+from memkit.errors import InputError, ModelError
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
+from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, NAMES, take_cache
 from memkit.lm import MemoryLM, ModelMemory, ModelSpec
 from memkit.memory import Memory
@@ -176,14 +177,14 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
         layer = ModelLayer() if layers is None else layers[0]
         check_whole([layer])
         memory = layer.memory
-        now = _present(attention_mask, input_ids, memory, layer.columns)
+        seen = torch.zeros(len(input_ids), dtype=torch.long) if memory is None else memory.seen
+        now = present_tokens(attention_mask, *input_ids.shape, seen, layer.columns)
         shown = now
         if now is None:
             x, layer.memory = self.model.read(input_ids, memory)
         else:
             if carry_logits:
-                earlier = torch.zeros(len(now), dtype=torch.bool) if memory is None else memory.seen > 0
-                shown = (now.cumsum(1) > 0) | earlier.to(now.device)[:, None]
+                shown = (now.cumsum(1) > 0) | (seen > 0).to(now.device)[:, None]
             x, layer.memory = self._read_present(input_ids, layer, now)
         layer.columns += input_ids.shape[1]
         if input_ids.shape[1]:
@@ -240,28 +241,6 @@ class MemkitForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{int((~mask.bool().any(1)).sum())} of them without one; leave these out"
             )
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-
-
-def _present(mask: Tensor | None, ids: Tensor, memory: ModelMemory | None, before: int) -> Tensor | None:
-    """Which tokens of this call are there, [b, t]; None where all are."""
-    if mask is None:
-        return None
-    rows, columns = ids.shape
-    if mask.shape not in ((rows, columns), (rows, before + columns)):
-        raise InputError(
-            f"attention_mask must cover this call's tokens, shape ({rows}, {columns}), or all tokens so far, "
-            f"({rows}, {before + columns}), got {tuple(mask.shape)}"
-        )
-    mask = mask.bool()
-    earlier, now = mask[:, : mask.shape[1] - columns], mask[:, mask.shape[1] - columns :]
-    if memory is not None and earlier.shape[1]:
-        marked = earlier.sum(1).tolist()
-        if marked != memory.seen.tolist():
-            raise MemoryStateError(
-                f"attention_mask must mark the tokens already read, {memory.seen.tolist()} per row, got {marked}; "
-                "give this call's columns only, or pass on the mask of the earlier calls"
-            )
-    return None if bool(now.all()) else now
 
 
 AutoConfig.register("memkit", MemkitConfig)

@@ -1,15 +1,9 @@
 """Language models declared in YAML, whose layers remember as their policies say."""
 
-from memkit.lm.catalog import (
-    from_pretrained,
-    is_model,
-    load_model,
-    load_model_spec,
-    model_header,
-    model_names,
-    save_pretrained,
-)
+from memkit.lm.catalog import is_model, load_model_spec, model_header, model_names
+from memkit.lm.loading import from_pretrained, load_model, save_pretrained
 from memkit.lm.memory import ModelMemory
+from memkit.lm.mixer import Mixer
 from memkit.lm.mixers import AttentionMixerSpec
 from memkit.lm.model import MemoryLM
 from memkit.lm.parts import MlpSpec
@@ -20,6 +14,7 @@ __all__ = [
     "AttentionMixerSpec",
     "LayersSpec",
     "MemoryLM",
+    "Mixer",
     "MixerSpec",
     "MlpSpec",
     "ModelMemory",

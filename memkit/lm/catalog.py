@@ -6,58 +6,57 @@ A model is a YAML file, and perhaps weights beside it: `NAME.safetensors` beside
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
-from memkit import yaml12
-from memkit.catalog import checked_overrides, is_file, policies_folder
-from memkit.errors import ModelError, short, shown, unknown_name
-from memkit.lm.model import MemoryLM
+from memkit.catalog import Catalog, is_file
+from memkit.errors import ModelError
 from memkit.lm.spec import ModelSpec
-from memkit.pieces.registry import SpecError
-from memkit.whole import SEEDS, whole_number
 
 __all__ = [
-    "from_pretrained",
     "is_model",
-    "load_model",
     "load_model_spec",
     "model_header",
     "model_names",
-    "save_pretrained",
+    "weights_file",
+    "write_model",
 ]
 
+MODELS = Catalog(
+    what="model",
+    spec=ModelSpec,
+    error=ModelError,
+    folder="models",
+    given="a name, or the path of a YAML file or a folder",
+    files="a YAML file or a folder",
+    looked_for="a model's YAML or folder, or one of",
+    inside="model.yaml",
+)
 
-@functools.cache
+
 def models_folder() -> Path:
     """Where the shipped models lie: beside the policies."""
-    return policies_folder().parent / "models"
+    return MODELS.shipped_folder()
 
 
 def model_names() -> list[str]:
     """The names of the shipped models, sorted."""
-    return sorted(path.stem for path in models_folder().glob("*.yaml"))
+    return MODELS.names()
 
 
 def model_header(name: str) -> str:
     """The comment at the head of a shipped model's file."""
-    lines = _path(name).read_text(encoding="utf-8").splitlines()
-    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
+    return MODELS.header(name)
 
 
 def is_model(name: str | Path) -> bool:
     """Whether a name, file or folder is a model's: shipped, or a YAML file that has `layers:`."""
     try:
-        return "layers" in _read(_path(name))
+        return "layers" in MODELS.read(MODELS.path(name))
     except ModelError:
         return False
 
@@ -67,100 +66,19 @@ def load_model_spec(model: str | Path, overrides: Mapping[str, Any] | None = Non
 
     `load_model_spec("kvm-120m", {"depth": 2})`. Raises `ModelError` naming the file, the field and what is allowed.
     """
-    path = _path(model)
-    data = _read(path)
-    for field, value in checked_overrides(overrides, ModelError).items():
-        *parents, last = field.split(".")
-        holder = data
-        for parent in parents:
-            holder = holder.setdefault(parent, {})
-            if not isinstance(holder, dict):
-                raise ModelError(
-                    f"{model}: {short(field)}: {short(parent)} is a plain value and has no field {short(last)}"
-                )
-        holder[last] = value
-    try:
-        spec = ModelSpec(**{str(field): value for field, value in data.items()})
-    except SpecError as error:
-        problems = (f"{model}: {field}: {text}" if field else f"{model}: {text}" for field, text in error.problems)
-        raise ModelError("; ".join(problems)) from None
-    return spec.named(path.parent.name if path.name == "model.yaml" else path.stem)
+    return MODELS.load(model, overrides)
 
 
-def load_model(model: str | Path, overrides: Mapping[str, Any] | None = None, seed: int = 0) -> MemoryLM:
-    """A model by shipped name, YAML file or folder: with its weights where they lie beside it, else initialised.
-
-    seed: of the initialisation; torch's own generator is left as it was. `overrides` only where there are no weights
-    that they would not fit. Raises `ModelError`.
-    """
-    seed = whole_number("seed", seed, *SEEDS)
-    spec = load_model_spec(model, overrides)
-    weights = _path(model).with_suffix(".safetensors")
-    with torch.device("meta"):
-        made = MemoryLM(spec)
-    if not is_file(weights):
-        _check_room(model, made)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return MemoryLM(spec).eval()
-    try:
-        made.load_state_dict(load_file(str(weights)), assign=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{weights}: not this model's weights: {' '.join(str(error).split())[:300]}") from None
-    return made.requires_grad_().eval()
+def weights_file(model: str | Path) -> Path | None:
+    """The safetensors file beside a model's YAML; None where there is none. Raises `ModelError` for unknown models."""
+    file = MODELS.path(model).with_suffix(".safetensors")
+    return file if is_file(file) else None
 
 
-def save_pretrained(model: MemoryLM, folder: str | Path) -> None:
-    """Write the model to a folder: `model.yaml`, every field and policy written out, and `model.safetensors`."""
+def write_model(folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder that `load_model_spec` and `weights_file` read: `model.yaml` and `model.safetensors`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.yaml").write_text(model.spec.to_yaml(), encoding="utf-8")
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-
-
-def from_pretrained(folder: str | Path) -> MemoryLM:
-    """Read what `save_pretrained` wrote. Raises `ModelError` where the folder has no weights."""
-    path = _path(Path(folder))
-    if not path.with_suffix(".safetensors").is_file():
-        raise ModelError(f"{folder}: no weights here (no {path.with_suffix('.safetensors').name})")
-    return load_model(Path(folder))
-
-
-def _path(model: str | Path) -> Path:
-    if not isinstance(model, (str, Path)):
-        raise ModelError(f"a model is a name, or the path of a YAML file or a folder, got {shown(model)}")
-    text = str(model)
-    if not isinstance(model, Path) and not text.endswith((".yaml", ".yml")) and not {"/", "\\"} & set(text):
-        path = models_folder() / f"{model}.yaml"
-        if is_file(path):
-            return path
-        if not is_file(Path(text) / "model.yaml"):
-            known = model_names()
-            raise ModelError(unknown_name("model", text, known) + "; or give the path of a YAML file or a folder")
-    path = Path(model)
-    if is_file(path / "model.yaml"):
-        path = path / "model.yaml"
-    if not is_file(path):
-        raise ModelError(
-            f"{short(str(path))}: no such file; give a model's YAML or folder, or one of: {', '.join(model_names())}"
-        )
-    return path
-
-
-def _check_room(model: str | Path, made: MemoryLM) -> None:
-    """Raise where a model's parameters are more than this machine's memory holds (where the system tells)."""
-    needed = made.parameter_count * torch.get_default_dtype().itemsize
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
-    if needed > there:
-        raise ModelError(
-            f"{model}: its {made.parameter_count:,} parameters take {needed / 1e9:,.0f} GB, and this machine has "
-            f"{there / 1e9:,.0f}; lower width, depth or vocabulary"
-        )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data = yaml12.read(path, ModelError)
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: a model file is a mapping of fields, got {type(data).__name__}")
-    return data
+    (folder / "model.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+    own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(own, str(folder / "model.safetensors"), metadata={"format": "pt"})

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
+from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from memkit.errors import InputError, shown, unknown_name
+from memkit.lm.memory import ModelMemory
+from memkit.lm.spec import ModelSpec
 from memkit.whole import SEEDS, is_finite, whole_number, whole_numbers
 
-if TYPE_CHECKING:
-    from memkit.lm.model import MemoryLM
-
-__all__ = ["Prompts", "Settings", "sample", "stream"]
+__all__ = ["Prompts", "Reader", "Settings", "sample", "stream"]
 
 Prompts = Tensor | Sequence[Sequence[int]]
 
@@ -34,7 +33,24 @@ class Settings(TypedDict, total=False):
     seed: int | None
 
 
-def stream(model: MemoryLM, prompts: Prompts, **settings: Unpack[Settings]) -> Iterator[Tensor]:
+class Reader(Protocol):
+    """What generates: a model that reads token ids, goes on from a memory, and has a head."""
+
+    spec: ModelSpec
+
+    @property
+    def head(self) -> nn.Linear:
+        """States [b, width] → logits [b, vocabulary]."""
+        ...
+
+    def read(
+        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, ModelMemory]:
+        """ids [b, t] → what `head` takes, [b, t, width], and the memory to go on with."""
+        ...
+
+
+def stream(model: Reader, prompts: Prompts, **settings: Unpack[Settings]) -> Iterator[Tensor]:
     """New tokens as they come, [b] each. Bad settings raise `InputError` here, before the first token is asked for."""
     if "max_new_tokens" not in settings:
         raise InputError("max_new_tokens is required: how many tokens to generate at most")
@@ -48,7 +64,7 @@ def stream(model: MemoryLM, prompts: Prompts, **settings: Unpack[Settings]) -> I
 
 @torch.no_grad()
 def _steps(
-    model: MemoryLM,
+    model: Reader,
     ids: Tensor,
     valid: Tensor,
     *,
@@ -96,8 +112,8 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     # From the likeliest down, so that no temperature makes an infinite score of it; 1/tiny is finite yet.
-    heat = max(temperature, torch.finfo(torch.float32).tiny)
-    ranked, order = ((logits - logits.amax(-1, keepdim=True)) / heat).sort(dim=-1, descending=True, stable=True)
+    scale = max(temperature, torch.finfo(torch.float32).tiny)
+    ranked, order = ((logits - logits.amax(-1, keepdim=True)) / scale).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ranked[:, top_k:] = -torch.inf
     chances = ranked.softmax(-1)

@@ -1,8 +1,8 @@
-"""Mixers: how a layer lets tokens see each other. This one is memory attention; see `rwkv7` for the other."""
+"""The mixer that is memory attention; see `rwkv7` for the other."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,33 +12,15 @@ from torch import Tensor, nn
 
 from memkit.attention import MemoryAttention, QueryKeyNorm, RotaryEmbeddingSpec
 from memkit.catalog import load_policy
+from memkit.costing import cost
+from memkit.lm.mixer import Mixer
 from memkit.lm.parts import Span, State, TokenShift, ValueResidual, rank, tensor
 from memkit.lm.rounding import rounded
 from memkit.lm.spec import MOST_WIDTH, MixerSpec, ModelSpec
 from memkit.pieces.registry import register
 from memkit.policy import PolicySpec
 
-__all__ = ["AttentionMixer", "AttentionMixerSpec", "Mixer"]
-
-
-class Mixer(nn.Module, ABC):
-    """Mixes the tokens of a layer, and carries a state from one call to the next.
-
-    Layers of equal mixer specs are of one kind. The first of a kind computes `first_values` from the embeddings, and
-    every layer of the kind, itself included, may mix them into its values.
-    """
-
-    @abstractmethod
-    def first_values(self, x: Tensor, state: State, span: Span) -> tuple[Tensor | None, State]:
-        """v_first [b, t, c] from the layer's norm of the embeddings, [b, t, width], and what to carry on; or None."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, first: Tensor | None, state: State, span: Span) -> tuple[Tensor, State]:
-        """x [b, t, width] (normed) → what is added to the residual stream, and what to carry on."""
-
-    @abstractmethod
-    def initialise(self, layer: int, depth: int) -> None:
-        """Set parameters to what training starts from; layers count from 0."""
+__all__ = ["AttentionMixer", "AttentionMixerSpec"]
 
 
 @register
@@ -81,6 +63,17 @@ class AttentionMixerSpec(MixerSpec):
 
     def build(self, model: ModelSpec, layer: int) -> AttentionMixer:
         return AttentionMixer(self, model)
+
+    def memory_bytes(self, model: ModelSpec, lengths: Sequence[int], dtype: torch.dtype, rows: int) -> list[int]:
+        width = model.head_width or model.width // model.heads
+        kv_heads = self.kv_heads or model.kv_heads or model.heads
+        shape = {"heads": model.heads, "kv_heads": kv_heads, "head_width": width, "rows": rows}
+        shift = rows * dtype.itemsize * width * (model.heads + 2 * kv_heads) if self.token_shift else 0
+        return [entry.bytes + shift for entry in cost(self.policy, lengths, dtype=dtype, **shape)]
+
+    @property
+    def label(self) -> str:
+        return self.policy.name or f"attention over a {self.policy.window.kind} window"
 
     def check(self, model: ModelSpec) -> None:
         if self.kv_heads is not None and model.heads % self.kv_heads:

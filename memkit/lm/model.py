@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Unpack
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from memkit.engine.inputs import Lengths
-from memkit.errors import InputError, MemoryStateError, shown
+from memkit.errors import InputError, MemoryStateError, ModelError, shown
+from memkit.lm.catalog import load_model_spec, weights_file, write_model
 from memkit.lm.generation import Prompts, Settings, stream
 from memkit.lm.memory import ModelMemory
-from memkit.lm.mixers import Mixer
+from memkit.lm.mixer import Mixer
 from memkit.lm.parts import Linear, Mlp, Span, State
 from memkit.lm.spec import MixerSpec, ModelSpec
 from memkit.whole import whole_numbers
@@ -183,16 +186,26 @@ class MemoryLM(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.yaml`, every field and policy written out, and `model.safetensors`; makes the folder."""
-        from memkit.lm.catalog import save_pretrained
-
-        save_pretrained(self, folder)
+        write_model(folder, self.spec, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MemoryLM:
         """Read what `save_pretrained` wrote. Raises `ModelError` where the folder has no weights, or others'."""
-        from memkit.lm.catalog import from_pretrained
+        weights = weights_file(Path(folder))
+        if weights is None:
+            raise ModelError(f"{folder}: no weights here (no safetensors file beside its YAML)")
+        return cls.with_weights(load_model_spec(Path(folder)), weights)
 
-        return from_pretrained(folder)
+    @classmethod
+    def with_weights(cls, spec: ModelSpec, file: Path) -> MemoryLM:
+        """The model with weights from a safetensors file. Raises `ModelError` where they are not this model's."""
+        with torch.device("meta"):
+            made = cls(spec)
+        try:
+            made.load_state_dict(load_file(str(file)), assign=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ModelError(f"{file}: not this model's weights: {' '.join(str(error).split())[:300]}") from None
+        return made.requires_grad_().eval()
 
     def _span(self, ids: Tensor, memory: ModelMemory | None, lengths: Tensor | None) -> Span:
         """The call's tokens, checked."""

@@ -8,6 +8,7 @@ Per head, with state S [key, value], a_t = −κ_t and b_t = κ_t ⊙ rate_t:
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad, softplus
 
-from memkit.lm.mixers import Mixer
+from memkit.lm.mixer import Mixer
 from memkit.lm.parts import Linear, LowRank, Span, State, TokenShift, centred, rank, tensor
 from memkit.lm.spec import MOST_WIDTH, MixerSpec, ModelSpec
 from memkit.pieces.registry import register
@@ -54,6 +55,14 @@ class RWKV7MixerSpec(MixerSpec):
 
     def build(self, model: ModelSpec, layer: int) -> RWKV7Mixer:
         return RWKV7Mixer(self, model)
+
+    def memory_bytes(self, model: ModelSpec, lengths: Sequence[int], dtype: torch.dtype, rows: int) -> list[int]:
+        state = model.heads * (model.width // model.heads) ** 2 * torch.promote_types(dtype, torch.float32).itemsize
+        return [rows * state + self.first_memory_bytes(model, dtype, rows)] * len(lengths)
+
+    def first_memory_bytes(self, model: ModelSpec, dtype: torch.dtype, rows: int) -> int:
+        """One more last token: the first layer shifts the embeddings too."""
+        return rows * model.width * dtype.itemsize if self.token_shift else 0
 
     def check(self, model: ModelSpec) -> None:
         if model.width % model.heads:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+import torch
+from pydantic import Field, model_validator
 
 from memkit.attention import RotaryEmbeddingSpec
+from memkit.lm.mixer import Mixer
 from memkit.lm.parts import MlpSpec
-from memkit.pieces.registry import AnyOf, FamilySpec, Spec
-from memkit.yaml12 import dump
-
-if TYPE_CHECKING:
-    from memkit.lm.mixers import Mixer
-    from memkit.lm.model import MemoryLM
+from memkit.pieces.registry import AnyOf, FamilySpec, NamedSpec, Spec
 
 __all__ = ["LayersSpec", "MixerSpec", "ModelSpec", "OverrideSpec"]
 
@@ -23,13 +21,26 @@ MOST_VOCABULARY, MOST_WIDTH, MOST_DEPTH = 2**24, 2**20, 2**10
 
 
 class MixerSpec(FamilySpec):
-    """Declares how a layer mixes tokens."""
+    """Declares how a layer mixes tokens. A mixer is this and the `Mixer` it builds; nothing else knows the kinds."""
 
     family: ClassVar[str] = "mixer"
 
     @abstractmethod
     def build(self, model: ModelSpec, layer: int) -> Mixer:
         """The mixer of that layer."""
+
+    @abstractmethod
+    def memory_bytes(self, model: ModelSpec, lengths: Sequence[int], dtype: torch.dtype, rows: int) -> list[int]:
+        """Bytes that a layer carries on after one prefill of each length, `rows` rows in `dtype`."""
+
+    def first_memory_bytes(self, model: ModelSpec, dtype: torch.dtype, rows: int) -> int:
+        """Bytes that the first layer of a kind carries besides, for `Mixer.first_values`; none unless it says so."""
+        return 0
+
+    @property
+    def label(self) -> str:
+        """The mixer in a word or two, for tables."""
+        return self.kind
 
     def check(self, model: ModelSpec) -> None:
         """Raise `ValueError` where the mixer does not fit the model's sizes."""
@@ -82,8 +93,8 @@ class LayersSpec(Spec):
         return data
 
 
-class ModelSpec(Spec):
-    """A decoder-only language model.
+class ModelSpec(NamedSpec):
+    """A decoder-only language model; `MemoryLM(spec)` makes it.
 
     x = LN(embedding[ids]); per block x += mixer(LN(x)), x += mlp(LN(x)); logits = head(LN(x)). All LayerNorms have
     weight and bias, projections have no bias, and embedding and head are not tied (the backbone of arXiv 2605.09877).
@@ -109,25 +120,6 @@ class ModelSpec(Spec):
     )
     layers: LayersSpec = Field(description="which mixer each layer has")
 
-    _name: str | None = PrivateAttr(None)
-
-    @property
-    def name(self) -> str | None:
-        """The stem of the file it came from; None for a spec made in Python. No part of the declaration."""
-        return self._name
-
-    def named(self, name: str | None) -> ModelSpec:
-        """The same declaration under a name."""
-        copy = self.model_copy()
-        copy._name = name
-        return copy
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ModelSpec) and self.model_dump() == other.model_dump()
-
-    def __hash__(self) -> int:
-        return hash(self.to_yaml())
-
     @property
     def mixers(self) -> list[MixerSpec]:
         """Every layer's mixer, first layer first."""
@@ -136,16 +128,6 @@ class ModelSpec(Spec):
             for layer in override.layers(self.depth):
                 mixers[layer] = override.mixer
         return mixers
-
-    def to_yaml(self) -> str:
-        """The declaration as YAML, every field and policy written out; `load_model_spec` reads it back."""
-        return dump(self.model_dump(mode="json"))
-
-    def build(self) -> MemoryLM:
-        """The model, freshly initialised."""
-        from memkit.lm.model import MemoryLM
-
-        return MemoryLM(self)
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:

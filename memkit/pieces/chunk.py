@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memkit.pieces.evidence import Evidence
-from memkit.pieces.similarity import Count, Found, Similarity, search, similarities
+from memkit.pieces.similarity import Count, Nearest, Similarity, search, similarities
 
 __all__ = ["Assignment", "ChunkContext", "Count"]
 
@@ -64,7 +64,7 @@ class ChunkContext:
         return self.new_slots if isinstance(self.new_slots, int) else int(self.new_slots.max())
 
     @functools.cached_property
-    def found(self) -> Found:
+    def nearest(self) -> Nearest:
         """For each token the slot most like it."""
         return search(self.similarity, self.keys, self.slots, self.slots_before, self.sinks)
 
@@ -76,7 +76,7 @@ class ChunkContext:
     @functools.cached_property
     def redundancy(self) -> Tensor:
         """Each token's best similarity to the slots there are, sinks included, [b, g, c]."""
-        best = self.found.best
+        best = self.nearest.best
         if isinstance(self.is_first, Tensor) or self.is_first:
             first = self.alike(self.alone()[:, :, :1])[..., 0]
             best = torch.where(as_tensor(self.is_first, best), first, best)
@@ -94,9 +94,9 @@ class ChunkContext:
     def only(self, offsets: Tensor) -> ChunkContext:
         """Some tokens, [b, g, n], with the slots as they are: for asking what they are most like, and nothing else."""
         some = replace(self, keys=_picked(self.keys, offsets))
-        if "found" in vars(self):  # asked before, of all
-            of_all = self.found
-            some.__dict__["found"] = Found(
+        if "nearest" in vars(self):  # asked before, of all
+            of_all = self.nearest
+            some.__dict__["nearest"] = Nearest(
                 *(each.gather(2, offsets) for each in (of_all.slot, of_all.score, of_all.best))
             )
         return some

@@ -6,14 +6,15 @@ A spec is frozen, closed and strict: hyper-parameters only, no state. `spec.buil
 from __future__ import annotations
 
 from abc import ABC
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from memkit.errors import PolicyError, nearest_name, short, shown, unknown_name
+from memkit.yaml12 import dump
 
-__all__ = ["AnyOf", "FamilySpec", "Spec", "SpecError", "kinds", "register"]
+__all__ = ["AnyOf", "FamilySpec", "NamedSpec", "Spec", "SpecError", "kinds", "register"]
 
 
 class SpecError(PolicyError):
@@ -42,6 +43,33 @@ class FamilySpec(Spec, ABC):
 
     family: ClassVar[str]
     kind: str
+
+
+class NamedSpec(Spec):
+    """A spec with files of its own, whose stems name it. Equal declarations are equal, whatever their names."""
+
+    _name: str | None = PrivateAttr(None)
+
+    @property
+    def name(self) -> str | None:
+        """The stem of the file it came from; None for a spec made in Python. No part of the declaration."""
+        return self._name
+
+    def named(self, name: str | None) -> Self:
+        """The same declaration under a name."""
+        copy = self.model_copy()
+        copy._name = name
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.to_yaml())
+
+    def to_yaml(self) -> str:
+        """The declaration as YAML, every field written out; reading it back gives an equal spec."""
+        return dump(self.model_dump(mode="json"))
 
 
 AnySpec = TypeVar("AnySpec", bound=type[FamilySpec])

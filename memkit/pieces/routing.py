@@ -87,12 +87,12 @@ class Nearest(Routing):
 
     def targets(self, chunk: ChunkContext, founded: Tensor | None) -> Tensor:
         if founded is None:
-            return self._least(chunk.found.slot, chunk.found.score)
+            return self._least(chunk.nearest.slot, chunk.nearest.score)
         founders, others = chunk.parted(founded)
         asking = chunk if others is None else chunk.only(others)
         fresh, score = best_slot(self._to_founders(chunk, founders, asking), 0)
-        target = torch.where(score > asking.found.score, fresh + chunk.slots_before, asking.found.slot)
-        target = self._least(target, torch.maximum(score, asking.found.score))
+        target = torch.where(score > asking.nearest.score, fresh + chunk.slots_before, asking.nearest.slot)
+        target = self._least(target, torch.maximum(score, asking.nearest.score))
         return target if others is None else torch.zeros_like(founded, dtype=torch.long).scatter_(2, others, target)
 
     def _least(self, target: Tensor, similarity: Tensor) -> Tensor:

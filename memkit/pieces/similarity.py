@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Count", "Found", "Similarity", "best_slot", "search"]
+__all__ = ["Count", "Nearest", "Similarity", "best_slot", "search"]
 
 Count = int | Tensor
 """A whole number for all rows, or one per row as a tensor [b, 1, 1]."""
@@ -28,8 +28,8 @@ all of a chunk's."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search finds for each token, all [b, g, c].
+class Nearest:
+    """The slot most like each token, all [b, g, c].
 
     slot: the most similar slot that is no sink, the lowest on ties, −1 where there is none; score: its similarity, −∞
     where there is none; best: the similarity of the most similar slot of all, sinks included.
@@ -54,12 +54,12 @@ def similarities(kind: Similarity, keys: Tensor, slots: Tensor) -> Tensor:
     return scores
 
 
-def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: int) -> Found:
+def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: int) -> Nearest:
     """For keys [b, g, c, d] among slots [b, g, m, d], of which `live` exist and the first `sinks` are no targets."""
     shape, keys, slots = keys.shape, keys.flatten(0, 1), slots.flatten(0, 1)
     live = live.expand(*shape[:2], 1).flatten(0, 1) if isinstance(live, Tensor) else live
     each = max(1, AT_ONCE.get(keys.device.type, sys.maxsize) // max(1, keys.shape[1] * slots.shape[1]))
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for begin in range(0, len(keys), each):
         some = slice(begin, begin + each)
         scores = similarities(kind, keys[some], slots[some])
@@ -69,8 +69,8 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
         of_sinks = scores[..., :sinks].clone()
         scores[..., :sinks] = -torch.inf
         slot, score = best_slot(scores, sinks)
-        found.append((slot, score, torch.maximum(score, of_sinks.amax(-1)) if of_sinks.shape[-1] else score))
-    return Found(*(torch.cat(parts).view(shape[:3]) for parts in zip(*found, strict=True)))
+        parts.append((slot, score, torch.maximum(score, of_sinks.amax(-1)) if of_sinks.shape[-1] else score))
+    return Nearest(*(torch.cat(each_of).view(shape[:3]) for each_of in zip(*parts, strict=True)))
 
 
 def best_slot(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ be tested against the other. Shipped pieces are read from their specs' fields an
 asked through its public methods. Gradients are autograd's.
 
 In the order of the Key-Value Means paper (arXiv 2605.09877, section 3): `treatment` and `slot` say what a token brings,
-what a slot is and how it is read; `rules` which tokens a query sees and how many slots there may be; `placing` which
+what a slot is and how it is read; `rules` which tokens a query sees and how many slots there may be; `assignment` which
 tokens found and join them; `head` the softmax over all of it; `api` runs every row and head.
 """
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
 from memkit.pieces.needs import Need
+from memkit.reference.assignment import Assigned, assign
 from memkit.reference.observing import Observing, compete, mean
-from memkit.reference.placing import Placed, place
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token
 from memkit.reference.words import stacked
@@ -29,7 +29,7 @@ class Head:
         self.origin, held = self.left, self.seen - self.left
         self.given = None if inputs.plan is None else (inputs.plan, row, head)
         self.slots: list[Slot] = []
-        self.record: list[Placed] = []
+        self.record: list[Assigned] = []
         self.as_read: tuple[Tensor, Tensor, Tensor] | None = None
         self.observing = Observing(rules, inputs, row, head, self.seen) if rules.policy.observes else None
 
@@ -84,33 +84,35 @@ class Head:
         chunk = [self.token(position) for position in range(begin, begin + rules.chunk)]
         granted = rules.slots(begin + rules.chunk) - rules.slots(begin)
         if rules.policy.competes:
-            placed = []
+            assigned = []
         else:
             of_tokens = None
             if self.observing is not None:
                 of_tokens = [mean(self.observing.tokens[token.position]) for token in chunk]
-            placed = (
-                self.from_plan(begin) if self.given is not None else place(rules, chunk, self.slots, granted, of_tokens)
+            assigned = (
+                self.from_plan(begin)
+                if self.given is not None
+                else assign(rules, chunk, self.slots, granted, of_tokens)
             )
         if self.observing is not None or rules.policy.competes:
-            self.slots = compete(rules, chunk, self.slots, granted, None if self.given else placed, self.observing)
+            self.slots = compete(rules, chunk, self.slots, granted, None if self.given else assigned, self.observing)
             self.left, self.as_read = begin + rules.chunk, None
             return
         weights = rules.weights(chunk)
         self.slots += [self.nothing()] * granted
         # Founders first, so that a token may join a slot whose founder stands behind it in the chunk.
-        for token, weight, (slot, founds) in zip(chunk, weights, placed, strict=True):
+        for token, weight, (slot, founds) in zip(chunk, weights, assigned, strict=True):
             if founds:
                 assert slot >= before
                 self.slots[slot] = rules.alone(token, weight, founds=True)
-        for token, weight, (slot, founds) in zip(chunk, weights, placed, strict=True):
+        for token, weight, (slot, founds) in zip(chunk, weights, assigned, strict=True):
             if slot >= 0 and not founds:
                 self.slots[slot] = rules.joined(self.slots[slot], rules.alone(token, weight, founds=False))
-        self.record += placed
+        self.record += assigned
         self.left = begin + rules.chunk
         self.as_read = None
 
-    def from_plan(self, begin: int) -> list[Placed]:
+    def from_plan(self, begin: int) -> list[Assigned]:
         """What an injected plan says about the chunk at `begin`."""
         assert self.given is not None
         given, row, head = self.given

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
-from memkit.reference.placing import Placed, nearest_of, ratings
+from memkit.reference.assignment import Assigned, nearest_of, ratings
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token
 
@@ -116,7 +116,7 @@ def compete(
     chunk: list[Token],
     slots: list[Slot],
     granted: int,
-    placed: list[Placed] | None,
+    assigned: list[Assigned] | None,
     observing: Observing | None,
 ) -> list[Slot]:
     """The slots after a chunk has left, where slots compete with tokens or rows are weighed by what readers told.
@@ -144,9 +144,9 @@ def compete(
             joins = [nearest_of(rules, key.detach(), open_to) for key in keys]
     else:
         kept, candidates, told = len(slots), fresh, of_tokens
-        assert placed is not None
-        home = {j: slot for j, (slot, founds) in enumerate(placed) if founds}
-        joins = [slot for slot, _ in placed]
+        assert assigned is not None
+        home = {j: slot for j, (slot, founds) in enumerate(assigned) if founds}
+        joins = [slot for slot, _ in assigned]
     rows, evidence = [*slots[:kept]], [*of_slots[:kept]]
     for j in sorted(home, key=lambda j: home[j]):
         rows.append(candidates[j])

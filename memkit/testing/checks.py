@@ -77,12 +77,15 @@ class Asked(NamedTuple):
     claims: Any
 
 
-def check(subject: Any, examples: int = 50) -> Report:
+def check(subject: Any, examples: int = 50, family: type | None = None) -> Report:
     """Check anything: a policy (name, path, spec), or a piece of any family (class, object or spec).
 
-    examples: how many each law is tried on. Raises `LawBroken` as soon as the examination is over, for the first law
-    that does not hold; `examine` returns the report instead.
+    examples: how many each law is tried on; family: what the piece must be, where that is known. Raises `PolicyError`
+    for what is none, and `LawBroken` as soon as the examination is over, for the first law that does not hold;
+    `examine` returns the report instead.
     """
+    if family is not None and not isinstance(piece := _built(subject)[0], family):
+        raise PolicyError(f"expected a {family.__name__}, its class or its spec, got {type(piece).__name__}")
     return examine(subject, examples).raise_if_broken()
 
 
@@ -96,34 +99,27 @@ def check_merge_rule(rule: Any, examples: int = 50) -> Report:
 
     rule: a `Merging`, its class, a `MergingSpec` or its class.
     """
-    return _check_family(rule, Merging, examples)
+    return check(rule, examples, Merging)
 
 
 def check_growth(growth: Any, examples: int = 50) -> Report:
     """The laws of growth schedules, and (for a spec) the ten laws in random policies. Raises `LawBroken`."""
-    return _check_family(growth, Growth, examples)
+    return check(growth, examples, Growth)
 
 
 def check_admission(admission: Any, examples: int = 50) -> Report:
     """The laws of admissions that it claims, and the ten laws in random policies. Raises `LawBroken`."""
-    return _check_family(admission, Admission, examples)
+    return check(admission, examples, Admission)
 
 
 def check_routing(routing: Any, examples: int = 50) -> Report:
     """The laws of routings that it claims, and the ten laws in random policies. Raises `LawBroken`."""
-    return _check_family(routing, Routing, examples)
+    return check(routing, examples, Routing)
 
 
 def check_readout(readout: Any, examples: int = 50) -> Report:
     """The laws of readouts, and the ten laws in random policies that read so. Raises `LawBroken`."""
-    return _check_family(readout, Readout, examples)
-
-
-def _check_family(subject: Any, family: type, examples: int) -> Report:
-    piece, _, _ = _built(subject)
-    if not isinstance(piece, family):
-        raise PolicyError(f"expected a {family.__name__}, its class or its spec, got {type(piece).__name__}")
-    return check(subject, examples)
+    return check(readout, examples, Readout)
 
 
 def examine(

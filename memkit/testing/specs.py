@@ -123,7 +123,7 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
 
 
 def _without_readers(draw: st.DrawFn, admission: Any) -> Any:
-    """An admission that needs no observed queries: those judge what was read, and no plan can be made before that."""
+    """An admission that needs no observed queries: those tell of what was read, and no plan can be made before that."""
     built = admission.build()
     return draw(specs("admission", "novelty")) if built is not None and built.needs_evidence else admission
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from memkit.errors import ModelError
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns, with_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +20,8 @@ __all__ = ["plot", "save", "table"]
 
 def table(bench: Bench) -> RenderableType:
     """One row per policy, mode and length, with the settings below."""
-    grid = empty_table()
-    for index, head in enumerate(("policy", "mode", "tokens", "ms", "low–high", "× full", "of limit", "peak GB")):
-        grid.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
+    heads = ("policy", "mode", "tokens", "ms", "low–high", "× full", "of limit", "peak GB")
+    grid = columns(*heads, align="llrrrrrr", gap=0)
     for row in bench.timings:
         grid.add_row(
             row.policy,
@@ -37,7 +35,7 @@ def table(bench: Bench) -> RenderableType:
         )
     facts = ", ".join(f"{name} {value}" for name, value in bench.settings.items() if name != "versions")
     versions = ", ".join(f"{name} {version}" for name, version in bench.settings["versions"].items())
-    return Group(grid, Text(f"{facts}; {versions}", style="dim"))
+    return with_notes(grid, [f"{facts}; {versions}"])
 
 
 def plot(bench: Bench) -> Axes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns
 
 if TYPE_CHECKING:
     from memkit.testing.law import Law
@@ -22,9 +22,7 @@ STYLES = {"held": "green", "broken": "bold red", "not claimed": "dim"}
 
 def report(examined: Report) -> RenderableType:
     """A line per law, and the counter-examples of the broken ones below."""
-    table = empty_table(gap=1)
-    for column in ("law", "verdict", "what it says"):
-        table.add_column(column, no_wrap=column != "what it says")
+    table = columns("law", "verdict", "what it says", align="llw")
     family = ""
     for verdict in examined.verdicts:
         if verdict.law.family != family:

@@ -8,12 +8,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from memkit.errors import ModelError
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns, with_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,12 +38,10 @@ HEADERS = (
 
 def table(comparison: Comparison) -> RenderableType:
     """The memory–loss front first, then the others, each sorted by memory; the settings below."""
-    grid = empty_table()
-    for index, (above, below) in enumerate(HEADERS):
-        grid.add_column(f"{above}\n{below}", justify="right" if index else "left", no_wrap=True)
+    grid = columns(*(f"{above}\n{below}" for above, below in HEADERS), gap=0)
     for entry in _front_first(comparison):
         grid.add_row(*_cells(entry), style="bold" if entry.front else "")
-    return Group(grid, *(Text(line, style="dim") for line in _notes(comparison)))
+    return with_notes(grid, _notes(comparison))
 
 
 def html(comparison: Comparison) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from memkit.costing import Cost
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns, with_notes
 
-__all__ = ["amount", "cells", "columns", "table"]
+__all__ = ["amount", "cells", "table"]
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
@@ -30,22 +29,13 @@ def table(costs: Sequence[Cost]) -> RenderableType:
         "FLOPs: attention and routing, of the prefill and of one token decoded after it",
         "grows as: the prefill from 4k to 1M tokens",
     ]
-    return Group(grid, *(Text(note, style="dim") for note in notes))
+    return with_notes(grid, notes)
 
 
 def cells(cost: Cost) -> tuple[str, ...]:
     """Slots, window, memory, operations of a prefill and of one token."""
     numbers = (f"{cost.slots:,}", f"{cost.window:,}", amount(cost.bytes, "B"))
     return (*numbers, amount(cost.prefill.total), amount(cost.decode.total))
-
-
-def columns(first: str, *others: str) -> Table:
-    """An empty table: names on the left, numbers on the right."""
-    grid = empty_table(gap=1)
-    grid.add_column(first, no_wrap=True)
-    for header in others:
-        grid.add_column(header, justify="right", no_wrap=True)
-    return grid
 
 
 def amount(number: float, unit: str = "") -> str:

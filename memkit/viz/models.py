@@ -8,11 +8,11 @@ import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from memkit.lm import AttentionMixerSpec, MemoryLM, MixerSpec, ModelSpec
+from memkit.lm import MemoryLM, MixerSpec, ModelSpec
 from memkit.lm.footprint import memory_bytes
-from memkit.viz.costs import amount, columns
+from memkit.viz.costs import amount
 from memkit.viz.policies import tokens_in_words
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns, with_notes
 
 __all__ = ["details", "listing"]
 
@@ -21,10 +21,7 @@ SHOWN_LENGTHS = tuple(4096 << (2 * index) for index in range(5))
 
 def listing(models: Iterable[tuple[ModelSpec, str]]) -> RenderableType:
     """One line per model: its name, its parameters, what it is."""
-    grid = empty_table(gap=1)
-    grid.add_column("model", no_wrap=True)
-    grid.add_column("parameters", justify="right")
-    grid.add_column("what it is")
+    grid = columns("model", "parameters", "what it is", align="lrw")
     for spec, header in models:
         grid.add_row(spec.name, amount(_parameters(spec)), header.split("\n", 1)[0])
     return grid
@@ -47,14 +44,6 @@ def details(spec: ModelSpec, header: str) -> RenderableType:
     return Group(*parts)
 
 
-def mixer_name(mixer: MixerSpec) -> str:
-    """A mixer in a word or two: its policy's name where it has one."""
-    if isinstance(mixer, AttentionMixerSpec):
-        window = mixer.policy.window
-        return mixer.policy.name or f"attention over a {window.kind} window"
-    return mixer.kind
-
-
 def _parameters(spec: ModelSpec) -> int:
     with torch.device("meta"):
         return MemoryLM(spec).parameter_count
@@ -65,13 +54,13 @@ def _layer_map(mixers: list[MixerSpec]) -> list[str]:
     lines: list[str] = []
     for mixer in dict.fromkeys(mixers):
         layers = [str(number) for number, each in enumerate(mixers) if each == mixer]
-        lines.append(f"{mixer_name(mixer)}: {', '.join(layers)}")
+        lines.append(f"{mixer.label}: {', '.join(layers)}")
     return lines
 
 
 def _memory_table(spec: ModelSpec) -> RenderableType:
     kinds = list(dict.fromkeys(spec.mixers))
-    grid = columns("tokens", "memory", *(mixer_name(kind) for kind in kinds if len(kinds) > 1))
+    grid = columns("tokens", "memory", *(kind.label for kind in kinds if len(kinds) > 1))
     for tokens, layers in zip(SHOWN_LENGTHS, memory_bytes(spec, SHOWN_LENGTHS), strict=True):
         shares = [
             sum(size for size, mixer in zip(layers, spec.mixers, strict=True) if mixer == kind)
@@ -79,4 +68,4 @@ def _memory_table(spec: ModelSpec) -> RenderableType:
             if len(kinds) > 1
         ]
         grid.add_row(tokens_in_words(tokens), *(amount(size, "B") for size in (sum(layers), *shares)))
-    return Group(grid, Text("memory of one row in float32, after one prefill", style="dim"))
+    return with_notes(grid, ["memory of one row in float32, after one prefill"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from memkit.passkey import Passkeys
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns, with_notes
 
 __all__ = ["table"]
 
@@ -15,9 +14,7 @@ FOUND, LOST = "●", "·"
 
 def table(passkeys: Passkeys) -> RenderableType:
     """A line per policy, those that found most first; a mark for each placement, the text's beginning first."""
-    grid = empty_table()
-    for index, header in enumerate(("policy", "found", "nats per token", "memory\nMB", "by depth")):
-        grid.add_column(header, justify="right" if index in (1, 2, 3) else "left", no_wrap=True)
+    grid = columns("policy", "found", "nats per token", "memory\nMB", "by depth", align="lrrrl", gap=0)
     for entry in sorted(passkeys.policies, key=lambda entry: (-entry.found, entry.nats)):
         grid.add_row(
             entry.policy,
@@ -34,4 +31,4 @@ def table(passkeys: Passkeys) -> RenderableType:
     ]
     if s["overrides"]:
         lines.append("set: " + ", ".join(f"{field}={value}" for field, value in s["overrides"].items()))
-    return Group(grid, *(Text(line, style="dim") for line in lines))
+    return with_notes(grid, lines)

@@ -12,9 +12,9 @@ from memkit.costing import Cost, cost
 from memkit.pieces.growth import GrowthSpec
 from memkit.pieces.registry import Spec
 from memkit.policy import PolicySpec
-from memkit.viz.costs import cells, columns
+from memkit.viz.costs import cells
 from memkit.viz.picture import draw, picture
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns, with_notes
 from memkit.yaml12 import dump
 
 __all__ = ["details", "listing", "tokens_in_words"]
@@ -24,10 +24,8 @@ SHOWN_LENGTHS = tuple(1024 << (2 * i) for i in range(6))
 
 def listing(policies: Iterable[tuple[PolicySpec, str]]) -> RenderableType:
     """One line per policy: its name, how it grows, what it is."""
-    grid = empty_table(gap=1)
-    grid.add_column("policy", no_wrap=True)
-    grid.add_column("growth", max_width=22)
-    grid.add_column("what it is")
+    grid = columns("policy", "growth", "what it is", align="lww")
+    grid.columns[1].max_width = 22
     for spec, header in policies:
         grid.add_row(spec.name, growth(spec), header.split("\n", 1)[0])
     return grid
@@ -97,7 +95,7 @@ def _growth_table(costs: list[Cost]) -> RenderableType:
     for entry in costs:
         grid.add_row(tokens_in_words(entry.tokens), *cells(entry))
     note = f"for {costs[0].shape}; prefill grows as N^{costs[0].exponent:.2f}"
-    return Group(grid, Text(note, style="dim"))
+    return with_notes(grid, [note])
 
 
 def tokens_in_words(number: int) -> str:

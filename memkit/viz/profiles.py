@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from memkit.profiles import HeadProfile
-from memkit.viz.tables import empty_table
+from memkit.viz.tables import columns, with_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,11 +20,8 @@ BAR = 8
 
 def table(profile: HeadProfile, stability: float | None = None) -> RenderableType:
     """A line per layer, a number and a bar per key/value head."""
-    grid = empty_table(gap=2)
     layers, heads = profile.shape
-    grid.add_column("layer", justify="right")
-    for head in range(heads):
-        grid.add_column(f"head {head}", justify="left", no_wrap=True)
+    grid = columns("layer", *(f"head {head}" for head in range(heads)), align="r" + "l" * heads, gap=2)
     largest = max(max(row) for row in profile.ratios)
     for layer, row in enumerate(profile.ratios):
         grid.add_row(str(layer), *(f"{ratio:5.3f} {'█' * max(1, round(BAR * ratio / largest))}" for ratio in row))
@@ -36,7 +32,7 @@ def table(profile: HeadProfile, stability: float | None = None) -> RenderableTyp
     ]
     if stability is not None:
         notes.append(f"correlation between one text's ratios and another's: {stability:.2f}")
-    return Group(grid, *(Text(note, style="dim") for note in notes))
+    return with_notes(grid, notes)
 
 
 def plot(profile: HeadProfile, ax: Axes) -> Axes:

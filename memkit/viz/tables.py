@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["empty_table"]
+__all__ = ["columns", "with_notes"]
 
 
-def empty_table(gap: int = 0) -> Table:
-    """An empty table with a line under its head and nothing around it; gap: spaces left of each column."""
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, gap), pad_edge=False)
+def columns(*heads: str, align: str = "", gap: int = 1) -> Table:
+    """An empty table with a line under its head and nothing around it.
+
+    align: a letter per column: l left, r right, w left and wrapped where the line is too long; left out: the first
+    column on the left, the others, numbers, on the right. gap: spaces left of each column.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, gap), pad_edge=False)
+    for head, side in zip(heads, align or "l" + "r" * (len(heads) - 1), strict=True):
+        table.add_column(head, justify="right" if side == "r" else "left", no_wrap=side != "w")
+    return table
+
+
+def with_notes(table: Table, notes: Iterable[str]) -> Group:
+    """A table with lines of small print below."""
+    return Group(table, *(Text(note, style="dim") for note in notes))

@@ -1,4 +1,4 @@
-"""Rows are strangers: a row's result depends on its own tokens alone, whatever stands beside or behind them."""
+"""Batch invariance: a row's result depends on its own tokens alone, whatever stands beside or behind them."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_order_of_rows_changes_nothing(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_heads_are_strangers_too(name: str):
+def test_heads_do_not_depend_on_each_other_either(name: str):
     case = make_case(small(name), 60)
     output, memory = case.attend()
     # Key/value head 1 serves query heads 2 and 3.

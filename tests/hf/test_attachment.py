@@ -38,7 +38,7 @@ SMALL = {
     "untrained-kvm-log": {"chunker.size": 8, "growth.per_doubling": 4, "growth.start": 8},
     "untrained-block-mean": {"chunker.size": 8},
 }
-FREE = [name for name in SMALL if name.startswith("untrained-")]
+UNTRAINED = [name for name in SMALL if name.startswith("untrained-")]
 
 
 def small(name: str) -> memkit.PolicySpec:
@@ -202,7 +202,7 @@ def test_generate_as_the_untouched_model(tiny, ids, options):
         assert torch.equal(tiny.generate(ids, **options), expected)
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", UNTRAINED)
 def test_generate_on_a_policy_is_greedy_decoding(tiny, ids, name):
     with hf.attach(tiny, small(name)):
         generated = tiny.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)

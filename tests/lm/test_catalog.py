@@ -166,7 +166,7 @@ def test_public_names():
 def test_the_memory_of_a_model_is_known_beforehand(name, tokens):
     spec = load_model_spec(name, {"depth": 3})
     with torch.no_grad():
-        _, memory = spec.build()(torch.zeros(2, tokens, dtype=torch.long))
+        _, memory = MemoryLM(spec)(torch.zeros(2, tokens, dtype=torch.long))
     assert sum(memory_bytes(spec, [tokens], rows=2)[0]) == memory.bytes
 
 

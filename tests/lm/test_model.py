@@ -79,7 +79,7 @@ def test_split_equals_whole_with_gradients(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_rows_of_unequal_length_are_strangers(name):
+def test_rows_of_unequal_length_do_not_depend_on_each_other(name):
     made, ids = model(name), text(rows=3)
     first, second = torch.tensor([17, 3, 0]), torch.tensor([1, 13, 9])
     with torch.no_grad():

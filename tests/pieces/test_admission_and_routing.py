@@ -14,7 +14,7 @@ from memkit.engine.plan import assign
 from memkit.pieces.admission import Admission, AdmissionSpec, NoAdmissionSpec, NoveltySpec, RecencySpec, StrideSpec
 from memkit.pieces.chunk import Assignment, ChunkContext
 from memkit.pieces.routing import NearestSpec, Routing, RoutingSpec, SegmentSpec
-from memkit.pieces.similarity import Found, Similarity, search
+from memkit.pieces.similarity import Nearest, Similarity, search
 
 WIDTH = 2
 
@@ -299,7 +299,7 @@ def test_similarities_are_for_an_admission_that_compares(admission: AdmissionSpe
     """Where neither admission nor routing looks at the slots, nothing is compared with them."""
     searches: list[Tensor] = []
 
-    def counting(kind: Similarity, keys: Tensor, *rest: Any) -> Found:
+    def counting(kind: Similarity, keys: Tensor, *rest: Any) -> Nearest:
         searches.append(keys)
         return search(kind, keys, *rest)
 
@@ -314,7 +314,7 @@ def test_a_chunk_is_compared_once(admission: AdmissionSpec, monkeypatch: pytest.
     """Who founds and where the others go is one search."""
     searches: list[Tensor] = []
 
-    def counting(kind: Similarity, keys: Tensor, *rest: Any) -> Found:
+    def counting(kind: Similarity, keys: Tensor, *rest: Any) -> Nearest:
         searches.append(keys)
         return search(kind, keys, *rest)
 

@@ -12,16 +12,16 @@ from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token, compared
 from memkit.reference.words import TINY, direction, in_order
 
-__all__ = ["Placed", "nearest_of", "place", "ratings"]
+__all__ = ["Assigned", "assign", "nearest_of", "ratings"]
 
-Placed = tuple[int, bool]
+Assigned = tuple[int, bool]
 """A token's slot (−1: dropped) and whether it founded it."""
 
 
-def place(
+def assign(
     rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, evidence: list[Tensor] | None = None
-) -> list[Placed]:
-    """All of a chunk is placed before any sum changes. The first S tokens of a row found in any case."""
+) -> list[Assigned]:
+    """All of a chunk is assigned before any sum changes. The first S tokens of a row found in any case."""
     forced = min(max(rules.spec.sinks - chunk[0].position, 0), len(chunk))
     if rules.sinks_are_tokens:
         return [(token.position, True) if token.position < rules.spec.sinks else (-1, False) for token in chunk]

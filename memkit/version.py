@@ -1,0 +1,3 @@
+"""memkit's version."""
+
+__version__ = "0.1.0"
