@@ -79,9 +79,9 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
     in_place = not inputs.differentiable
     store = SlotStore(sums, numbers, view, evidence, in_place=in_place, before_writing=memory.about_to_write)
     if room > store.room:
-        if timeline.in_place:  # decoding makes room for half as many again, if the schedule will ever grant so many
+        if timeline.in_place:  # decoding makes room for an eighth more, if the schedule will ever grant so many
             ahead = policy.slots_after(2 * (int(schedule.after.max()) + policy.chunk))
-            room = min(room * 3 // 2, ahead)
+            room = min(room * 9 // 8, ahead)
         store.grow(room)
     return store
 
@@ -91,12 +91,14 @@ def close(
 ) -> Memory:
     """The memory after the call."""
     policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
-    store = SlotStore(store.sums, store.numbers, store.view if timeline.in_place else None, store.evidence)
+    # Where slots compete, every fold reads all of them anew: how they read now would only be held beside them.
+    view = store.view if timeline.in_place and not policy.competes else None
+    store = SlotStore(store.sums, store.numbers, view, store.evidence)
     if timeline.in_place:
         assert before is not None
         window = Window(before.window.streams, before.window.end + tokens)
-        if store.view is not None:
-            store.view.made_with = parameter_versions(inputs.parameters)
+        if view is not None:
+            view.made_with = parameter_versions(inputs.parameters)
     else:
         keep = int(held(policy, schedule.after).max(initial=0))
         decodes = before is not None and tokens <= SLACK
