@@ -43,5 +43,5 @@ def plot(profile: HeadProfile, ax: Axes) -> Axes:
     ax.set_ylabel("key/value head")
     ax.set_yticks(range(heads))
     ax.set_xticks(range(0, layers, max(1, layers // 10)))
-    ax.figure.colorbar(shown, ax=ax, label="slots, as a multiple of the even share")
+    ax.figure.colorbar(shown, ax=ax, label="× even share")
     return ax

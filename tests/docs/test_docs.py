@@ -80,3 +80,21 @@ def test_notebook_runs_and_draws(tmp_path: Path) -> None:
     kinds_shown = [{kind for output in cell.outputs for kind in output.get("data", {})} for cell in cells]
     assert all("text/html" in shown for shown in (kinds_shown[0], kinds_shown[1], kinds_shown[2], kinds_shown[4]))
     assert "image/png" in kinds_shown[3]
+
+
+def test_stock_models_block_runs_and_names_what_there_is() -> None:
+    from memkit import hf
+
+    text = (ROOT / "docs" / "stock-models.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:untrained|streaming|caote|h2o|tova|keydiff|knorm|full)[a-z0-9-]*)`", text))
+    assert named >= {"untrained-observed", "untrained-observed-sqrt", "keydiff-512"}
+    for name in named:
+        memkit.load_policy(name)
+    for figure in re.findall(r"\]\((figures/[^)]+)\)", text):
+        assert (ROOT / "docs" / figure).is_file(), figure
+    try:
+        hf.load()
+    except memkit.ModelError as error:
+        pytest.skip(str(error))
+    for block in blocks("docs/stock-models.md", "python"):
+        exec(compile(block, "stock-models.md", "exec", dont_inherit=True), {"__name__": "stock-models"})
