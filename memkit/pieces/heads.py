@@ -59,7 +59,9 @@ class HeadsSpec(Spec):
 
     @property
     def ratio(self) -> float:
-        """What every head gets, where they do not differ."""
+        """What every head gets; the mean where they differ."""
+        if self.uneven is not None:
+            return sum(self.uneven) / len(self.uneven)
         return 1.0 if self.ratios is None else self.ratios[0]
 
 
