@@ -25,7 +25,8 @@ from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.keysets import KeySets, Queries, scaled
 from memkit.engine.read import attend_key_sets_backward, once_only
 from memkit.engine.schedule import Schedule
-from memkit.memory.slots import Chunk, Fold, SlotRules, SlotView, contributions, flat_slots, read_slots
+from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots
+from memkit.memory.slots import Fold, flat_slots
 from memkit.memory.window import Columns, columns
 from memkit.pieces.rotary import Rotation
 

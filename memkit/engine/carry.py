@@ -8,7 +8,8 @@ from torch import Tensor
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.schedule import Schedule, on_device
 from memkit.memory import Memory, held
-from memkit.memory.slots import SlotStore, parameter_versions
+from memkit.memory.rows import parameter_versions
+from memkit.memory.slots import SlotStore
 from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
 
 __all__ = ["close", "open_store", "open_timeline", "without_padding"]

@@ -28,7 +28,8 @@ from memkit.engine.plan import compete, place
 from memkit.engine.schedule import LeavingChunk, Schedule
 from memkit.errors import InputError
 from memkit.memory import HeadsMemory, Memory
-from memkit.memory.slots import Chunk, SlotRules, SlotStore, memory_keys
+from memkit.memory.rows import Chunk, SlotRules, memory_keys
+from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.parameters import PolicyParameters
 from memkit.pieces.evidence import softmax_evidence

@@ -23,7 +23,7 @@ from memkit.engine.inputs import AttendInputs
 from memkit.engine.read import default_scale
 from memkit.memory import Memory
 from memkit.memory.memory import DecodeBuffer
-from memkit.memory.slots import SlotRules, SlotView, parameter_versions, read_slots
+from memkit.memory.rows import SlotRules, SlotView, parameter_versions, read_slots
 from memkit.memory.window import Window
 from memkit.pieces.rotary import Rotary
 from memkit.policy import Policy

@@ -18,7 +18,8 @@ from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step, on_device
 from memkit.memory import Memory
-from memkit.memory.slots import Chunk, SlotRules, SlotStore, SlotView, memory_keys
+from memkit.memory.rows import Chunk, SlotRules, SlotView, memory_keys
+from memkit.memory.slots import SlotStore
 from memkit.memory.window import columns
 from memkit.pieces.chunk import Assignment
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memkit.engine.read import KeySet
 from memkit.engine.schedule import Schedule, Step, common, on_device
-from memkit.memory.slots import SlotView
+from memkit.memory.rows import SlotView
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy

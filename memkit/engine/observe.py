@@ -14,7 +14,8 @@ from torch import Tensor
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries, scaled
 from memkit.engine.schedule import Schedule, Step, on_device
-from memkit.memory.slots import SlotRules, SlotStore, SlotView
+from memkit.memory.rows import SlotRules, SlotView
+from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.pieces.evidence import softmax_evidence
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from memkit.engine.inputs import Plan
 from memkit.engine.schedule import LeavingChunk, Schedule, common, on_device
-from memkit.memory.slots import Chunk, SlotRules, SlotStore, read_tokens
+from memkit.memory.rows import Chunk, SlotRules, read_tokens
+from memkit.memory.slots import SlotStore
 from memkit.memory.window import Columns, columns
 from memkit.pieces.admission import Admission
 from memkit.pieces.chunk import Assignment, ChunkContext, maximum

@@ -1,8 +1,7 @@
-"""Slots: what they sum, how they take a chunk in, and how they are read.
+"""Slots: the store, and how it takes a chunk in.
 
-A token contributes one row: w·k̄ and w·v to its slot's sums, and what its slot's statistics ask for. FOLD is linear
-given the plan, hence parallel within a chunk and cheap to differentiate: an additive rule adds all rows of a chunk at
-once; another rule takes them one after the other.
+FOLD is linear given the plan, hence parallel within a chunk and cheap to differentiate: an additive rule adds all rows
+of a chunk at once; another rule takes them one after the other. What a row is, and how slots are read, is `rows.py`.
 """
 
 from __future__ import annotations
@@ -13,99 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots, weighed
 from memkit.memory.window import Columns
-from memkit.parameters import PolicyParameters
 from memkit.pieces.chunk import Assignment
 from memkit.pieces.evidence import SHARE, Evidence
-from memkit.pieces.rotary import Rotation
-from memkit.pieces.statistics import COUNT, MASS, POSITION, Numbers, Tokens
+from memkit.pieces.statistics import COUNT
 from memkit.policy import Policy
 
-__all__ = [
-    "Chunk",
-    "Fold",
-    "SlotRules",
-    "SlotStore",
-    "SlotView",
-    "contributions",
-    "flat_slots",
-    "memory_keys",
-    "parameter_versions",
-    "read_slots",
-    "read_tokens",
-]
+__all__ = ["Fold", "SlotStore", "flat_slots"]
 
 
 SHARE_EPS = 1e-9
 """Added to a row's share where it is a weight: nobody weighs nothing."""
-
-
-@dataclass
-class Chunk:
-    """Tokens that leave the window together.
-
-    keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
-    first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its columns of the timeline;
-    memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet; evidence [b, g, c, 3]: what observed
-    queries have told of them.
-    """
-
-    keys: Tensor
-    values: Tensor | None
-    weights: Tensor | None
-    positions: Tensor | None
-    first: bool | Tensor
-    where: Columns
-    memory_keys: Tensor | None = None
-    evidence: Tensor | None = None
-
-    def of_rows(self, rows: Tensor) -> Chunk:
-        """The tokens of some rows of the batch."""
-        first = self.first[rows] if isinstance(self.first, Tensor) else self.first
-        where = self.where[rows] if isinstance(self.where, Tensor) else self.where
-        tensors = (self.keys, self.values, self.weights, self.positions, self.memory_keys, self.evidence)
-        keys, values, weights, positions, memory_keys, evidence = (
-            None if tensor is None else tensor[rows] for tensor in tensors
-        )
-        assert keys is not None
-        return Chunk(keys, values, weights, positions, first, where, memory_keys, evidence)
-
-
-@dataclass(frozen=True)
-class SlotRules:
-    """How one call's slots sum tokens, and how they are read.
-
-    width: channels of a key; dtype: what slots are read in; key_norm: weight and bias of the memory-key LayerNorm, None
-    for 1 and 0; valued: whether there are values (a plan does without).
-    """
-
-    policy: Policy
-    width: int
-    dtype: torch.dtype
-    key_norm: tuple[Tensor, Tensor] | None
-    rotation: Rotation | None
-    valued: bool
-
-
-@dataclass
-class SlotView:
-    """Slots as they are read: a working copy, which nothing depends on.
-
-    route [b, g, M, d]: keys as routing compares them, float32 or float64; keys [b, g, M, d], values [b, g, M, v]: as
-    queries meet them, in the window's dtype; bias [b, g, M]: added to the scores, or None; made_with: the versions of
-    the parameters that they were read with.
-    """
-
-    route: Tensor
-    keys: Tensor
-    values: Tensor
-    bias: Tensor | None
-    made_with: tuple[int, ...] = ()
-
-    def first(self, count: int) -> SlotView:
-        """The first slots."""
-        bias = None if self.bias is None else self.bias[:, :, :count]
-        return SlotView(self.route[:, :, :count], self.keys[:, :, :count], self.values[:, :, :count], bias)
 
 
 @dataclass
@@ -231,7 +149,7 @@ class SlotStore:
             facts = self._summed(target, torch.stack((rate * stored, joins.to(rate.dtype)), dim=-1))[target]
             total, joined = facts.view(*rate.shape, 2).unbind(-1)
             if policy.merging.by_share:  # where nobody joins nothing changes
-                rows, numbers = _weighed(rules, rows, numbers, torch.where(joined > 0, rate, 0))
+                rows, numbers = weighed(rules, rows, numbers, torch.where(joined > 0, rate, 0))
             evidence[..., SHARE] *= torch.where(there, total / torch.where(there, rate, 1), 1)
             evidence.masked_fill_(~founded.unsqueeze(-1), 0)
         if policy.merging.of == "values":
@@ -349,105 +267,3 @@ def flat_slots(slot: Tensor, room: int) -> Tensor:
     rows, heads = slot.shape[:2]
     base = torch.arange(rows * heads, device=slot.device).view(rows, heads, 1) * room
     return (slot.clamp(min=0) + base).flatten()
-
-
-def _weighed(rules: SlotRules, rows: Tensor, numbers: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as if their tokens had a weight [b, g, n] in all: scaled by weight / mass; as they are where it is 0.
-
-    The rows are written into.
-    """
-    policy = rules.policy
-    mass = numbers[..., policy.statistics.index(MASS)]
-    factor = torch.where((mass > 0) & (weight > 0), weight / torch.where(mass > 0, mass, 1), 1).unsqueeze(-1)
-    scaled = torch.tensor([statistic.weighed for statistic in policy.statistics], device=rows.device)
-    if policy.merging.of == "values":  # keys are their founder's, whatever it weighs
-        rows[..., rules.width :] *= factor.to(rows.dtype)
-        scaled = scaled & torch.tensor([not statistic.of_keys for statistic in policy.statistics], device=rows.device)
-    else:
-        rows *= factor.to(rows.dtype)
-    return rows, torch.where(scaled, numbers * factor, numbers)
-
-
-def memory_keys(rules: SlotRules, chunk: Chunk) -> Tensor:
-    """What slots sum of a chunk's keys: [b, g, c, d], float32 or float64."""
-    keys = chunk.keys.to(torch.promote_types(chunk.keys.dtype, torch.float32))
-    keys = rules.policy.rotary.memory_keys(keys, rules.rotation, chunk.positions)
-    return rules.policy.readout.key(keys, {}, rules.key_norm) if rules.policy.readout.layer_norm else keys
-
-
-def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each token's row of sums [b, g, c, d + v] and of numbers [b, g, c, s], founders weighed as the rule says.
-
-    founded [b, g, c]; None where no token founds.
-    """
-    policy, keys = rules.policy, memory_keys(rules, chunk) if chunk.memory_keys is None else chunk.memory_keys
-    dtype, ones = keys.dtype, torch.ones_like(keys[..., 0])
-    values = keys[..., :0] if chunk.values is None else chunk.values.to(dtype)
-    for_keys = for_values = for_radius = ones
-    weighs = policy.merging.weighs
-    weight = policy.merging.weight(chunk.keys, chunk.weights)
-    if weight is not None:
-        weight = weight.to(dtype)
-        if founded is not None and not (weighs.founders and weighs.first_chunk):
-            first = _tensor(chunk.first, founded)
-            weighed = torch.where(first, _tensor(weighs.first_chunk, founded), _tensor(weighs.founders, founded))
-            weight = torch.where(founded & ~weighed, 1, weight)
-        for_keys, for_values = weight if weighs.keys else ones, weight if weighs.values else ones
-        # In the first chunk the radius stays that of the plain value, even where its sums are weighed.
-        for_radius = for_values if chunk.first is False else torch.where(_tensor(chunk.first, ones), 1, for_values)
-    mass = for_values if weighs.values else for_keys
-    if policy.merging.of == "values":
-        for_keys = torch.zeros_like(ones) if founded is None else founded.to(dtype)
-    key_mass = for_keys if policy.merging.of == "values" else mass
-    tokens = Tokens(keys, values, founded, chunk.positions, for_keys, for_values, for_radius, mass, key_mass)
-    numbers = torch.stack([statistic.of(tokens).double() for statistic in policy.statistics], dim=-1)
-    if for_keys is for_values:
-        rows = torch.cat((keys, values), dim=-1)
-        return rows if weight is None else rows * for_keys.unsqueeze(-1), numbers
-    return torch.cat((keys * for_keys.unsqueeze(-1), values * for_values.unsqueeze(-1)), dim=-1), numbers
-
-
-def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor) -> SlotView:
-    """Sums [..., d + v] and numbers [..., s] as they are read, on any leading axes."""
-    policy, width, dtype = rules.policy, rules.width, rules.dtype
-    keys, values = sums[..., :width], sums[..., width:]
-    named = by_statistic(policy, numbers)
-    of_keys = named
-    if policy.merging.of == "values":  # a slot's key is its founder's
-        of_keys = {**named, MASS: (named[COUNT] > 0).to(numbers.dtype)}
-    route = keys = policy.readout.key(keys, of_keys, rules.key_norm)
-    if policy.rotary.rotates_slots:
-        mass = of_keys[MASS]
-        keys = policy.rotary.slot_keys(keys, rules.rotation, named[POSITION] / torch.where(mass > 0, mass, 1))
-    if not rules.valued:
-        return SlotView(route, route, values, None)
-    bias = policy.readout.bias(named)
-    values = policy.readout.value(values, named)
-    return SlotView(route, keys.to(dtype), values.to(dtype), None if bias is None else bias.detach().to(dtype))
-
-
-def read_tokens(rules: SlotRules, chunk: Chunk) -> Tensor:
-    """The chunk's tokens as slots of their own would be read by routing, [b, g, c, d]."""
-    everyone = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=chunk.keys.device)
-    rows, numbers = contributions(rules, chunk, everyone)
-    return rules.policy.readout.key(rows[..., : rules.width], by_statistic(rules.policy, numbers), rules.key_norm)
-
-
-def parameter_versions(parameters: PolicyParameters | None) -> tuple[int, ...]:
-    """What the slots as they are read depend on besides their sums: the learned tensors, as they are now."""
-    if parameters is None:
-        return ()
-    # Tensors made in inference mode cannot change unseen, and have no version.
-    versions = [(id(each), 0 if each.is_inference() else each._version) for each in parameters.tensors()]
-    return tuple(number for pair in versions for number in pair)
-
-
-def by_statistic(policy: Policy, numbers: Tensor) -> Numbers:
-    """A slot's numbers [..., s] by statistic; the mass is the count where every token weighs 1."""
-    named: Numbers = dict(zip(policy.statistics, numbers.unbind(-1), strict=True))
-    named.setdefault(MASS, named[COUNT])
-    return named
-
-
-def _tensor(condition: bool | Tensor, like: Tensor) -> Tensor:
-    return condition if isinstance(condition, Tensor) else torch.full((), condition, device=like.device)

@@ -9,7 +9,7 @@ import torch
 
 import memkit
 from memkit.engine import next_readers
-from memkit.memory.slots import SlotRules, read_slots
+from memkit.memory.rows import SlotRules, read_slots
 from memkit.pieces.statistics import POSITION
 from tests.engine.cases import CHUNK, assert_close, make_case, small, tolerance
 from tests.engine.test_observing import golden, golden_rotation

@@ -29,6 +29,7 @@ def test_queries_of_another_head_are_noticed(monkeypatch: pytest.MonkeyPatch):
 
     def turned(given):
         for queries, part in whole(given):
+            assert part.queries is not None
             part.queries = part.queries.flip(1)
             yield queries, part
 

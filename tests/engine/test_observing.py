@@ -81,7 +81,7 @@ def test_outputs_rows_biases_and_evidence_are_as_published(name: str, split: int
 
 
 def _view(spec: memkit.PolicySpec, memory: memkit.Memory, rotation: memkit.Rotation) -> Any:
-    from memkit.memory.slots import SlotRules, read_slots
+    from memkit.memory.rows import SlotRules, read_slots
 
     rules = SlotRules(spec.build(), memory.keys.shape[-1], memory.keys.dtype, None, rotation, valued=True)
     return read_slots(rules, memory.store.sums, memory.store.numbers)
