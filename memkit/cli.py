@@ -250,7 +250,9 @@ def compare(
     passkey: Annotated[
         bool, typer.Option("--passkey", help="Hide a number in the text (2,048 tokens by default), and ask for it.")
     ] = False,
-    placements: Annotated[int, typer.Option(metavar="N", help="With --passkey: depths at which it is hidden.")] = 8,
+    placements: Annotated[
+        int | None, typer.Option(metavar="N", help="With --passkey: depths at which it is hidden; left out: 8.")
+    ] = None,
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
     json_file: Annotated[
@@ -269,18 +271,26 @@ def compare(
     chosen = policies or list(comparison.DEFAULT_POLICIES)
     reading = _choice("--prefill", prefill, "policy", "full")
     if passkey:
+        if second is not None or skip is not None:
+            raise InputError("--passkey scores a hidden number alone; leave --second and --skip out")
         from memkit.passkey import find_passkeys
         from memkit.viz import passkeys
 
         given: dict[str, Any] = {"model": model, "text": text, "prefill": reading, "rows": rows, "overrides": overrides}
         with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
             asked = find_passkeys(
-                chosen, tokens=2048 if tokens is None else tokens, placements=placements, progress=progress, **given
+                chosen,
+                tokens=2048 if tokens is None else tokens,
+                placements=8 if placements is None else placements,
+                progress=progress,
+                **given,
             )
         viz.show(passkeys.table(asked))
         if json_file is not None:
             _write(json_file, asked.to_json() + "\n")
         return
+    if placements is not None:
+        raise InputError("--placements says where --passkey hides a number; give --passkey too, or leave it out")
     with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
         result = comparison.compare(
             chosen,

@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from memkit.catalog import as_policy, load_policy
+from memkit.catalog import load_policy
 from memkit.errors import InputError, ModelError, shown
-from memkit.pieces.growth import FixedGrowthSpec
-from memkit.pieces.window import SlidingWindowSpec
 from memkit.policy import Policy, PolicySpec
 from memkit.rendering import render
-from memkit.texts import default_text, read_text, second_text
+from memkit.subject import reading, subject, text_and_source, with_rows
+from memkit.texts import default_text, second_text
 from memkit.version import __version__
 from memkit.whole import MOST, SEEDS, whole_number
 
@@ -194,36 +193,19 @@ def compare(
             f"tokens must be a whole number, at least {skip + 1} (skip + 1: something must be scored), got {tokens}"
         )
     seed = whole_number("seed", seed, *SEEDS)
-    try:
-        from memkit import hf
-    except ImportError as error:
-        raise ModelError(
-            f"comparing needs transformers, accelerate and gguf, got: {error}; run: pip install 'memkit-attention[hf]'"
-        ) from None
-
-    chosen = chosen_policies(DEFAULT_POLICIES if policies is None else policies, overrides, rows)
-    for policy in chosen:
-        hf.check_policy(policy)
     other_source, other = _second(text, second)
-    source, text = text_and_source(text)
-    loaded = model if isinstance(model, hf.LoadedModel) else hf.load(model)
+    asked = subject(DEFAULT_POLICIES if policies is None else policies, overrides, rows, model, text)
+    loaded, source, text = asked.loaded, asked.source, asked.text
     ids = _token_ids(loaded, source, text, tokens)
     if second is None and other is not None and len(_tokenized(loaded, other)) < tokens:
         other = None  # nobody has asked for it
     other_ids = None if other is None else _token_ids(loaded, other_source, other, tokens)
 
     measured: list[_Measured] = []
-    devices = [loaded.model.device] if loaded.model.device.type == "cuda" else []
-    training = loaded.model.training
-    loaded.model.eval()
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(seed)
-            for label, policy in labelled(chosen):
-                report = progress or _say_nothing
-                measured.append(_measure(loaded, policy, label, ids, other_ids, skip, decoded, prefill, report))
-    finally:
-        loaded.model.train(training)
+    with reading(loaded, seed):
+        for label, policy in asked.policies:
+            report = progress or _say_nothing
+            measured.append(_measure(loaded, policy, label, ids, other_ids, skip, decoded, prefill, report))
 
     settings = {
         "model": loaded.name,
@@ -247,20 +229,6 @@ def compare(
     }
     streaming = load_policy(STREAMING) if rows is None else with_rows(load_policy(STREAMING), rows)
     return Comparison(settings, _against_others(measured, streaming))
-
-
-def with_rows(spec: PolicySpec, rows: int) -> PolicySpec:
-    """The policy with so many rows a head, slots and window together, where its rows are a number; else as it is."""
-    if isinstance(spec.window, SlidingWindowSpec):
-        least, changed = spec.sinks + 1, {"window.size": rows - spec.sinks}
-    elif isinstance(spec.growth, FixedGrowthSpec):
-        window = spec.build().window.capacity or 0
-        least, changed = window + spec.sinks + 1, {"growth.slots": rows - window}
-    else:
-        return spec
-    if rows < least:
-        raise InputError(f"rows must be at least {least} for {spec.name or 'this policy'}, got {rows}")
-    return load_policy(spec, changed)
 
 
 @dataclass(frozen=True)
@@ -415,30 +383,6 @@ def _dominates(one: Measurement, other: Measurement) -> bool:
     return no_worse and (one.bytes < other.bytes or one.loss < other.loss)
 
 
-def chosen_policies(
-    policies: Iterable[str | Path | PolicySpec | Policy], overrides: Mapping[str, Any] | None, rows: int | None
-) -> list[Policy]:
-    """The policies asked for, one or several, with these fields changed and so many rows a head (see `compare`)."""
-    if isinstance(policies, (str, Path, PolicySpec, Policy)):
-        policies = [policies]
-    chosen: list[Policy] = []
-    for policy in policies:
-        if overrides:
-            policy = load_policy(policy.spec if isinstance(policy, Policy) else policy, overrides).build()
-        policy = as_policy(policy)
-        chosen.append(policy if rows is None else with_rows(policy.spec, rows).build())
-    return chosen
-
-
-def labelled(policies: list[Policy]) -> Iterator[tuple[str, Policy]]:
-    """Each policy with a name of its own: a second one of the same name gets a number."""
-    used: dict[str, int] = {}
-    for policy in policies:
-        name = policy.name or "unnamed"
-        used[name] = used.get(name, 0) + 1
-        yield (name if used[name] == 1 else f"{name} ({used[name]})"), policy
-
-
 def _second(text: str | Path | None, second: str | Path | None) -> tuple[str, str | None]:
     """Where the second text comes from, and the text; None where there is none."""
     if second is not None:
@@ -447,15 +391,6 @@ def _second(text: str | Path | None, second: str | Path | None) -> tuple[str, st
         f"IDLE's help, Python {platform.python_version()} (no policy was chosen on it)",
         second_text() if text is None else None,
     )
-
-
-def text_and_source(text: str | Path | None) -> tuple[str, str]:
-    """Where the text comes from, and the text."""
-    if text is None:
-        return f"pydoc_data.topics of Python {platform.python_version()}", default_text()
-    if isinstance(text, str):
-        return "given text", text
-    return text.name, read_text(text)
 
 
 def _tokenized(loaded: LoadedModel, text: str) -> list[int]:

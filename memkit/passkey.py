@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from memkit.comparison import DEFAULT_POLICIES, chosen_policies, labelled, text_and_source
-from memkit.errors import InputError, ModelError
+from memkit.comparison import DEFAULT_POLICIES
+from memkit.errors import InputError, shown
 from memkit.policy import Policy, PolicySpec
+from memkit.subject import reading, subject
 from memkit.whole import MOST, SEEDS, whole_number
 
 if TYPE_CHECKING:
@@ -97,45 +98,37 @@ def find_passkeys(
     rows = None if rows is None else whole_number("rows", rows, 1, MOST)
     seed = whole_number("seed", seed, *SEEDS)
     if prefill not in ("policy", "full"):
-        raise InputError(f"prefill must be 'policy' or 'full', got {prefill}")
-    try:
-        from memkit import hf
-    except ImportError as error:
-        raise ModelError(
-            f"this needs transformers, accelerate and gguf, got: {error}; run: pip install 'memkit-attention[hf]'"
-        ) from None
-    chosen = chosen_policies(DEFAULT_POLICIES if policies is None else policies, overrides, rows)
-    for policy in chosen:
-        hf.check_policy(policy)
-    source, filler = text_and_source(text)
-    loaded = model if isinstance(model, hf.LoadedModel) else hf.load(model)
-    hidden = _hidden(loaded, filler, tokens, placements, seed)
+        raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
+    asked = subject(DEFAULT_POLICIES if policies is None else policies, overrides, rows, model, text)
+    loaded = asked.loaded
+    hidden = _hidden(loaded, asked.text, tokens, placements, seed)
     found: list[Retrieval] = []
-    for label, policy in labelled(chosen):
-        each: list[tuple[float, bool, float]] = []
-        most = 0
-        for number, (depth, prompt, question, key) in enumerate(hidden):
-            exact, nats, held = _ask(loaded, policy, prefill, prompt, question, key)
-            each.append((depth, exact, nats))
-            most = max(most, held)
-            if progress is not None:
-                progress(label, number + 1, placements)
-        losses = [nats for _, _, nats in each]
-        error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
-        found.append(
-            Retrieval(
-                policy=label,
-                found=sum(exact for _, exact, _ in each),
-                placements=placements,
-                nats=statistics.mean(losses),
-                nats_error=error,
-                bytes=most,
-                by_depth=tuple(each),
+    with reading(loaded, seed):
+        for label, policy in asked.policies:
+            each: list[tuple[float, bool, float]] = []
+            most = 0
+            for number, (depth, prompt, question, key) in enumerate(hidden):
+                exact, nats, held = _ask(loaded, policy, prefill, prompt, question, key)
+                each.append((depth, exact, nats))
+                most = max(most, held)
+                if progress is not None:
+                    progress(label, number + 1, placements)
+            losses = [nats for _, _, nats in each]
+            error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+            found.append(
+                Retrieval(
+                    policy=label,
+                    found=sum(exact for _, exact, _ in each),
+                    placements=placements,
+                    nats=statistics.mean(losses),
+                    nats_error=error,
+                    bytes=most,
+                    by_depth=tuple(each),
+                )
             )
-        )
     settings = {
         "model": loaded.name,
-        "text": source,
+        "text": asked.source,
         "tokens": tokens,
         "placements": placements,
         "prefill": prefill,
@@ -171,7 +164,6 @@ def _hidden(
     return made
 
 
-@torch.no_grad()
 def _ask(
     loaded: LoadedModel,
     policy: Policy,

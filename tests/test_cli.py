@@ -195,6 +195,22 @@ def test_passkeys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert json.loads(out.read_text())["policies"][0]["found"] == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--passkey", "--skip", "9"), "--passkey scores a hidden number alone; leave --second and --skip out"),
+        (("--passkey", "--second", "a.txt"), "--passkey scores a hidden number alone; leave --second and --skip out"),
+        (
+            ("--placements", "9"),
+            "--placements says where --passkey hides a number; give --passkey too, or leave it out",
+        ),
+    ],
+)
+def test_options_that_say_nothing_together_are_refused(compared: list[Any], options: tuple[str, ...], message: str):
+    assert run("compare", *options, code=2) == message
+    assert compared == []
+
+
 def test_compare_finds_out_that_it_cannot_write_before_it_works(compared: list[Any], tmp_path: Path):
     for out in (tmp_path / "nowhere" / "out.json", tmp_path):
         message = run("compare", "--json", str(out), code=2)

@@ -17,6 +17,7 @@ from memkit import comparison, hf
 from memkit.comparison import Comparison, Measurement, compare
 from memkit.errors import InputError, ModelError, PolicyError
 from memkit.hf.names import returned_cache
+from memkit.subject import with_rows
 from tests.hf.tiny import randomised, tiny_config
 
 mpl.use("agg")
@@ -305,10 +306,10 @@ def test_a_prompt_read_in_full(loaded: hf.LoadedModel):
 
 def test_as_many_rows_for_everybody():
     for name in ("streaming-4-512", "window-512", "caote-512", "untrained-observed"):
-        spec = comparison.with_rows(memkit.load_policy(name), 300).build()
+        spec = with_rows(memkit.load_policy(name), 300).build()
         held = max(spec.slots_after(n) + n - int(spec.window.begin(n - 1)) for n in range(3900, 4100))
         assert held == 300, name
     for name in ("full", "kvm-sqrt-16", "block-mean-8", "block-window-3x256"):
-        assert comparison.with_rows(memkit.load_policy(name), 300) == memkit.load_policy(name)
+        assert with_rows(memkit.load_policy(name), 300) == memkit.load_policy(name)
     with pytest.raises(InputError, match="rows must be at least 197 for caote-512, got 100"):
-        comparison.with_rows(memkit.load_policy("caote-512"), 100)
+        with_rows(memkit.load_policy("caote-512"), 100)

@@ -27,7 +27,7 @@ LEVELS = [
     {"reference"},
     {"attention", "costing"},
     {"hf", "lm", "interop", "evals", "testing"},
-    {"comparison", "passkey", "benchmark"},
+    {"subject", "comparison", "passkey", "benchmark"},
     {"viz"},
     {"cli"},
 ]

@@ -95,3 +95,12 @@ def test_the_table_and_the_file(loaded: hf.LoadedModel):
 def test_what_does_not_fit_is_refused(loaded: hf.LoadedModel, options: dict[str, Any], message: str):
     with pytest.raises(memkit.InputError, match=message):
         find_passkeys(["full"], model=loaded, **(OPTIONS | options))
+
+
+def test_the_model_is_left_as_it_was(loaded: hf.LoadedModel):
+    loaded.model.train()
+    state = torch.random.get_rng_state()
+    find_passkeys([WINDOW], model=loaded, **OPTIONS)
+    assert loaded.model.training
+    assert torch.equal(state, torch.random.get_rng_state())
+    loaded.model.eval()

@@ -11,7 +11,7 @@ From here on the memory is the policy's own, and goes on chunk by chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from memkit.catalog import as_policy
+from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.carry import close, open_store, open_timeline
 from memkit.engine.checks import check
 from memkit.engine.heads import by_heads
 from memkit.engine.inputs import AttendInputs
+from memkit.engine.keysets import scaled
 from memkit.engine.observe import Observer
 from memkit.engine.plan import compete, place
 from memkit.engine.schedule import LeavingChunk, Schedule
@@ -36,7 +38,7 @@ from memkit.pieces.evidence import softmax_evidence
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
 
-__all__ = ["compress", "next_readers"]
+__all__ = ["ASKED", "compress", "next_readers", "row_worth"]
 
 ASKED = 256
 """Readers who go on: so many queries of the text's end, and as many from everywhere in it."""
@@ -73,33 +75,72 @@ def compress(
 
     Raises `InputError` where these do not fit each other or the policy, `PolicyError` for a policy that is not there.
     """
+    for name, tensor in (("queries", queries), ("values", values)):
+        if tensor is None:  # `check` takes them as left out, for a plan
+            raise InputError(f"{name} must be a tensor [batch, heads, tokens, width], got None")
     given = AttendInputs(
         as_policy(policy), queries, keys, values, weights, parameters, rotation, scale, None, None, None
     )
     inputs = check(given)
-    if readers is not None and (readers.ndim != 4 or readers.shape[:2] != queries.shape[:2]):
-        raise InputError(f"readers must be [b, h, n, d] as queries, {tuple(queries.shape)}, got {tuple(readers.shape)}")
-    if not inputs.policy.head_policies:
-        return _compressed(inputs, readers)
-    parts: Iterator[tuple[slice, AttendInputs]] = by_heads(given)
-    each = [_compressed(check(part), None if readers is None else readers[:, heads]) for heads, part in parts]
-    return HeadsMemory(inputs.policy, each)
+    _check_readers(inputs.policy, queries, readers)
+    with without_autocast(keys.device) if autocasts(keys.device) else nullcontext():
+        if not inputs.policy.head_policies:
+            return _compressed(inputs, readers)
+        each = [
+            _compressed(check(part), None if readers is None else readers[:, heads]) for heads, part in by_heads(given)
+        ]
+        return HeadsMemory(inputs.policy, each)
 
 
-def next_readers(queries: Tensor, rotation: Rotation, positions: Tensor | None = None, seed: int = 0) -> Tensor:
+def _check_readers(policy: Policy, queries: Tensor, readers: Tensor | None) -> None:
+    if readers is None:
+        return
+    if not policy.observes:
+        raise InputError("readers are given, but this policy observes no queries; leave them out")
+    rows, heads, _, width = queries.shape
+    shape = tuple(readers.shape) if isinstance(readers, Tensor) else type(readers).__name__
+    if not isinstance(readers, Tensor) or readers.ndim != 4 or not readers.shape[2]:
+        raise InputError(f"readers must be a tensor [b, h, n, d] of one query at least, got {shape}")
+    if (*readers.shape[:2], readers.shape[3]) != (rows, heads, width) or not readers.is_floating_point():
+        raise InputError(
+            f"readers must be floats ({rows}, {heads}, n, {width}) as queries, got {readers.dtype} {shape}"
+        )
+
+
+def next_readers(queries: Tensor, rotation: Rotation) -> Tensor:
     """Those who go on with the text: some of its queries [b, h, t, d], turned to places behind its end, [b, h, n, d].
 
-    The last 256 and 256 evenly spaced ones, each at a position of its own among the 256 that follow: one draw for all
-    layers and heads. positions [t]: where the queries stand; None: 0 … t − 1.
+    The queries stand at positions 0 … t − 1. The last 256 of them and 256 evenly spaced ones are asked, each at a
+    position of its own among the 256 that follow the text: one draw for all layers and heads.
     """
     tokens, device = queries.shape[2], queries.device
     last = torch.arange(max(0, tokens - ASKED), tokens, device=device)
     spread = torch.linspace(min(FIRST, tokens - 1), tokens - 1, min(ASKED, tokens), device=device).long()
     asked = torch.cat((last, spread))
-    stand = asked if positions is None else positions.to(device)[asked]
-    ahead = torch.randint(ASKED, (len(asked),), generator=torch.Generator().manual_seed(seed)).to(device)
-    end = tokens if positions is None else positions[-1].to(device) + 1
-    return rotation.apply(queries[:, :, asked], end + ahead - stand)
+    ahead = torch.randint(ASKED, (len(asked),), generator=torch.Generator().manual_seed(0)).to(device)
+    return rotation.apply(queries[:, :, asked], tokens + ahead - asked)
+
+
+def row_worth(
+    readers: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What each row is worth to the readers: the root of the output error, averaged over neighbours, and the share.
+
+    readers [b, h, n, d], keys [b, g, t, d], values [b, g, t, v]; hidden [n, t]: what a reader does not see; None: it
+    sees all. Both results [b, g, t], float32 or float64.
+    """
+    wide, group = torch.promote_types(keys.dtype, torch.float32), readers.shape[1] // keys.shape[1]
+    roots: list[Tensor] = []
+    shares: list[Tensor] = []
+    for head in range(keys.shape[1]):  # one at a time: [readers, t] scores are large
+        asked = readers[:, head * group : (head + 1) * group].to(wide).flatten(1, 2)
+        scores = asked @ keys[:, head].to(wide).mT * scale
+        if hidden is not None:
+            scores.masked_fill_(hidden.repeat(group, 1), -torch.inf)
+        _, error, share = softmax_evidence(scores, values[:, head].to(wide))
+        roots.append(avg_pool1d(error.sqrt(), NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False))
+        shares.append(share)
+    return torch.stack(roots, dim=1), torch.stack(shares, dim=1)
 
 
 def _compressed(inputs: AttendInputs, readers: Tensor | None) -> Memory:
@@ -143,22 +184,13 @@ def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new
 def _observe(inputs: AttendInputs, timeline: Timeline, readers: Tensor | None) -> None:
     """Write into the timeline what the readers say of every row."""
     assert inputs.queries is not None
-    policy, wide = inputs.policy, torch.promote_types(inputs.keys.dtype, torch.float32)
-    keys, values, tokens = inputs.keys.to(wide), timeline.values.to(wide), inputs.keys.shape[2]
-    hidden = None
+    policy, tokens, device, hidden = inputs.policy, inputs.keys.shape[2], inputs.keys.device, None
     if readers is None:
-        stand = torch.tensor(policy.observation.offsets, device=keys.device) + max(0, tokens - policy.chunk)
+        stand = torch.tensor(policy.observation.offsets, device=device) + max(0, tokens - policy.chunk)
         stand = stand[stand < tokens]
         readers = inputs.queries[:, :, stand]
-        hidden = torch.arange(tokens, device=keys.device) > stand[:, None]
-    evidence = timeline.streams["evidence"]
-    group = readers.shape[1] // keys.shape[1]
-    for head in range(keys.shape[1]):  # one at a time: [readers, t] scores are large
-        asked = readers[:, head * group : (head + 1) * group].to(wide).flatten(1, 2)
-        scores = asked @ keys[:, head].mT * inputs.checked_scale
-        if hidden is not None:
-            scores.masked_fill_(hidden.repeat(group, 1), -torch.inf)
-        _, error, share = softmax_evidence(scores, values[:, head])
-        root = avg_pool1d(error.sqrt(), NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
-        facts = (root.square(), share + LEAST_SHARE, torch.ones_like(share))
-        evidence[:, head] = torch.stack(facts, dim=-1).to(evidence.dtype)
+        hidden = torch.arange(tokens, device=device) > stand[:, None]
+    scales = None if inputs.parameters is None else inputs.parameters.query_scale_window
+    root, share = row_worth(scaled(readers, scales), inputs.keys, timeline.values, inputs.checked_scale, hidden)
+    facts = torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1)
+    timeline.streams["evidence"].copy_(facts)

@@ -35,8 +35,7 @@ def attend_by_heads(given: AttendInputs, call: Call) -> tuple[Tensor, Memory]:
         try:
             output, after = call(part)
         except BaseException as error:
-            if isinstance(memory, HeadsMemory) and memory.parts[0].taken:  # the heads before these have gone on
-                memory.about_to_write()
+            if isinstance(memory, HeadsMemory) and memory.taken and memories:  # the heads before these have gone on
                 memory.call_failed(error)
             raise
         outputs.append(output)

@@ -5,6 +5,7 @@ Queries of the incomplete chunk wait in the memory, so that a text may be split 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -109,10 +110,15 @@ class Observer:
                 scores = torch.cat((of_slots, self._scores(asked.windowed, asked.window_scale, keys)), dim=-1)
             if view.bias is not None:
                 scores[..., :slots] += view.bias[at, :, None].to(wide)
-        later = torch.arange(self.policy.chunk, device=self.device) > on_device(self.offsets, self.device)[:, None]
-        later = later.repeat(scores.shape[2] // len(self.offsets), 1)
-        scores[..., -self.policy.chunk :].masked_fill_(later, -torch.inf)
+        scores[..., -self.policy.chunk :].masked_fill_(self._later, -torch.inf)
         return scores, values
+
+    @functools.cached_property
+    def _later(self) -> Tensor:
+        """Which of a chunk's tokens come after each observed query, for all query heads of a group, [r·n, c]."""
+        assert self.inputs.queries is not None
+        later = torch.arange(self.policy.chunk, device=self.device) > on_device(self.offsets, self.device)[:, None]
+        return later.repeat(self.inputs.queries.shape[1] // self.inputs.keys.shape[1], 1)
 
     def _scores(self, queries: Tensor, scale: Tensor | None, keys: Tensor) -> Tensor:
         """Scores of queries [b, h, n, d], a group's in a row, against keys [b, g, m, d]: [b, g, r·n, m]."""

@@ -194,10 +194,15 @@ def _attention(
             readers = None if attachment.readers is None else next_readers(query, attachment.readers)
             memory = compress(policy, query, key, value, rotation=rotation, scale=scaling, readers=readers)
     else:
-        memory = None if layer is None else layer.memory
-        given = {"rotation": rotation, "scale": scaling, "memory": memory}
         output, memory = attend(
-            policy, query, key, value, lengths=None if present is None else present.lengths, **given
+            policy,
+            query,
+            key,
+            value,
+            rotation=rotation,
+            scale=scaling,
+            memory=None if layer is None else layer.memory,
+            lengths=None if present is None else present.lengths,
         )
     if present is not None:
         output = present.back(output)

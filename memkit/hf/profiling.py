@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from memkit.engine.compress import ASKED, next_readers, row_worth
 from memkit.errors import InputError
 from memkit.hf.attachment import check_model, facts_of, fixed_rotation, kv_heads_of
 from memkit.hf.loading import LoadedModel
-from memkit.pieces.evidence import softmax_evidence
-from memkit.pieces.rotary import Rotation
 from memkit.profiles import HeadProfile
 from memkit.whole import whole_number
 
@@ -31,10 +30,6 @@ NAME = "memkit-profiling"
 SINKS = 4
 LEAST = 0.5
 """Of its even share, what a head gets whatever its rows are worth."""
-ASKED = 256
-"""Queries of the end of the text, and as many from everywhere in it."""
-NEIGHBOURS = 3
-"""Rows over which scores are averaged."""
 STEP = 0.125
 """Ratios are rounded to this: heads that hardly differ then go side by side."""
 
@@ -93,7 +88,7 @@ def measure_profile(
         def look(
             query: Tensor, key: Tensor, value: Tensor, scale: float, scores: list[Tensor] = scores, done: int = number
         ) -> None:
-            scores.append(_scores(query, key, value, scale, rotation))
+            scores.append(row_worth(next_readers(query, rotation), key, value, scale)[0][0])
             if progress is not None:
                 progress("head profile", done * layers + len(scores), len(documents) * layers)
 
@@ -114,22 +109,6 @@ def measure_profile(
         ratios=tuple(tuple(row) for row in ratios.view(layers, heads).tolist()),
     )
     return Measured(profile, each)
-
-
-def _scores(query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation) -> Tensor:
-    """What each row is worth to a reader who goes on, [g, n]: queries [1, h, n, d], keys and values [1, g, n, d]."""
-    tokens, device = key.shape[2], key.device
-    last = torch.arange(tokens - ASKED, tokens, device=device)
-    spread = torch.linspace(4 * SINKS, tokens - 1, ASKED, device=device).long()
-    asked = torch.cat((last, spread))
-    random = torch.Generator().manual_seed(0)
-    behind = tokens + torch.randint(ASKED, (len(asked),), generator=random).to(device)
-    turned = rotation.apply(query[:, :, asked].float(), behind - asked)
-    grouped = turned.reshape(1, key.shape[1], -1, turned.shape[-1])
-    keys, values = key[0, :, None].float(), value[0, :, None].float()
-    heads = zip(grouped[0, :, None], keys, values, strict=True)  # one at a time: [queries, n] scores are large
-    root = torch.cat([softmax_evidence(asked @ keys.mT * scale, values)[1] for asked, keys, values in heads]).sqrt()
-    return nn.functional.avg_pool1d(root, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
 
 
 def _ratios(scores: Tensor, rows: int) -> Tensor:

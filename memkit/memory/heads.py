@@ -30,8 +30,7 @@ class HeadsMemory(Memory):
     """
 
     def __init__(self, policy: Policy, parts: Sequence[Memory]) -> None:
-        self.policy, self.parts = policy, tuple(parts)
-        self.taken, self.written, self.lost = False, False, None
+        self.policy, self.parts, self.lost = policy, tuple(parts), None
 
     # What a caller asks
 
@@ -124,9 +123,18 @@ class HeadsMemory(Memory):
         """For pickle: without history."""
         detached = self.detach()
         assert isinstance(detached, HeadsMemory)
-        return {"policy": self.policy, "parts": detached.parts, "taken": False, "written": False, "lost": None}
+        return {"policy": self.policy, "parts": detached.parts, "lost": None}
 
     # What the engine asks
+
+    @property
+    def taken(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a later call has taken a part of it over."""
+        return any(part.taken for part in self.parts)
+
+    def call_failed(self, error: BaseException) -> None:
+        """A call has failed after some heads have gone on."""
+        self.lost = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
     @property
     def frozen(self) -> bool:

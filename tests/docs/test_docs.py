@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -95,6 +96,8 @@ def test_stock_models_block_runs_and_names_what_there_is() -> None:
     try:
         hf.load()
     except memkit.ModelError as error:
-        pytest.skip(str(error))
+        if os.environ.get("CI"):  # there the package is always installed: its absence is a fault
+            raise
+        pytest.skip(str(error))  # elsewhere a developer may do without the 100 MB model
     for block in blocks("docs/stock-models.md", "python"):
         exec(compile(block, "stock-models.md", "exec", dont_inherit=True), {"__name__": "stock-models"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -129,7 +130,53 @@ def test_those_who_go_on_stand_behind_the_text():
     assert short.shape[2] == 6
 
 
-def test_readers_must_fit():
+@pytest.mark.parametrize(
+    ("name", "readers", "message"),
+    [
+        ("untrained-observed", torch.randn(2, 3, 5, 8).double(), "readers must be floats"),
+        ("untrained-observed", torch.randn(2, 4, 5, 7).double(), "readers must be floats"),
+        ("untrained-observed", torch.ones(2, 4, 5, 8).long(), "readers must be floats"),
+        ("untrained-observed", torch.randn(2, 4, 0, 8).double(), "of one query at least"),
+        ("untrained-observed", 3, "of one query at least, got int"),
+        ("untrained-kvm-fixed", torch.randn(2, 4, 5, 8).double(), "observes no queries"),
+    ],
+)
+def test_readers_must_fit(name: str, readers: Any, message: str):
+    case = make_case(small(name), 40)
+    with pytest.raises(memkit.InputError, match=message):
+        memkit.compress(case.spec, **case.tensors, rotation=case.rotation, readers=readers)
+
+
+@pytest.mark.parametrize("missing", ["queries", "values"])
+def test_all_tensors_are_needed(missing: str):
     case = make_case(small("untrained-observed"), 40)
-    with pytest.raises(memkit.InputError, match="readers must be"):
-        memkit.compress(case.spec, **case.tensors, rotation=case.rotation, readers=torch.randn(2, 3, 5, 8).double())
+    with pytest.raises(memkit.InputError, match=f"{missing} must be a tensor"):
+        memkit.compress(case.spec, **case.tensors | {missing: None}, rotation=case.rotation)
+
+
+@torch.no_grad()
+def test_readers_ask_as_sharply_as_the_layer_has_learned():
+    spec = memkit.load_policy(small("untrained-observed"), {"readout.temperatures": True, "merging": {"kind": "drop"}})
+    spec = memkit.load_policy(spec, {"readout.bias": "none"})
+    case = make_case(spec, 90)
+    scale = case.learned["query_scale_window"]
+    assert (scale - 1).abs().max() > 0.1
+    plain = dataclasses.replace(case, learned={name: torch.ones_like(each) for name, each in case.learned.items()})
+    sharper = case.tensors | {"queries": case.tensors["queries"] * scale[:, None, None]}
+    memory, wanted = (
+        memkit.compress(spec, **tensors, parameters=one.parameters(), rotation=case.rotation)
+        for one, tensors in ((case, case.tensors), (plain, sharper))
+    )
+    held = int(memory.held_rows[0])
+    assert_close(memory.window.last(held)["evidence"], wanted.window.last(held)["evidence"], LIMIT, "evidence")
+    assert_close(memory.sums, wanted.sums, LIMIT, "sums")
+
+
+@torch.no_grad()
+def test_autocast_changes_nothing():
+    case = make_case(small("untrained-observed"), 90).to(torch.float32)
+    expected = memkit.compress(case.spec, **case.tensors, rotation=case.rotation)
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = memkit.compress(case.spec, **case.tensors, rotation=case.rotation)
+    assert torch.equal(memory.counts, expected.counts)
+    assert_close(memory.sums, expected.sums, tolerance(torch.float32), "sums")

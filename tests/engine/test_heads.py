@@ -175,6 +175,18 @@ def test_a_call_that_fails_between_heads_says_that_the_memory_is_lost(monkeypatc
         rest.attend(memory=memory)
 
 
+@torch.no_grad()
+def test_a_memory_that_was_taken_over_says_so_every_time():
+    case = uneven("kvm-sqrt-16")
+    _, memory = case.part(0, 50).attend()
+    case.part(50, 51).attend(memory=memory)
+    assert memory.taken
+    for end in (51, 52, 51):
+        with pytest.raises(memkit.MemoryStateError, match="taken over"):
+            case.part(50, end).attend(memory=memory)
+    assert memory.lost is None
+
+
 def test_what_does_not_fit_is_refused():
     case = uneven("kvm-sqrt-16")
     with pytest.raises(memkit.InputError, match=r"heads\.ratios has 4 numbers"):
