@@ -168,8 +168,9 @@ def cost(
     heads h, kv_heads g (left out: h), head_width d, value_width v (left out: d), dtype, layers and rows say for what.
 
     Bytes are those of `Memory.bytes` after one prefill in `dtype` without gradients: sums (float32, or float64 for
-    float64) and numbers (float64) of every slot, and the window's keys, values, weights and positions with the room
-    kept for decoding. The copy of the slots as they are read, which decoding keeps, is not in it.
+    float64) and numbers (float64; like the sums where slots compete or are observed) of every slot, and the window's
+    keys, values, weights and positions with the room kept for decoding. The copy of the slots as they are read, which
+    decoding keeps, is not in it.
 
     With w(p) tokens of the window and m(p) slots visible to the query at position p, its own token included,
 
@@ -332,8 +333,9 @@ def _routing(shape: Shape, compared: int) -> int:
 def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
     """Bytes of slots and of the window after a prefill, as the torch engine allocates them."""
     dtype = getattr(torch, shape.dtype)
+    wide = torch.promote_types(dtype, torch.float32).itemsize
     width = shape.head_width + shape.value_width
-    per_slot = width * torch.promote_types(dtype, torch.float32).itemsize + len(policy.statistics) * FLOAT64_BYTES
+    per_slot = width * wide + len(policy.statistics) * (wide if policy.replaces else FLOAT64_BYTES)
     heads = shape.layers * shape.rows * shape.kv_heads
     slots = heads * policy.slots_after(tokens) * per_slot
 
@@ -341,7 +343,6 @@ def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
     weighs = Need.MERGE_WEIGHTS in policy.needs
     window = heads * room * (width + weighs) * dtype.itemsize
     if policy.observes:
-        wide = torch.promote_types(dtype, torch.float32).itemsize
         slots += heads * policy.slots_after(tokens) * 3 * wide
         queries = shape.layers * shape.rows * shape.heads * policy.observation.queries
         window += heads * room * 3 * wide + queries * shape.head_width * dtype.itemsize

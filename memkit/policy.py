@@ -325,10 +325,22 @@ class Policy:
         return self.spec.eviction == "weakest" and not self.sinks_only
 
     @functools.cached_property
+    def replaces(self) -> bool:
+        """Whether a fold may move slots or weigh them anew, so that it writes all of them; else it adds to some."""
+        return self.competes or self.observes
+
+    @functools.cached_property
+    def keeps_keys(self) -> bool:
+        """Whether a slot's key is its founder's, just as that token brought it."""
+        merging = self.merging
+        founders = merging.of == "values" or not merging.joins
+        return founders and merging.additive and self.readout.spec.key == "mean"
+
+    @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:
         """The numbers that each slot keeps besides its sums: its count, and what its pieces need."""
         wanted = (*self.readout.statistics, *self.rotary.statistics)
-        mass = self.weighted and (self.readout.divides_by_mass or MASS in wanted)
+        mass = self.weighted and (self.readout.divides_by_mass or self.merging.by_share or MASS in wanted)
         rest = tuple(statistic for statistic in wanted if statistic is not MASS)
         return (COUNT, *((MASS,) if mass else ()), *rest)
 

@@ -94,7 +94,8 @@ def close(
     policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
     # Where slots compete, every fold reads all of them anew: how they read now would only be held beside them.
     view = store.view if timeline.in_place and not policy.competes else None
-    store = SlotStore(store.sums, store.numbers, view, store.evidence)
+    store = store.compact()
+    store.view = view
     if timeline.in_place:
         assert before is not None
         window = Window(before.window.streams, before.window.end + tokens)

@@ -219,11 +219,12 @@ class Memory:
     @staticmethod
     def _of(part: file.Contents) -> Memory:
         tensors, policy = part.tensors, part.policy
+        numbers = tensors["numbers"].to(tensors["sums"].dtype) if policy.replaces else tensors["numbers"]
         return Memory(
             policy=policy,
             seen_rows=tensors["seen"].numpy(),
             window=Window({name: tensors[name] for name in policy.streams}, part.end),
-            store=SlotStore(tensors["sums"], tensors["numbers"], evidence=tensors.get("slot_evidence")),
+            store=SlotStore(tensors["sums"], numbers, evidence=tensors.get("slot_evidence")),
             next_positions=tensors.get("next_positions"),
             observed=tensors.get("observed"),
         )
@@ -304,7 +305,10 @@ class Memory:
 
     def contents(self) -> file.Contents:
         """What a file holds."""
-        return file.Contents(self.policy, {**self._saved(), "seen": self.seen}, self.window.end)
+        saved = self._saved()  # numbers are float64 in every file, whatever they are here
+        return file.Contents(
+            self.policy, {**saved, "numbers": saved["numbers"].double(), "seen": self.seen}, self.window.end
+        )
 
     def _saved(self) -> dict[str, Tensor]:
         """The tensors of a file, by name."""
