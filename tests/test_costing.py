@@ -35,9 +35,7 @@ def assert_equal_to_the_engine(policy: memkit.Policy, lengths: tuple[int, ...], 
         assert said.slots == int(memory.slots[0])
         assert said.window == int(memory.held_rows[0])
         assert said.bytes == memory.bytes
-        parts = [memory.sums, memory.store.numbers]
-        parts += [] if memory.store.evidence is None else [memory.store.evidence]
-        assert said.slot_bytes == sum(part.untyped_storage().nbytes() for part in parts)
+        assert said.slot_bytes == sum(part.untyped_storage().nbytes() for part in memory.store.tensors())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

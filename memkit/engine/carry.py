@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.schedule import Schedule, on_device
 from memkit.memory import Memory, held
-from memkit.memory.rows import parameter_versions
+from memkit.memory.held import HeldSlots
+from memkit.memory.rows import SlotRules, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
+from memkit.policy import Policy
 
 __all__ = ["close", "open_store", "open_timeline", "without_padding"]
 
@@ -68,19 +72,29 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         rows, heads, _, width = inputs.keys.shape
         width += 0 if inputs.values is None else inputs.values.shape[-1]
         return SlotStore.empty(policy, (rows, heads, room, width), inputs.keys, in_place=not inputs.differentiable)
-    sums, numbers, evidence, view = memory.store.sums, memory.store.numbers, memory.store.evidence, None
+    held = memory.store.opened() if isinstance(memory.store, HeldSlots) else memory.store
+    sums, numbers, evidence, view = held.sums, held.numbers, held.evidence, None
     if inputs.values is None:  # a plan only reads the memory, and only its keys
         sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
     elif inputs.differentiable:  # the memory that is returned shares nothing with this one
         sums, numbers, evidence = sums.clone(), numbers.clone(), None if evidence is None else evidence.clone()
     elif timeline.in_place:
-        view = memory.store.view
+        view = held.view
         if view is not None and view.made_with != parameter_versions(inputs.parameters):
             view = None
-    in_place = not inputs.differentiable
-    store = SlotStore(sums, numbers, view, evidence, in_place=in_place, before_writing=memory.about_to_write)
+    store = SlotStore(
+        sums,
+        numbers,
+        view,
+        evidence,
+        in_place=not inputs.differentiable,
+        founders_keys=held.founders_keys,
+        before_writing=memory.about_to_write,
+    )
     if room > store.room:
-        if timeline.in_place:  # decoding makes room for an eighth more, if the schedule will ever grant so many
+        if (
+            timeline.in_place and held is memory.store
+        ):  # decoding makes room for an eighth more, if the schedule will ever grant so many
             ahead = policy.slots_after(2 * (int(schedule.after.max()) + policy.chunk))
             room = min(room * 9 // 8, ahead)
         store.grow(room)
@@ -88,26 +102,56 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
 
 
 def close(
-    inputs: AttendInputs, schedule: Schedule, timeline: Timeline, store: SlotStore, next_positions: Tensor | None
+    inputs: AttendInputs,
+    rules: SlotRules,
+    schedule: Schedule,
+    timeline: Timeline,
+    store: SlotStore,
+    next_positions: Tensor | None,
 ) -> Memory:
     """The memory after the call."""
     policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
-    # Where slots compete, every fold reads all of them anew: how they read now would only be held beside them.
-    view = store.view if timeline.in_place and not policy.competes else None
-    store = store.compact()
-    store.view = view
-    if timeline.in_place:
-        assert before is not None
-        window = Window(before.window.streams, before.window.end + tokens)
-        if view is not None:
-            view.made_with = parameter_versions(inputs.parameters)
-    else:
-        keep = int(held(policy, schedule.after).max(initial=0))
+    keep = int(held(policy, schedule.after).max(initial=0))
+    if not timeline.in_place:
         decodes = before is not None and tokens <= SLACK
         room = keep if inputs.differentiable else room_for(policy, keep, decodes)
         ends = None if inputs.even else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
         window = timeline.window(keep, room, ends)
-    return Memory(policy, schedule.after, window, store, next_positions)
+        if policy.holds_what_is_read and not inputs.differentiable:
+            return Memory(policy, schedule.after, window, HeldSlots.of(rules, store), next_positions)
+        return Memory(policy, schedule.after, window, store.compact(), next_positions)
+    assert before is not None
+    window = Window(before.window.streams, before.window.end + tokens)
+    if policy.holds_what_is_read:
+        slots = HeldSlots.of(rules, store)
+        buffer = before.buffer
+        if buffer is not None and buffer.slots == slots.room:  # they take the place of those that were read there
+            before.about_to_write()
+            slots.put_into(buffer.keys, buffer.values)
+            if buffer.bias is not None and (bias := slots.view.bias) is not None:
+                buffer.bias.narrow(3, 0, slots.room).copy_(bias.unsqueeze(2))
+            if window.end > keep:
+                window.move_to_front(keep)
+            buffer = dataclasses.replace(buffer, until=decodes_until(policy, int(schedule.after[0]), window))
+        else:
+            buffer = None
+        return Memory(policy, schedule.after, window, slots, next_positions, buffer=buffer)
+    # Where slots compete, every fold reads all of them anew: how they read now would only be held beside them.
+    view = None if policy.replaces else store.view
+    compact = store.compact()
+    if view is not None:
+        view.made_with = parameter_versions(inputs.parameters)
+        compact.view = view
+    return Memory(policy, schedule.after, window, compact, next_positions)
+
+
+def decodes_until(policy: Policy, seen: int, window: Window) -> int:
+    """The window's end until which single tokens are decoded with nothing else to do, `seen` tokens from the start."""
+    if not policy.chunk:
+        return window.room
+    # The first token of a chunk pushes one out; the last, after which its queries are observed, goes the long way.
+    left = -seen % policy.chunk
+    return min(window.room, window.end + max(0, left - policy.observes))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -155,10 +155,10 @@ def _compressed(inputs: AttendInputs, readers: Tensor | None) -> Memory:
     store = open_store(inputs, schedule, timeline)
     left = int(schedule.left_after.max(initial=0))
     new, sinks = min(left, policy.slots_after(tokens)), min(left, policy.sinks)
+    rules = SlotRules(policy, width, keys.dtype, inputs.key_norm, inputs.rotation, valued=True)
     if left and store.room:
-        rules = SlotRules(policy, width, keys.dtype, inputs.key_norm, inputs.rotation, valued=True)
         _fold(rules, store, timeline, left, new, sinks)
-    memory = close(inputs, schedule, timeline, store, following)
+    memory = close(inputs, rules, schedule, timeline, store, following)
     memory.observed = None if observer is None else observer.waiting()
     return memory
 
@@ -167,8 +167,15 @@ def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new
     """PLAN and FOLD all tokens that leave, as one chunk."""
     where = slice(0, left)
     streams = {name: stream[:, :, where] for name, stream in timeline.streams.items()}
-    some = {name: streams.get(name) for name in ("values", "weights", "positions", "evidence")}
-    chunk = Chunk(keys=streams["keys"], **some, first=True, where=where)
+    chunk = Chunk(
+        keys=streams["keys"],
+        values=streams.get("values"),
+        weights=streams.get("weights"),
+        positions=streams.get("positions"),
+        evidence=streams.get("evidence"),
+        first=True,
+        where=where,
+    )
     chunk.memory_keys = memory_keys(rules, chunk)
     if rules.policy.competes:
         replace(store, rules, compete(rules, chunk, store, 0, 0, new, sinks), chunk, 0, 0)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from memkit.engine.carry import decodes_until
 from memkit.engine.checks import check_signs
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.read import default_scale
 from memkit.memory import Memory
+from memkit.memory.held import HeldSlots
 from memkit.memory.memory import DecodeBuffer
 from memkit.memory.rows import SlotRules, SlotView, parameter_versions, read_slots
 from memkit.memory.window import Window
@@ -142,7 +144,7 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
     """One token per row, rows alike, room in the buffer, no chunk that leaves, one query for slots and window."""
     policy, position = inputs.policy, int(memory.seen_rows[0])
     plain = inputs.keys.shape[2] == 1 and inputs.plan is None and not memory.keys.requires_grad
-    if not plain or not memory.window.fits(1) or memory.sums.requires_grad:
+    if not plain or not memory.window.fits(1) or memory.store.requires_grad:
         return False
     if position == 0 or _leaves(policy, position) or (policy.observes and _leaves(policy, position + 1)):
         return False
@@ -190,15 +192,18 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
             streams[name] = torch.cat(
                 (newest[name], stream.new_empty(*stream.shape[:2], room - held, *stream.shape[3:])), dim=2
             )
-        store = dataclasses.replace(memory.store, view=None, before_writing=None)
+        store = memory.store
+        if isinstance(store, HeldSlots):
+            store = dataclasses.replace(store, keys=keys[:, :, :slots], values=values[:, :, :slots])
+        else:
+            store = dataclasses.replace(store, view=None, before_writing=None)
         moved = dataclasses.replace(memory, window=Window(streams, held), store=store)
     end = moved.window.end
     until = room
     if band is not None and seen < band:
         until, band = min(room, end + band - seen), 0
     elif band is None and policy.chunk:
-        # The last token of a chunk, after which its queries are observed, goes the long way.
-        until = min(room, end + policy.chunk - seen % policy.chunk - policy.observes)
+        until = decodes_until(policy, seen, moved.window)
     scale = None if inputs.parameters is None else inputs.parameters.query_scale_window
     moved.buffer = DecodeBuffer(
         slots=slots,
@@ -222,7 +227,7 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
 def _read(inputs: AttendInputs, memory: Memory, slots: int, made_with: tuple[int, ...]) -> SlotView:
     """The slots as they are read, which the call that took the last chunk in has left here in most cases."""
     view = memory.store.view
-    if view is not None and view.made_with == made_with:
+    if view is not None and (view.made_with == made_with or isinstance(memory.store, HeldSlots)):
         return view.first(slots)
     rules = SlotRules(
         inputs.policy, inputs.keys.shape[-1], inputs.keys.dtype, inputs.key_norm, inputs.rotation, valued=True

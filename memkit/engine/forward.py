@@ -244,7 +244,7 @@ class Pass:
 
     def memory(self) -> Memory:
         """The memory after the call."""
-        memory = close(self.inputs, self.schedule, self.timeline, self.store, self.next_positions)
+        memory = close(self.inputs, self.rules, self.schedule, self.timeline, self.store, self.next_positions)
         if self.observer is not None:
             memory.observed = self.observer.waiting()
         return memory

@@ -8,12 +8,13 @@ what is a founder's alone is 0 in the lines of those that join.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memkit.memory.rows import Chunk, SlotRules, contributions
+from memkit.memory.rows import Chunk, SlotRules, constant, contributions
 from memkit.memory.slots import SlotStore, flat_slots
 from memkit.pieces.chunk import Assignment
 from memkit.pieces.evidence import JUDGED, SHARE
@@ -51,22 +52,22 @@ class Line:
         """The line of a policy's rows, keys `width` and values `value_width` wide."""
         of_values = policy.merging.of == "values"
         turned = policy.keeps_keys and policy.rotary.rotates_slots
-        kinds: list[tuple[int, list[bool], list[bool]]] = [
-            (width, [not of_values] * width, [of_values] * width),
-            (value_width, [True] * value_width, [False] * value_width),
-            (
-                len(policy.statistics),
-                [each.weighed and not (of_values and each.of_keys) for each in policy.statistics],
-                [each.founders_own(policy.merging.of) for each in policy.statistics],
-            ),
-            (3, [False] * 3, [True] * 3) if policy.observes else (0, [], []),
-            (width, [False] * width, [True] * width) if turned else (0, [], []),
+        numbers = [(each.weighed and not (of_values and each.of_keys)) for each in policy.statistics]
+        own = [each.founders_own(policy.merging.of) for each in policy.statistics]
+        parts = [  # which of its columns are weighed, and which are a founder's own
+            ([not of_values] * width, [of_values] * width),
+            ([True] * value_width, [False] * value_width),
+            (numbers, own),
+            ([False] * 3 * policy.observes, [True] * 3 * policy.observes),
+            ([False] * width * turned, [True] * width * turned),
         ]
-        ends = [sum(size for size, _, _ in kinds[: count + 1]) for count in range(len(kinds))]
-        spans = [slice(end - size, end) for end, (size, _, _) in zip(ends, kinds, strict=True)]
-        with torch.inference_mode(False):
-            flags = [torch.tensor([flag for kind in kinds for flag in kind[which]], device=device) for which in (1, 2)]
-        return cls(*spans, *flags)
+        ends = list(itertools.accumulate(len(part[0]) for part in parts))
+        keys, values, statistics, evidence, founders_keys = (
+            slice(end - len(part[0]), end) for end, part in zip(ends, parts, strict=True)
+        )
+        flags = (tuple(itertools.chain.from_iterable(part[which] for part in parts)) for which in (0, 1))
+        weighed, of_founders = (constant(flag, device) for flag in flags)
+        return cls(keys, values, statistics, evidence, founders_keys, weighed, of_founders)
 
 
 def replace(store: SlotStore, rules: SlotRules, assignment: Assignment, chunk: Chunk, kept: int, live: int) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "SlotRules",
     "SlotView",
     "by_statistic",
+    "constant",
     "contributions",
     "memory_keys",
     "parameter_versions",

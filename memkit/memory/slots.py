@@ -74,6 +74,11 @@ class SlotStore:
         """Slots there is room for."""
         return self.sums.shape[2]
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow into it."""
+        return self.sums.requires_grad or self.numbers.requires_grad
+
     def tensors(self) -> list[Tensor]:
         """All tensors held, the working copy's included."""
         view = self.view
