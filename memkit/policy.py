@@ -337,12 +337,6 @@ class Policy:
         return founders and merging.additive and self.readout.spec.key == "mean"
 
     @functools.cached_property
-    def holds_what_is_read(self) -> bool:
-        """Whether slots are held as they are read between calls, for that tells what they sum."""
-        plain = self.readout.spec.value == "mean" and Need.QUERY_SCALES not in self.needs
-        return self.keeps_keys and plain and not self.sinks_only
-
-    @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:
         """The numbers that each slot keeps besides its sums: its count, and what its pieces need."""
         wanted = (*self.readout.statistics, *self.rotary.statistics)

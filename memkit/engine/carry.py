@@ -11,6 +11,7 @@ from memkit.engine.inputs import AttendInputs
 from memkit.engine.schedule import Schedule, on_device
 from memkit.memory import Memory, held
 from memkit.memory.held import HeldSlots
+from memkit.memory.memory import DecodeBuffer
 from memkit.memory.rows import SlotRules, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
@@ -72,7 +73,11 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         rows, heads, _, width = inputs.keys.shape
         width += 0 if inputs.values is None else inputs.values.shape[-1]
         return SlotStore.empty(policy, (rows, heads, room, width), inputs.keys, in_place=not inputs.differentiable)
-    held = memory.store.opened() if isinstance(memory.store, HeldSlots) else memory.store
+    held = memory.store
+    if isinstance(held, HeldSlots):
+        folds = schedule.most_leaving > 0 or inputs.values is None or inputs.differentiable
+        told = not folds and held.reads(parameter_versions(inputs.parameters))
+        held = held.as_read() if told else held.opened()
     sums, numbers, evidence, view = held.sums, held.numbers, held.evidence, None
     if inputs.values is None:  # a plan only reads the memory, and only its keys
         sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
@@ -80,8 +85,10 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         sums, numbers, evidence = sums.clone(), numbers.clone(), None if evidence is None else evidence.clone()
     elif timeline.in_place:
         view = held.view
-        if view is not None and view.made_with != parameter_versions(inputs.parameters):
-            view = None
+    if isinstance(memory.store, HeldSlots):
+        view = held.view
+    elif view is not None and view.made_with != parameter_versions(inputs.parameters):
+        view = None
     store = SlotStore(
         sums,
         numbers,
@@ -112,37 +119,59 @@ def close(
     """The memory after the call."""
     policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
     keep = int(held(policy, schedule.after).max(initial=0))
+    made_with = parameter_versions(inputs.parameters)
+
+    def slots_at_rest() -> HeldSlots:
+        """The slots, held once; as they were held before where nothing was folded in."""
+        known = None if before is None or schedule.most_leaving else before.store
+        if isinstance(known, HeldSlots) and known.reads(made_with):
+            return known
+        return HeldSlots.of(rules, store, int(schedule.slots_after.max(initial=0)), made_with)
+
+    # Sums are what is read in float32, and twice as much in half precision; with a graph they are kept as they are.
+    half = inputs.keys.dtype.itemsize == 2
+    once = half or policy.replaces or (before is not None and isinstance(before.store, HeldSlots))
+    once = once and not (inputs.differentiable or policy.sinks_only)
     if not timeline.in_place:
         decodes = before is not None and tokens <= SLACK
         room = keep if inputs.differentiable else room_for(policy, keep, decodes)
         ends = None if inputs.even else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
         window = timeline.window(keep, room, ends)
-        if policy.holds_what_is_read and not inputs.differentiable:
-            return Memory(policy, schedule.after, window, HeldSlots.of(rules, store), next_positions)
-        return Memory(policy, schedule.after, window, store.compact(), next_positions)
+        at_rest = slots_at_rest() if once else store.compact()
+        return Memory(policy, schedule.after, window, at_rest, next_positions)
     assert before is not None
-    window = Window(before.window.streams, before.window.end + tokens)
-    if policy.holds_what_is_read:
-        slots = HeldSlots.of(rules, store)
-        buffer = before.buffer
-        if buffer is not None and buffer.slots == slots.room:  # they take the place of those that were read there
-            before.about_to_write()
-            slots.put_into(buffer.keys, buffer.values)
-            if buffer.bias is not None and (bias := slots.view.bias) is not None:
-                buffer.bias.narrow(3, 0, slots.room).copy_(bias.unsqueeze(2))
-            if window.end > keep:
-                window.move_to_front(keep)
+    window, buffer = Window(before.window.streams, before.window.end + tokens), before.buffer
+    if buffer is not None and not policy.sinks_only:
+        slots = slots_at_rest()
+        buffer = _refilled(before, buffer, slots, window, keep)
+        if buffer is not None:
             buffer = dataclasses.replace(buffer, until=decodes_until(policy, int(schedule.after[0]), window))
-        else:
-            buffer = None
         return Memory(policy, schedule.after, window, slots, next_positions, buffer=buffer)
-    # Where slots compete, every fold reads all of them anew: how they read now would only be held beside them.
-    view = None if policy.replaces else store.view
+    if once:
+        return Memory(policy, schedule.after, window, slots_at_rest(), next_positions)
     compact = store.compact()
-    if view is not None:
-        view.made_with = parameter_versions(inputs.parameters)
-        compact.view = view
+    if store.view is not None:
+        compact.view = store.view
+        compact.view.made_with = made_with
     return Memory(policy, schedule.after, window, compact, next_positions)
+
+
+def _refilled(before: Memory, buffer: DecodeBuffer, slots: HeldSlots, window: Window, keep: int) -> DecodeBuffer | None:
+    """The buffer with these slots before the last `keep` tokens of the window; None where they do not fit it any more,
+    and the window then stands for itself."""
+    before.about_to_write()
+    if buffer.slots != slots.room or buffer.query_scale is not None or not buffer.slots:
+        window.streams = {name: stream.clone() for name, stream in window.streams.items()}
+        return None
+    if slots is not before.store:
+        for name, whole in (("keys", buffer.keys), ("values", buffer.values)):
+            front = whole.narrow(2, 0, slots.room)
+            setattr(slots, name, front.copy_(getattr(slots, name)))
+        if buffer.bias is not None and (bias := slots.view.bias) is not None:
+            buffer.bias.narrow(3, 0, slots.room).copy_(bias.unsqueeze(2))
+    if window.end > keep:
+        window.move_to_front(keep)
+    return buffer
 
 
 def decodes_until(policy: Policy, seen: int, window: Window) -> int:

@@ -53,11 +53,9 @@ def blank(
     store: SlotStore | HeldSlots = SlotStore(
         new(rows, kv_heads, slots, head_width + value_width, like=wide), numbers, evidence=evidence
     )
-    if policy.holds_what_is_read:
+    if (policy.replaces or dtype.itemsize == 2) and not policy.sinks_only:
         rules = SlotRules(policy, head_width, dtype, None, rotation, valued=True)
-        keys, values = (new(rows, kv_heads, slots, width) for width in (head_width, value_width))
-        rest = torch.empty_like(values) if policy.merging.joins and dtype != wide else None
-        store = HeldSlots(rules, keys, values, rest, numbers, evidence)
+        store = HeldSlots.of(rules, store, slots, ())
     observed = new(rows, heads, policy.observation.queries, head_width) if policy.observes else None
     return Memory(
         policy=policy,
