@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full stream batches test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants clean
+.PHONY: help compare bench bench-full stream batches gpu test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ stream: $(READY) ## One layer reads a million tokens, a chunk at a time: time pe
 
 batches: $(READY) ## Unequal rows against equal ones, grouped queries against ungrouped
 	$(BIN)/python tools/measure.py batches
+
+DEVICE ?= cuda
+
+gpu: $(READY) ## All that a GPU is needed for, under 8 minutes: make gpu, or to try it out make gpu DEVICE=cpu
+	$(BIN)/python tools/gpu.py --device $(DEVICE)
 
 test: lint types pytest ## Everything that must pass before a commit: lint, types, default tests
 

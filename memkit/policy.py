@@ -24,6 +24,7 @@ from memkit.pieces.registry import AnyOf, NamedSpec
 from memkit.pieces.rotary import KeepSpec, Rotary, RotarySpec
 from memkit.pieces.routing import Discard, NearestSpec, Routing, RoutingSpec
 from memkit.pieces.statistics import COUNT, MASS, Statistic
+from memkit.pieces.storage import StorageSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
 
 __all__ = ["Policy", "PolicySpec"]
@@ -72,6 +73,7 @@ class PolicySpec(NamedSpec):
     rotary: Annotated[RotarySpec, AnyOf("rotary")] = Field(
         default=KeepSpec(), description="what happens to RoPE in memory"
     )
+    storage: StorageSpec = Field(default=StorageSpec(), description="in which form slots are held between calls")
 
     _policy: Policy | None = PrivateAttr(None)
 
@@ -268,6 +270,7 @@ class Policy:
         self.head_ratios = spec.heads.uneven
         self.sinks_only = self.growth is None
         self.observation = spec.observe.build(self.chunker.size)
+        self.storage = spec.storage.build()
         self.admission: Admission | None = None
         self.routing: Routing = Discard()
         self.merging: Merging = Drop()
@@ -328,6 +331,11 @@ class Policy:
     def replaces(self) -> bool:
         """Whether a fold may move slots or weigh them anew, so that it writes all of them; else it adds to some."""
         return self.competes or self.observes
+
+    @functools.cached_property
+    def holds_once(self) -> bool:
+        """Whether slots are held as they are read. Sinks without growth are few, and plain sums of one token."""
+        return self.storage.once and not self.sinks_only
 
     @functools.cached_property
     def keeps_keys(self) -> bool:

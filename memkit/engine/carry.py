@@ -131,7 +131,7 @@ def close(
     # Sums are what is read in float32, and twice as much in half precision; with a graph they are kept as they are.
     half = inputs.keys.dtype.itemsize == 2
     once = half or policy.replaces or (before is not None and isinstance(before.store, HeldSlots))
-    once = once and not (inputs.differentiable or policy.sinks_only)
+    once = once and policy.holds_once and not inputs.differentiable
     if not timeline.in_place:
         decodes = before is not None and tokens <= SLACK
         room = keep if inputs.differentiable else room_for(policy, keep, decodes)
@@ -141,7 +141,7 @@ def close(
         return Memory(policy, schedule.after, window, at_rest, next_positions)
     assert before is not None
     window, buffer = Window(before.window.streams, before.window.end + tokens), before.buffer
-    if buffer is not None and not policy.sinks_only:
+    if buffer is not None and policy.holds_once:
         slots = slots_at_rest()
         buffer = _refilled(before, buffer, slots, window, keep)
         if buffer is not None:
@@ -150,7 +150,7 @@ def close(
     if once:
         return Memory(policy, schedule.after, window, slots_at_rest(), next_positions)
     compact = store.compact()
-    if store.view is not None:
+    if store.view is not None and not policy.replaces:  # else every fold reads all anew
         compact.view = store.view
         compact.view.made_with = made_with
     return Memory(policy, schedule.after, window, compact, next_positions)

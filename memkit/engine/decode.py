@@ -227,7 +227,7 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
 
 
 def _held(inputs: AttendInputs, memory: Memory, slots: int, made_with: tuple[int, ...]) -> SlotStore | HeldSlots:
-    """The slots, held once, and as these parameters read them. Sinks without growth are few, and stay a store."""
+    """The slots, held once, and as these parameters read them; or, where the policy's storage says so, a store."""
     store = memory.store
     if isinstance(store, HeldSlots):
         if store.reads(made_with):
@@ -238,7 +238,7 @@ def _held(inputs: AttendInputs, memory: Memory, slots: int, made_with: tuple[int
     )
     view = store.view if store.view is not None and store.view.made_with == made_with else None
     store = dataclasses.replace(store, view=view, before_writing=None)
-    if not inputs.policy.sinks_only:
+    if inputs.policy.holds_once:
         return HeldSlots.of(rules, store, slots, made_with)
     store.view = store.read(rules).first(slots)
     return store

@@ -53,7 +53,7 @@ def blank(
     store: SlotStore | HeldSlots = SlotStore(
         new(rows, kv_heads, slots, head_width + value_width, like=wide), numbers, evidence=evidence
     )
-    if (policy.replaces or dtype.itemsize == 2) and not policy.sinks_only:
+    if policy.holds_once and (policy.replaces or dtype.itemsize == 2):
         rules = SlotRules(policy, head_width, dtype, None, rotation, valued=True)
         store = HeldSlots.of(rules, store, slots, ())
     observed = new(rows, heads, policy.observation.queries, head_width) if policy.observes else None

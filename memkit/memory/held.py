@@ -21,9 +21,6 @@ from memkit.pieces.statistics import COUNT, MASS, POSITION, Numbers
 
 __all__ = ["HeldSlots"]
 
-BITS = 8
-"""Bits that are kept of what rounding to half precision took."""
-
 
 @dataclass
 class HeldSlots:
@@ -80,29 +77,29 @@ class HeldSlots:
             values = policy.readout.value(value_sums, named)
             held.value_stretch = _stretch(value_sums, values) if known is None else None
             if policy.merging.joins and view.values.dtype != sums.dtype:
-                held.value_rest = _rest(values, view.values)
+                held.value_rest = policy.storage.rest(values, view.values)
         if not (keeps_sums or policy.keeps_keys) and view.keys.dtype != sums.dtype:
             keys = view.route
             if policy.rotary.rotates_slots:
                 assert rotation is not None
                 keys = policy.rotary.slot_keys(keys, rotation, _mean_position(rules, named))
-            held.key_rest = _rest(keys, view.keys)
+            held.key_rest = policy.storage.rest(keys, view.keys)
         return held
 
     @property
     def sums(self) -> Tensor:
         """What slots sum of keys and values, [b, g, M, d + v], float32 or float64."""
         numbers = by_statistic(self.rules.policy, self.numbers)
-        wide = torch.promote_types(self.keys.dtype, torch.float32)
+        wide, whole = torch.promote_types(self.keys.dtype, torch.float32), self.rules.policy.storage.whole
         keys = self.key_sums
         if keys is None:
-            keys = _whole(self.keys, self.key_rest, wide)
+            keys = whole(self.keys, self.key_rest, wide)
             if self.rules.policy.rotary.rotates_slots:
                 assert self.rules.rotation is not None
                 keys = self.rules.rotation.apply(keys, _mean_position(self.rules, numbers), inverse=True)
             if not self.rules.policy.keeps_keys:
                 keys = keys * _either(self.key_stretch, _key_mass(self.rules, numbers)).to(wide).unsqueeze(-1)
-        values = _whole(self.values, self.value_rest, wide)
+        values = whole(self.values, self.value_rest, wide)
         stretch = _either(self.value_stretch, _value_mass(self.rules, numbers))
         return torch.cat((keys, values * stretch.to(wide).unsqueeze(-1)), dim=-1)
 
@@ -182,21 +179,3 @@ def _stretch(sums: Tensor, read: Tensor) -> Tensor:
     """How many times as long sums [..., m, d] are as what is read of them, [..., m]."""
     length = read.norm(dim=-1)
     return torch.where(length > 0, sums.norm(dim=-1) / torch.where(length > 0, length, 1), 0)
-
-
-def _unit(rounded: Tensor) -> Tensor:
-    """The exponent of the smallest part that is kept of a rounded number: 2^−BITS of its last place."""
-    places = 1 - round(torch.log2(torch.tensor(torch.finfo(rounded.dtype).eps)).item())
-    return torch.frexp(rounded.float()).exponent - places - BITS
-
-
-def _rest(exact: Tensor, rounded: Tensor) -> Tensor:
-    """What rounding took, in 2^−BITS of the last place: int8."""
-    taken = torch.ldexp(exact.float() - rounded.float(), -_unit(rounded))
-    return taken.round().clamp(-(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1).to(torch.int8)
-
-
-def _whole(rounded: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The number again, to sixteen places or so."""
-    whole = rounded.to(dtype)
-    return whole if rest is None else whole + torch.ldexp(rest.to(dtype), _unit(rounded))
