@@ -22,8 +22,8 @@ from memkit.errors import PolicyError
 from memkit.pieces.growth import NoGrowthSpec
 from memkit.pieces.merging import Merging, Weigh
 from memkit.pieces.readout import ReadoutSpec
-from memkit.pieces.storage import StorageSpec
 from memkit.pieces.registry import FamilySpec, Spec, kinds
+from memkit.pieces.storage import StorageSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec
 from memkit.policy import PolicySpec
 
