@@ -180,7 +180,9 @@ def agreement(name: str, device: str, report: Report) -> None:
             finally:
                 if device == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
-        waits = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
+        waits = sorted(
+            {f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)}
+        )
         # PyTorch's own kernels take a gradient's parts as they come, unless told otherwise.
         torch.use_deterministic_algorithms(True)
         try:
