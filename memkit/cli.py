@@ -338,6 +338,65 @@ def compare(
 
 
 @app.command()
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The HTML file to write.")],
+    policies: Annotated[
+        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: ten shipped ones.")
+    ] = None,
+    comparison_file: Annotated[
+        Path | None,
+        typer.Option("--comparison", metavar="FILE", help="What compare --json wrote; left out: it is measured now."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A Hugging Face folder or a GGUF file; left out: SmolLM2-135M-Instruct."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text; left out: the topics of Python's own help.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens to read; left out: 4,096.")] = None,
+    skip: Annotated[
+        int | None, typer.Option(metavar="N", help="First token whose loss counts; left out: 1,024.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="What the page is called.")] = "Memory policies compared",
+    changes: SetOption = [],  # noqa: B006
+    modules: ImportOption = [],  # noqa: B006
+) -> None:
+    """Write a comparison as one page: a table that sorts, figures, settings, how to run it again.
+
+    The page is a single file that loads nothing. With --comparison nothing runs.
+    """
+    _check_writable("OUT", out)
+    from memkit import comparison
+    from memkit.viz import style
+    from memkit.viz.comparison import progress_bar
+
+    style.check_installed()
+    if comparison_file is not None:
+        if policies or changes or any(given is not None for given in (model, text, tokens, skip)):
+            raise InputError("--comparison is measured already; leave policies and the options of measuring out")
+        from memkit.texts import read_text
+
+        compared = comparison.Comparison.from_json(read_text(comparison_file))
+    else:
+        chosen = policies or list(comparison.DEFAULT_POLICIES)
+        with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
+            compared = comparison.compare(
+                chosen,
+                model=model,
+                text=text,
+                tokens=tokens,
+                skip=skip,
+                overrides=_overrides(changes),
+                progress=progress,
+            )
+    from memkit.viz.report import page
+
+    _write(out, page(compared, title))
+    typer.echo(f"{out}: {len(compared.policies)} policies")
+
+
+@app.command()
 def profile(
     model: Annotated[
         str | None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from memkit.viz import style
+from memkit.viz.html import fragment
 from memkit.viz.tables import columns, with_notes
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from memkit.benchmark import Bench
 
-__all__ = ["plot", "save", "table"]
+__all__ = ["html", "plot", "save", "table"]
 
 
 def table(bench: Bench) -> RenderableType:
@@ -36,6 +37,11 @@ def table(bench: Bench) -> RenderableType:
     facts = ", ".join(f"{name} {value}" for name, value in bench.settings.items() if name != "versions")
     versions = ", ".join(f"{name} {version}" for name, version in bench.settings["versions"].items())
     return with_notes(grid, [f"{facts}; {versions}"])
+
+
+def html(bench: Bench) -> str:
+    """The table for a notebook."""
+    return fragment(table(bench))
 
 
 def plot(bench: Bench) -> Axes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html as markup
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from memkit.viz.html import fragment
 from memkit.viz.tables import columns, with_notes
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from memkit.comparison import Comparison, Measurement
     from memkit.comparison import Progress as Report
 
-__all__ = ["figure", "html", "plot", "progress_bar", "table"]
+__all__ = ["figure", "html", "notes", "plot", "progress_bar", "table"]
 
 MARK = "●"
 HEADERS = (
@@ -41,18 +41,12 @@ def table(comparison: Comparison) -> RenderableType:
     grid = columns(*(f"{above}\n{below}" for above, below in HEADERS), gap=0)
     for entry in _front_first(comparison):
         grid.add_row(*_cells(entry), style="bold" if entry.front else "")
-    return with_notes(grid, _notes(comparison))
+    return with_notes(grid, notes(comparison))
 
 
 def html(comparison: Comparison) -> str:
-    """The same table for a notebook."""
-    heads = "".join(f"<th>{above}<br>{below}</th>" for above, below in HEADERS)
-    rows: list[str] = []
-    for entry in _front_first(comparison):
-        tag = "th" if entry.front else "td"
-        rows.append("<tr>" + "".join(f"<{tag}>{markup.escape(cell)}</{tag}>" for cell in _cells(entry)) + "</tr>")
-    notes = "<br>".join(markup.escape(line) for line in _notes(comparison))
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table><p><small>{notes}</small></p>"
+    """The table for a notebook."""
+    return fragment(table(comparison))
 
 
 def plot(comparison: Comparison, axes: Axes | None = None) -> Axes:
@@ -122,7 +116,7 @@ def _share(share: float | None) -> str:
     return "–" if share is None else f"{share:.0%}"
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """What the marks mean, and the settings."""
     s = comparison.settings
     lines = [f"{MARK} on the front: no other policy has at most its memory and at most its loss"]

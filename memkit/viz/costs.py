@@ -9,12 +9,13 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from memkit.costing import Cost
+from memkit.viz.html import fragment
 from memkit.viz.tables import amount, columns, with_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DRAWN_LENGTHS", "amount", "cells", "figure", "table"]
+__all__ = ["DRAWN_LENGTHS", "amount", "cells", "figure", "html", "table"]
 
 DRAWN_LENGTHS = tuple(1024 << i for i in range(11))
 """Tokens at which a curve is drawn: 1k, 2k … 1M."""
@@ -45,6 +46,11 @@ def figure(costs: Sequence[Cost]) -> Figure:
     figures.growth(costs, left)
     figures.cost_curves(costs, right)
     return drawn
+
+
+def html(cost: Cost) -> str:
+    """One cost as its table, for a notebook."""
+    return fragment(table([cost]))
 
 
 def cells(cost: Cost) -> tuple[str, ...]:

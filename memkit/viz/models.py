@@ -12,13 +12,14 @@ from rich.text import Text
 from memkit.lm import MemoryLM, MixerSpec, ModelSpec
 from memkit.lm.footprint import memory_bytes
 from memkit.viz.costs import DRAWN_LENGTHS
+from memkit.viz.html import fragment
 from memkit.viz.policies import tokens_in_words
 from memkit.viz.tables import amount, columns, with_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["details", "figure", "listing"]
+__all__ = ["details", "figure", "html", "listing"]
 
 SHOWN_LENGTHS = tuple(4096 << (2 * index) for index in range(5))
 
@@ -61,6 +62,11 @@ def figure(spec: ModelSpec) -> Figure:
         lines[f"{spec.mixers.count(kind)} × {kind.label}"] = of_kind
     figures.bytes_by_tokens(DRAWN_LENGTHS, lines, ax)
     return drawn
+
+
+def html(model: ModelSpec | MemoryLM) -> str:
+    """What `details` says, for a notebook."""
+    return fragment(details(model.spec if isinstance(model, MemoryLM) else model, ""))
 
 
 def _parameters(spec: ModelSpec) -> int:

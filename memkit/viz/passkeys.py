@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from memkit.passkey import Passkeys
+from memkit.viz.html import fragment
 from memkit.viz.tables import columns, with_notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["figure", "table"]
+__all__ = ["figure", "html", "table"]
 
 FOUND, LOST = "●", "·"
 
@@ -25,6 +26,11 @@ def figure(passkeys: Passkeys) -> Figure:
     points = [(entry.policy, entry.bytes, entry.found / entry.placements) for entry in passkeys.policies]
     figures.accuracy(points, ax, what=f"of {passkeys.settings['placements']} hidden numbers found, %")
     return drawn
+
+
+def html(passkeys: Passkeys) -> str:
+    """The table for a notebook."""
+    return fragment(table(passkeys))
 
 
 def table(passkeys: Passkeys) -> RenderableType:

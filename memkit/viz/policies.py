@@ -12,8 +12,9 @@ from memkit.catalog import load_policy
 from memkit.costing import Cost, cost
 from memkit.pieces.growth import GrowthSpec
 from memkit.pieces.registry import Spec
-from memkit.policy import PolicySpec
+from memkit.policy import Policy, PolicySpec
 from memkit.viz.costs import DRAWN_LENGTHS, cells
+from memkit.viz.html import fragment
 from memkit.viz.picture import draw, picture
 from memkit.viz.tables import columns, with_notes
 from memkit.yaml12 import dump
@@ -21,7 +22,7 @@ from memkit.yaml12 import dump
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["details", "figure", "listing", "tokens_in_words"]
+__all__ = ["details", "figure", "html", "listing", "tokens_in_words"]
 
 SHOWN_LENGTHS = tuple(1024 << (2 * i) for i in range(6))
 
@@ -69,6 +70,11 @@ def figure(spec: PolicySpec) -> Figure:
     figures.growth(costs, axes[-2])
     figures.cost_curves(costs, axes[-1])
     return whole
+
+
+def html(policy: PolicySpec | Policy) -> str:
+    """What `details` says, for a notebook."""
+    return fragment(details(policy.spec if isinstance(policy, Policy) else policy, ""))
 
 
 def declaration(spec: PolicySpec) -> Text:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from memkit.errors import InputError, ModelError, short
 
@@ -32,6 +32,7 @@ __all__ = [
     "save",
     "series",
     "theme",
+    "write",
 ]
 
 ENDINGS = (".png", ".svg", ".pdf")
@@ -180,15 +181,21 @@ def save(figure: Figure, path: str | Path, width: int | None = None) -> None:
 
     Raises `InputError` for another ending, or where the file cannot be written.
     """
-    from matplotlib import pyplot
-
     path = Path(path)
     check_ending("figure", path)
-    dpi = 150 if width is None else width / figure.get_figwidth()
-    plain = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # the same figure, the same bytes
     try:
-        figure.savefig(path, dpi=dpi, metadata=plain.get(path.suffix.lower()))
+        write(figure, path, path.suffix.lower()[1:], width)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); name a file in a folder of yours") from None
+
+
+def write(figure: Figure, to: Path | IO[bytes], kind: str, width: int | None = None) -> None:
+    """Write a figure as "png", "svg" or "pdf", and close it: the same figure, the same bytes."""
+    from matplotlib import pyplot
+
+    dpi = 150 if width is None else width / figure.get_figwidth()
+    plain = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    try:
+        figure.savefig(to, format=kind, dpi=dpi, metadata=plain.get(kind))
     finally:
         pyplot.close(figure)

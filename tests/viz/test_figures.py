@@ -7,7 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot
+from matplotlib import colors, pyplot
 from typer.testing import CliRunner
 
 import memkit
@@ -71,6 +71,10 @@ def seen():
     return drawn
 
 
+def numbers(data: object) -> list[float]:
+    return np.asarray(data).tolist()
+
+
 LOSSES = {"full": np.linspace(2, 3, 64).tolist(), "window-512": np.linspace(3, 4, 64).tolist()}
 
 DRAWN = {
@@ -109,17 +113,17 @@ def test_a_figure_is_drawn_where_it_is_told_with_words_at_its_axes(name: str):
 def test_themes_have_their_own_paper_and_inks(name: str, dark: bool):
     with style.theme(dark):
         ax = DRAWN[name]()
-        paper = np.array(mpl.colors.to_rgb(ax.figure.get_facecolor()))
-        inks = {mpl.colors.to_rgb(text.get_color()) for text in ax.texts + ax.get_xticklabels()}
+        paper = np.array(colors.to_rgb(ax.figure.get_facecolor()))
+        inks = {colors.to_rgb(text.get_color()) for text in ax.texts + ax.get_xticklabels()}
     assert (paper.sum() < 1.5) == dark
     assert all(np.abs(np.array(ink) - paper).sum() > 0.6 for ink in inks)
 
 
 def test_growth_draws_the_costs():
     ax = figures.growth(costs(), what="slots")
-    lines = {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
-    assert lines["kvm-sqrt-16"].get_xdata().tolist() == LENGTHS
-    assert lines["kvm-sqrt-16"].get_ydata().tolist() == [memkit.cost("kvm-sqrt-16", n).slots for n in LENGTHS]
+    lines = {str(line.get_label()): line for line in ax.get_lines()}
+    assert numbers(lines["kvm-sqrt-16"].get_xdata()) == LENGTHS
+    assert numbers(lines["kvm-sqrt-16"].get_ydata()) == [memkit.cost("kvm-sqrt-16", n).slots for n in LENGTHS]
     assert {text.get_text() for text in ax.texts} == {"full", "kvm-sqrt-16"}
     assert figures.growth(costs(), scale="linear").get_xscale() == "linear"
 
@@ -147,7 +151,7 @@ def test_the_mask_has_a_mark_for_every_cell():
 def test_the_front_is_a_line_and_every_policy_is_named():
     ax = figures.front(comparison())
     assert {text.get_text() for text in ax.texts} == {entry.policy for entry in comparison().policies}
-    assert ax.get_lines()[0].get_xdata().tolist() == [26.5, 188.7]
+    assert numbers(ax.get_lines()[0].get_xdata()) == [26.5, 188.7]
 
 
 def test_the_gap_needs_both_its_ends():
@@ -159,7 +163,7 @@ def test_the_gap_needs_both_its_ends():
 def test_loss_by_position_draws_means():
     ax = figures.loss_by_position(LOSSES, start=100, parts=4)
     line = ax.get_lines()[0]
-    assert line.get_xdata().tolist() == [108, 124, 140, 156]
+    assert numbers(line.get_xdata()) == [108, 124, 140, 156]
     assert line.get_ydata() == pytest.approx(np.array(LOSSES["full"]).reshape(4, 16).mean(1))
     with pytest.raises(InputError, match="the same positions for all policies"):
         figures.loss_by_position({"a": [1.0] * 64, "b": [1.0] * 63})
@@ -182,7 +186,7 @@ def test_a_text_is_printed_token_by_token():
     found = traced()
     words = [f" w{number}" if number != 7 else "$\n" for number in range(90)]
     ax = figures.tokens_in_slots(found, words)
-    ax.figure.draw_without_rendering()
+    pyplot.gcf().draw_without_rendering()
     printed = [text.get_text() for text in ax.texts]
     assert [word for word in words if word.replace("\n", "↵") not in printed] == []
     inside = [str(slot) if slot >= 4 else f"s{slot}" for slot in found.slots[-1] if slot >= 0]
