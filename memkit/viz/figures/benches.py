@@ -31,8 +31,8 @@ KINDS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 def factors(bench: Bench, ax: Axes | None = None) -> Axes:
     """How many times as fast as full attention, over tokens: a row of panels per kind of policy, a column per mode.
 
-    The dotted line of a policy is its limit: as fast as its arithmetic alone would be. Below 1, full attention is
-    faster. ax: is divided into the panels; left out: a new figure. The first panel is returned.
+    The dotted line of a policy is its limit, where it is known: as fast as its arithmetic alone would be. Below 1, full
+    attention is faster. ax: is divided into the panels; left out: a new figure. The first panel is returned.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -47,7 +47,8 @@ def factors(bench: Bench, ax: Axes | None = None) -> Axes:
         len(kinds), len(modes), height_ratios=[0.55 + 0.21 * max(4, len(members)) for _, members in kinds]
     )
     lengths = sorted({row.tokens for row in bench.timings})
-    every = [share for row in bench.timings for share in (row.factor, _limit(row))]
+    shares = (share for row in bench.timings for share in (row.factor, _limit(row)))
+    every = [share for share in shares if np.isfinite(share)]
     low, high = min(0.8, *every) / 1.15, max(1.25, *every) * 1.15
     panels: list[list[Axes]] = []
     for number, (kind, members) in enumerate(kinds):
