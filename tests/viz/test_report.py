@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from memkit import comparison, passkey
 from memkit.cli import app
 from memkit.comparison import Comparison
 from memkit.errors import InputError
+from memkit.passkey import Passkeys, Retrieval
 from tests.viz.test_html import full_comparison
 
 # Clicks on the head of the losses twice, and writes what it saw into the page.
@@ -97,3 +99,19 @@ def test_what_is_measured_already_is_not_measured_again(written: Path):
     done = CliRunner().invoke(app, ["report", str(written), "--comparison", str(written)])
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
+
+
+def test_compare_draws_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: full_comparison())
+    found = Retrieval("full", 3, 4, 0.5, 0.1, 10**7, ())
+    hidden = Passkeys(
+        {"placements": 4, "tokens": 9, "text": "t", "model": "m", "prefill": "policy", "rows": None, "seed": 0,
+         "overrides": {}},
+        (found,),
+    )  # fmt: skip
+    monkeypatch.setattr(passkey, "find_passkeys", lambda *_, **__: hidden)
+    for name, options in {"front.png": [], "dark.svg": ["--dark"], "found.pdf": ["--passkey"]}.items():
+        done = CliRunner().invoke(app, ["compare", "full", *options, "--plot", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "#14161a" in (tmp_path / "dark.svg").read_text(encoding="utf-8")
