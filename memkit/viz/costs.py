@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from memkit.costing import Cost
-from memkit.viz.tables import columns, with_notes
+from memkit.viz.html import fragment
+from memkit.viz.tables import amount, columns, with_notes
 
-__all__ = ["amount", "cells", "table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+__all__ = ["DRAWN_LENGTHS", "amount", "cells", "figure", "html", "table"]
+
+DRAWN_LENGTHS = tuple(1024 << i for i in range(11))
+"""Tokens at which a curve is drawn: 1k, 2k … 1M."""
 
 
 def table(costs: Sequence[Cost]) -> RenderableType:
@@ -34,16 +40,22 @@ def table(costs: Sequence[Cost]) -> RenderableType:
     return with_notes(grid, notes)
 
 
+def figure(costs: Sequence[Cost]) -> Figure:
+    """Memory against tokens, and operations of the prefill, each with the power of N that it grows with."""
+    from memkit.viz import figures, style
+
+    (left, right), drawn = style.panels(2)
+    figures.growth(costs, left)
+    figures.cost_curves(costs, right)
+    return drawn
+
+
+def html(cost: Cost) -> str:
+    """One cost as its table, for a notebook."""
+    return fragment(table([cost]))
+
+
 def cells(cost: Cost) -> tuple[str, ...]:
     """Slots, window, memory after reading and at most, operations of a prefill and of one token."""
     numbers = (f"{cost.slots:,}", f"{cost.window:,}", amount(cost.bytes, "B"), amount(cost.peak_bytes, "B"))
     return (*numbers, amount(cost.prefill.total), amount(cost.decode.total))
-
-
-def amount(number: float, unit: str = "") -> str:
-    """Three digits and a metric prefix: 1.02 P, 4.10 GB."""
-    power = 0
-    while number >= 999.5 and power < len(PREFIXES) - 1:
-        number, power = number / 1000, power + 1
-    digits = f"{number:.3g}" if power == 0 else f"{number:#.3g}".rstrip(".")
-    return f"{digits} {PREFIXES[power]}{unit}".rstrip()
