@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from memkit.costing import Cost
@@ -22,10 +22,8 @@ DRAWN_LENGTHS = tuple(1024 << i for i in range(11))
 
 
 def table(costs: Sequence[Cost]) -> RenderableType:
-    """One line per policy, one block per length; all for one shape."""
-    grid = columns(
-        "policy", "slots", "window", "memory\nread", "memory\nat most", "prefill\nFLOPs", "a token\nFLOPs", "grows\nas"
-    )
+    """One line per policy, one block per length, and what memories hold, and when; all for one shape."""
+    grid = columns("policy", "slots", "window", "memory", "prefill\nFLOPs", "a token\nFLOPs", "grows\nas")
     for tokens in sorted({cost.tokens for cost in costs}):
         grid.add_section()
         grid.add_row(Text(f"{tokens:,} tokens", style="bold"))
@@ -33,11 +31,25 @@ def table(costs: Sequence[Cost]) -> RenderableType:
             if cost.tokens == tokens:
                 grid.add_row(cost.policy, *cells(cost), f"N^{cost.exponent:.2f}")
     notes = [
-        f"for {costs[0].shape}; slots and window of each head",
+        f"for {costs[0].shape}; slots and window of each head, memory after reading",
         "FLOPs: attention and routing, of the prefill and of one token decoded after it",
         "grows as: the prefill from 4k to 1M tokens",
     ]
-    return with_notes(grid, notes)
+    return Group(with_notes(grid, notes), Text(), _held(costs))
+
+
+def _held(costs: Sequence[Cost]) -> RenderableType:
+    """Bytes after reading, while decoding, and at most, over those of the rows' keys and values."""
+    grid = columns("policy", "tokens", "reading", "decoding", "peak", "× its rows")
+    for cost in costs:
+        shape, numbers = cost.shape, (cost.bytes, cost.decoding_bytes, cost.peak_bytes)
+        size = int(shape.dtype.strip("bfloat")) // 8
+        row = shape.layers * shape.rows * shape.kv_heads * (shape.head_width + shape.value_width) * size
+        share = cost.peak_bytes / ((cost.slots + cost.window) * row)
+        grid.add_row(cost.policy, f"{cost.tokens:,}", *(amount(each, "B") for each in numbers), f"{share:.2f}")
+    return with_notes(
+        grid, ["held: what is allocated after the text was read, and at most while a chunk more is decoded"]
+    )
 
 
 def figure(costs: Sequence[Cost]) -> Figure:
@@ -56,6 +68,6 @@ def html(cost: Cost) -> str:
 
 
 def cells(cost: Cost) -> tuple[str, ...]:
-    """Slots, window, memory after reading and at most, operations of a prefill and of one token."""
-    numbers = (f"{cost.slots:,}", f"{cost.window:,}", amount(cost.bytes, "B"), amount(cost.peak_bytes, "B"))
+    """Slots, window, memory after reading, operations of a prefill and of one token."""
+    numbers = (f"{cost.slots:,}", f"{cost.window:,}", amount(cost.bytes, "B"))
     return (*numbers, amount(cost.prefill.total), amount(cost.decode.total))
