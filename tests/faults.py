@@ -23,7 +23,7 @@ from memkit.pieces.admission import Admission, Novelty
 from memkit.pieces.chunk import Assignment, maximum
 from memkit.pieces.chunking import FixedChunkerSpec
 from memkit.pieces.growth import FixedGrowthSpec, Growth, SqrtGrowthSpec
-from memkit.pieces.merging import MeanSpec, WeightedMeanSpec
+from memkit.pieces.merging import MeanSpec, Weigh, WeightedMeanSpec
 from memkit.pieces.rotary import RerotateSpec, Zero, ZeroSpec
 from memkit.pieces.routing import Nearest, Segment
 from memkit.pieces.statistics import COUNT, MASS, POSITION
@@ -455,6 +455,7 @@ def _in_policies(law: Law, wrong: Callable[[Any], Any], *places: tuple[Any, str]
 
 
 WEIGHTED = WeightedMeanSpec(weight="learned")
+WEIGHS_ALL = WeightedMeanSpec(weight="learned", weigh=Weigh(founders=True, first_chunk=True))
 GROWS = FixedGrowthSpec(slots=4)
 CONTRIBUTIONS = ((slots, "contributions"), (leaving, "contributions"), (gradients, "contributions"))
 
@@ -487,7 +488,7 @@ FAULTS = (
     Fault(laws.values_keep_their_size, ReadsSums),
     Fault(laws.finite_reading, DividesByZero),
     _in_policies(laws.conservation_in_memory, _weights_twice, *CONTRIBUTIONS, merging=WEIGHTED),
-    _in_policies(laws.same_plan_same_answer, _no_gradient_of_weights, *CONTRIBUTIONS, merging=WEIGHTED, growth=GROWS),
+    _in_policies(laws.same_plan_same_answer, _no_gradient_of_weights, *CONTRIBUTIONS, merging=WEIGHS_ALL, growth=GROWS),
     _in_policies(laws.sinks, _sink_overwritten, (forward, "place"), growth=GROWS, sinks=1),
     _in_policies(laws.conservation_in_memory, _last_token_lost, (forward, "place"), growth=GROWS),
     _in_policies(laws.batch_invariance, _heads_mixed_up, (slots, "flat_slots"), growth=GROWS),
