@@ -25,19 +25,18 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memkit.catalog import as_policy
 from memkit.engine import attend, compress, next_readers
 from memkit.engine.autocast import autocasts
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
 from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
+from memkit.layers import AnyLayers, LayerFunction, layer_policies
 from memkit.pieces.rotary import Rotation
-from memkit.profiles import per_layer
 
 if TYPE_CHECKING:
     from memkit.memory import Memory
-    from memkit.policy import Policy, PolicySpec
+    from memkit.policy import Policy
 
 Prefill = Literal["policy", "full"]
 
@@ -53,7 +52,7 @@ MOVING_FREQUENCIES = ("dynamic", "longrope")
 
 @contextmanager
 def attach(
-    model: PreTrainedModel, policy: str | PolicySpec | Policy, *, prefill: Prefill = "policy"
+    model: PreTrainedModel, policy: AnyLayers | LayerFunction, *, prefill: Prefill = "policy"
 ) -> Generator[PreTrainedModel]:
     """Inside the `with` block, every attention layer of `model` remembers as `policy` says.
 
@@ -187,11 +186,13 @@ def _attention(
     if present is not None:
         query, key, value = (present.to_the_left(each) for each in (query, key, value))
     attachment = call.attachment
-    policy, rotation = attachment.policies[module.layer_idx], attachment.rotation
+    policy = attachment.policies[module.layer_idx]
+    rotation = attachment.rotation if policy.needs_rotation else None
     if attachment.prefill == "full" and (layer is None or layer.memory is None):
         output, memory = attend("full", query, key, value, scale=scaling)
         if layer is not None:
-            readers = None if attachment.readers is None else next_readers(query, attachment.readers)
+            asks = policy.observes and policy.spec.observe.readers == "next"
+            readers = next_readers(query, attachment.readers) if asks else None
             memory = compress(policy, query, key, value, rotation=rotation, scale=scaling, readers=readers)
     else:
         output, memory = attend(
@@ -221,18 +222,19 @@ class _Attachment:
     those who go on with the text, where they are asked once a prompt was read in full.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: str | PolicySpec | Policy, prefill: Prefill = "policy") -> None:
+    def __init__(self, model: PreTrainedModel, policy: AnyLayers | LayerFunction, prefill: Prefill = "policy") -> None:
         if prefill not in ("policy", "full"):
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
         check_model(model)
         self.prefill: Prefill = prefill
-        self.policy = as_policy(policy)
         self.layers, config = model.config.num_hidden_layers, model.config
-        self.policies = per_layer(self.policy, self.layers, kv_heads_of(config), facts_of(config))
-        check_policy(self.policy)
-        self.rotation = fixed_rotation(model) if self.policy.needs_rotation else None
-        asks = prefill == "full" and self.policy.observes and self.policy.spec.observe.readers == "next"
-        self.readers = fixed_rotation(model) if asks else None
+        windows = windows_of(config)
+        self.policies = layer_policies(policy, self.layers, kv_heads_of(config), facts_of(config), windows)
+        for each in dict.fromkeys(self.policies):
+            check_policy(each)
+        self.rotation = fixed_rotation(model) if any(each.needs_rotation for each in self.policies) else None
+        asks = [each.observes and each.spec.observe.readers == "next" for each in self.policies]
+        self.readers = fixed_rotation(model) if prefill == "full" and any(asks) else None
         forward = type(model.base_model).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
@@ -355,13 +357,13 @@ def check_model(model: PreTrainedModel) -> None:
             "a model (or a config shared by two) carries one policy at a time, got a second attach; "
             "leave the first `with` block before"
         )
-    kinds = getattr(model.config, "layer_types", None)
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and (kinds is None or any(kind != "full_attention" for kind in kinds)):
-        raise ModelError(
-            f"every layer must attend to all tokens, for the policy says what is kept, got sliding_window {window}; "
-            "load the model with sliding_window=None where its training allows it"
-        )
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """Tokens that each layer of a stock model sees, the query's own included; None: all."""
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 class _Present:
