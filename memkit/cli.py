@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from memkit import yaml12
 from memkit.catalog import load_policy, policy_header, policy_names
 from memkit.errors import InputError, MemkitError, PolicyError, short, shown, unknown_name
+from memkit.layers import as_layers
 from memkit.version import __version__
 
 __all__ = ["app"]
@@ -216,7 +217,7 @@ def cost(
             entry
             for policy in policies
             for entry in costing.cost(
-                load_policy(policy, overrides),
+                as_layers(policy, overrides),
                 lengths,
                 heads=heads,
                 kv_heads=kv_heads,

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from memkit.catalog import load_policy
 from memkit.errors import InputError, ModelError, short, shown
-from memkit.policy import Policy, PolicySpec
+from memkit.layers import AnyLayers, LayerPoliciesSpec, as_layers
 from memkit.rendering import render
 from memkit.subject import reading, subject, text_and_source, with_rows
 from memkit.texts import default_text, second_text
@@ -73,7 +72,7 @@ class Measurement:
     gap_closed: how much of the loss between StreamingLLM (`streaming-4-512`) and full attention it saves: 0 as the one,
         1 as the other; gap_error: its standard error, paired by position. None where one of the two was not compared.
     second_loss, second_gap_closed, second_gap_error: the same for the second text; None where there is none.
-    slots, window: slots (the mean over layers and heads, rounded), and tokens seen exactly, once the text is read.
+    slots, window: slots, and tokens seen exactly, once the text is read: the mean over layers and heads, rounded.
     held_share: slots + window as a share of full attention's.
     bytes: all that the memories of all layers hold then, room to grow included; bytes_share: of full attention's.
     peak_bytes: the most they held after reading or after any decoded token.
@@ -161,7 +160,7 @@ class Comparison:
 
 
 def compare(
-    policies: Iterable[str | Path | PolicySpec | Policy] | None = None,
+    policies: AnyLayers | Iterable[AnyLayers] | None = None,
     *,
     model: str | Path | LoadedModel | None = None,
     text: str | Path | None = None,
@@ -177,7 +176,8 @@ def compare(
 ) -> Comparison:
     """Let a stock language model read `tokens` tokens of a text under each policy, and measure cost and loss.
 
-    policies: names, files, specs or policies; left out, `DEFAULT_POLICIES`. overrides: fields to change in every one.
+    policies: names, files, specs or policies, or mappings of a policy per layer (`hf.attach`); left out,
+        `DEFAULT_POLICIES`. overrides: fields to change in every one (`default.growth.slots` where layers differ).
     model: a Hugging Face folder, a GGUF file, or what `memkit.hf.load` gave; left out, SmolLM2-135M-Instruct.
     text: a path to read from, or the text itself; left out, `default_text()`. Its first tokens are read, then
     `decoded` more are decoded greedily for their time alone.
@@ -215,9 +215,9 @@ def compare(
 
     measured: list[_Measured] = []
     with reading(loaded, seed):
-        for label, policy in asked.policies:
+        for label, layers in asked.policies:
             report = progress or _say_nothing
-            measured.append(_measure(loaded, policy, label, ids, other_ids, skip, decoded, prefill, report))
+            measured.append(_measure(loaded, layers, label, ids, other_ids, skip, decoded, prefill, report))
 
     settings = {
         "model": loaded.name,
@@ -239,7 +239,9 @@ def compare(
         "load_seconds": loaded.seconds,
         **_machine(loaded.model.device),
     }
-    streaming = load_policy(STREAMING) if rows is None else with_rows(load_policy(STREAMING), rows)
+    streaming = as_layers(STREAMING)
+    if rows is not None:
+        streaming = streaming.mapped(lambda policy: with_rows(policy, rows))
     return Comparison(settings, _against_others(measured, streaming))
 
 
@@ -247,7 +249,7 @@ def compare(
 class _Measured:
     """One policy's measurement, and its loss at each scored position of both texts, float64 [n − skip]."""
 
-    policy: Policy
+    layers: LayerPoliciesSpec
     entry: Measurement
     losses: Tensor
     second_losses: Tensor | None
@@ -285,7 +287,7 @@ def _read(loaded: LoadedModel, ids: Tensor, skip: int, prompt: int | None, progr
 
 def _measure(
     loaded: LoadedModel,
-    policy: Policy,
+    policies: LayerPoliciesSpec,
     label: str,
     ids: Tensor,
     second_ids: Tensor | None,
@@ -304,13 +306,13 @@ def _measure(
     times: list[float] = []
     progress(label, 0, all_tokens)
     prompt = skip if prefill == "full" else None
-    with hf.attach(model, policy, prefill=prefill):
+    with hf.attach(model, policies, prefill=prefill):
         model.base_model(ids[:, :SLICE], use_cache=True)  # the first call allocates; not counted
         reading = _read(loaded, ids, skip, prompt, lambda done: progress(label, done, all_tokens))
         layers = hf.memories(reading.cache)
         held = peak = sum(memory.bytes for memory in layers)
         slots = round(statistics.mean(float(memory.slots[0].double().mean()) for memory in layers))
-        window = int(layers[0].held_rows[0])
+        window = round(statistics.mean(int(memory.held_rows[0]) for memory in layers))
         token = model.get_output_embeddings()(reading.last).argmax().view(1, 1)
         for step in range(decoded):
             start = _now(ids.device)
@@ -339,7 +341,7 @@ def _measure(
         tokens_per_second=tokens / reading.seconds,
         second_loss=None if second is None else float(second.losses.mean()),
     )
-    return _Measured(policy, entry, reading.losses, None if second is None else second.losses)
+    return _Measured(policies, entry, reading.losses, None if second is None else second.losses)
 
 
 def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
@@ -348,10 +350,12 @@ def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[Tensor
         yield nn.functional.cross_entropy(head(states).float(), words, reduction="none").double().cpu()
 
 
-def _against_others(measured: list[_Measured], streaming_spec: PolicySpec | None = None) -> tuple[Measurement, ...]:
+def _against_others(
+    measured: list[_Measured], streaming_spec: LayerPoliciesSpec | None = None
+) -> tuple[Measurement, ...]:
     """Fill in what compares a policy with the others."""
-    full = _find(measured, load_policy(BASELINE))
-    streaming = _find(measured, streaming_spec or load_policy(STREAMING))
+    full = _find(measured, as_layers(BASELINE))
+    streaming = _find(measured, streaming_spec or as_layers(STREAMING))
     entries = [each.entry for each in measured]
     done: list[Measurement] = []
     for each in measured:
@@ -385,9 +389,9 @@ def _closed(losses: Tensor, full: Tensor, streaming: Tensor) -> tuple[float | No
     return float(saved.mean()) / gap, float(saved.std(correction=0)) / len(saved) ** 0.5 / gap
 
 
-def _find(measured: list[_Measured], spec: PolicySpec) -> _Measured | None:
-    """What was measured under a policy."""
-    return next((each for each in measured if each.policy.spec == spec), None)
+def _find(measured: list[_Measured], layers: LayerPoliciesSpec) -> _Measured | None:
+    """What was measured under these policies."""
+    return next((each for each in measured if each.layers == layers), None)
 
 
 def _dominates(one: Measurement, other: Measurement) -> bool:

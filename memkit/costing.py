@@ -6,18 +6,16 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import overload
 
 import numpy as np
 import torch
 
-from memkit.catalog import as_policy
 from memkit.engine.checks import DTYPES
 from memkit.errors import InputError, shown
 from memkit.holding import Shape, held_bytes
-from memkit.policy import Policy, PolicySpec
-from memkit.profiles import per_layer
+from memkit.layers import AnyLayers, as_layers, layer_policies
+from memkit.policy import Policy
 from memkit.whole import MOST, whole_number
 
 __all__ = ["FITTED_LENGTHS", "Cost", "Flops", "Shape", "cost"]
@@ -30,8 +28,6 @@ MOST_TOKENS, MOST_CHUNKS = 2**28, 2**22
 
 # Positions looked at in one go: a few arrays of 8 MB, however long the text.
 BLOCK = 1 << 20
-
-AnyPolicy = str | Path | PolicySpec | Policy
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,8 @@ class Flops:
 class Cost:
     """What `policy` costs at `tokens` tokens; see `cost` for what is counted.
 
-    slots, window: slots, and tokens kept exactly, of each row, layer and key/value head after a prefill (where heads
-    differ, the mean, rounded);
+    slots, window: slots, and tokens kept exactly, of each row, layer and key/value head after a prefill (where layers
+    or heads differ, the mean, rounded);
     slot_bytes, window_bytes: what the memories of all layers and rows hold then, room to decode included;
     decoding_bytes: the most that they hold while tokens are decoded after it, until a chunk more has left;
     prefill: operations for all tokens; decode: for one more; exponent: prefill grows as tokens^exponent from 4k to 1M.
@@ -90,7 +86,7 @@ class Cost:
 
 @overload
 def cost(
-    policy: AnyPolicy,
+    policy: AnyLayers,
     tokens: int,
     *,
     heads: int = 8,
@@ -105,7 +101,7 @@ def cost(
 
 @overload
 def cost(
-    policy: AnyPolicy,
+    policy: AnyLayers,
     tokens: Iterable[int],
     *,
     heads: int = 8,
@@ -119,7 +115,7 @@ def cost(
 
 
 def cost(
-    policy: AnyPolicy,
+    policy: AnyLayers,
     tokens: int | Iterable[int],
     *,
     heads: int = 8,
@@ -131,6 +127,9 @@ def cost(
     rows: int = 1,
 ) -> Cost | list[Cost]:
     """What a policy costs after reading `tokens` tokens; a list of costs for several lengths.
+
+    policy: one for all layers, or a mapping `{"default": …, "at": {…}}` or its YAML file for layers that differ; as no
+    model is known here, no layer slides by itself.
 
     heads h, kv_heads g (left out: h), head_width d, value_width v (left out: d), dtype, layers and rows say for what.
 
@@ -159,25 +158,26 @@ def cost(
     several = isinstance(tokens, Iterable) and not isinstance(tokens, (str, bytes, Mapping))
     several = several and getattr(tokens, "ndim", 1) > 0  # one number may be an array without axes
     each = list(tokens) if isinstance(tokens, Iterable) and several else [tokens]
-    built = as_policy(policy)
-    most = MOST_TOKENS if built.sinks_only else min(MOST_TOKENS, MOST_CHUNKS * built.chunk)
+    spec = as_layers(policy)
+    parts = _parts(layer_policies(spec, shape.layers, shape.kv_heads), shape)
+    chunks = [part.chunk for part, _ in parts if not part.sinks_only]
+    most = min(MOST_TOKENS, *(MOST_CHUNKS * chunk for chunk in chunks)) if chunks else MOST_TOKENS
     lengths = [whole_number("tokens", length, 1, most) for length in each]
-    parts = _parts(built, shape)
     courses = {part: _Course(part, {*lengths, *FITTED_LENGTHS}) for part, _ in parts}
     whole = [(courses[part], of_part) for part, of_part in parts]
     exponent = _slope({n: _total(_prefill(*each, n) for each in whole).total for n in FITTED_LENGTHS})
-    costs = [_cost_at(built, whole, shape, length, exponent) for length in lengths]
+    costs = [_cost_at(spec.label, whole, shape, length, exponent) for length in lengths]
     return costs if several else costs[0]
 
 
-def _parts(policy: Policy, shape: Shape) -> list[tuple[Policy, Shape]]:
+def _parts(policies: list[Policy], shape: Shape) -> list[tuple[Policy, Shape]]:
     """The layers and heads that are alike: their policy, and what is multiplied for it.
 
     A head profile says what each layer's heads get; `auto` finds none, for no model is known here.
     """
     group = shape.heads // shape.kv_heads
     parts: list[tuple[Policy, Shape]] = []
-    for one, layers in Counter(per_layer(policy, shape.layers, shape.kv_heads)).items():
+    for one, layers in Counter(policies).items():
         if one.head_ratios is not None and len(one.head_ratios) != shape.kv_heads:
             raise InputError(
                 f"heads.ratios has {len(one.head_ratios)} numbers, one per key/value head, got kv_heads "
@@ -237,15 +237,18 @@ class _Course:
         return int((scores + others * np.where(scores > 0, new, after)).sum())
 
 
-def _cost_at(policy: Policy, parts: list[tuple[_Course, Shape]], shape: Shape, tokens: int, exponent: float) -> Cost:
+def _cost_at(policy: str, parts: list[tuple[_Course, Shape]], shape: Shape, tokens: int, exponent: float) -> Cost:
     held = held_bytes([(course.policy, of_part) for course, of_part in parts], tokens)
     slots = sum(course.policy.slots_after(tokens) * part.layers * part.kv_heads for course, part in parts)
+    window = sum(
+        (tokens - int(course.policy.window.begin(tokens - 1))) * part.layers * part.kv_heads for course, part in parts
+    )
     return Cost(
-        policy=policy.name or "unnamed",
+        policy=policy,
         tokens=tokens,
         shape=shape,
         slots=round(slots / (shape.layers * shape.kv_heads)),
-        window=tokens - int(policy.window.begin(tokens - 1)),
+        window=round(window / (shape.layers * shape.kv_heads)),
         slot_bytes=held.slots,
         window_bytes=held.window,
         decoding_bytes=held.decoding,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from memkit.comparison import DEFAULT_POLICIES
 from memkit.errors import InputError, shown
-from memkit.policy import Policy, PolicySpec
+from memkit.layers import AnyLayers, LayerPoliciesSpec
 from memkit.subject import reading, subject
 from memkit.whole import MOST, SEEDS, whole_number
 
@@ -73,7 +73,7 @@ class Passkeys:
 
 
 def find_passkeys(
-    policies: Iterable[str | Path | PolicySpec | Policy] | None = None,
+    policies: AnyLayers | Iterable[AnyLayers] | None = None,
     *,
     model: str | Path | LoadedModel | None = None,
     text: str | Path | None = None,
@@ -166,7 +166,7 @@ def _hidden(
 
 def _ask(
     loaded: LoadedModel,
-    policy: Policy,
+    policy: LayerPoliciesSpec,
     prefill: Literal["policy", "full"],
     prompt: Tensor,
     question: Tensor,

@@ -6,13 +6,15 @@ import platform
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from memkit.catalog import as_policy, load_policy
+from memkit.catalog import load_policy
 from memkit.errors import InputError, ModelError
+from memkit.layers import AnyLayers, LayerPoliciesSpec, as_layers
 from memkit.pieces.growth import FixedGrowthSpec
 from memkit.pieces.window import SlidingWindowSpec
 from memkit.policy import Policy, PolicySpec
@@ -26,16 +28,16 @@ __all__ = ["Subject", "reading", "subject", "text_and_source", "with_rows"]
 
 @dataclass(frozen=True)
 class Subject:
-    """Policies, each with a name of its own; the text, and where it comes from; the model that reads it."""
+    """Policies of layers, each with a name of its own; the text, and where it comes from; the model that reads it."""
 
-    policies: list[tuple[str, Policy]]
+    policies: list[tuple[str, LayerPoliciesSpec]]
     source: str
     text: str
     loaded: LoadedModel
 
 
 def subject(
-    policies: Iterable[str | Path | PolicySpec | Policy],
+    policies: AnyLayers | Iterable[AnyLayers],
     overrides: Mapping[str, Any] | None,
     rows: int | None,
     model: str | Path | LoadedModel | None,
@@ -52,8 +54,9 @@ def subject(
             f"comparing needs transformers, accelerate and gguf, got: {error}; run: pip install 'memkit-attention[hf]'"
         ) from None
     chosen = _chosen(policies, overrides, rows)
-    for policy in chosen:
-        hf.check_policy(policy)
+    for each in chosen:
+        for policy in each.policies:
+            hf.check_policy(policy.build())
     source, text = text_and_source(text)
     loaded = model if isinstance(model, hf.LoadedModel) else hf.load(model)
     return Subject(list(_labelled(chosen)), source, text, loaded)
@@ -88,27 +91,21 @@ def with_rows(spec: PolicySpec, rows: int) -> PolicySpec:
 
 
 def _chosen(
-    policies: Iterable[str | Path | PolicySpec | Policy], overrides: Mapping[str, Any] | None, rows: int | None
-) -> list[Policy]:
+    policies: AnyLayers | Iterable[AnyLayers], overrides: Mapping[str, Any] | None, rows: int | None
+) -> list[LayerPoliciesSpec]:
     """The policies asked for, one or several, with these fields changed and so many rows a head (see `compare`)."""
-    if isinstance(policies, (str, Path, PolicySpec, Policy)):
-        policies = [policies]
-    chosen: list[Policy] = []
-    for policy in policies:
-        if overrides:
-            policy = load_policy(policy.spec if isinstance(policy, Policy) else policy, overrides).build()
-        policy = as_policy(policy)
-        chosen.append(policy if rows is None else with_rows(policy.spec, rows).build())
-    return chosen
+    if isinstance(policies, (str, Path, PolicySpec, Policy, LayerPoliciesSpec, Mapping)):
+        return _chosen([cast("AnyLayers", policies)], overrides, rows)
+    chosen = [as_layers(each, overrides) for each in policies]
+    return chosen if rows is None else [each.mapped(partial(with_rows, rows=rows)) for each in chosen]
 
 
-def _labelled(policies: list[Policy]) -> Iterator[tuple[str, Policy]]:
-    """Each policy with a name of its own: a second one of the same name gets a number."""
+def _labelled(chosen: list[LayerPoliciesSpec]) -> Iterator[tuple[str, LayerPoliciesSpec]]:
+    """Each with a name of its own: a second one of the same name gets a number."""
     used: dict[str, int] = {}
-    for policy in policies:
-        name = policy.name or "unnamed"
-        used[name] = used.get(name, 0) + 1
-        yield (name if used[name] == 1 else f"{name} ({used[name]})"), policy
+    for each in chosen:
+        used[each.label] = used.get(each.label, 0) + 1
+        yield (each.label if used[each.label] == 1 else f"{each.label} ({used[each.label]})"), each
 
 
 def text_and_source(text: str | Path | None) -> tuple[str, str]:

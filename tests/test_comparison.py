@@ -17,6 +17,7 @@ from memkit import comparison, hf
 from memkit.comparison import Comparison, Measurement, compare
 from memkit.errors import InputError, ModelError, PolicyError
 from memkit.hf.names import returned_cache
+from memkit.layers import as_layers
 from memkit.rendering import render
 from memkit.subject import with_rows
 from tests.hf.tiny import randomised, tiny_config
@@ -111,16 +112,14 @@ def entry(policy: str, size: int, loss: float) -> Measurement:
 
 def test_front():
     points = [("a", 10, 3.0), ("b", 10, 3.0), ("c", 10, 3.1), ("d", 20, 2.0), ("e", 30, 2.0), ("f", 5, 9.0)]
-    measured = [comparison._Measured(WINDOW.build(), entry(*point), torch.zeros(1), None) for point in points]
+    measured = [comparison._Measured(as_layers(WINDOW), entry(*point), torch.zeros(1), None) for point in points]
     assert "".join(e.policy for e in comparison._against_others(measured) if e.front) == "abdf"
 
 
 def test_the_share_of_the_gap_that_is_closed():
     losses = {"full": [1.0, 2.0, 3.0], "streaming-4-512": [2.0, 4.0, 3.0], "window-512": [1.5, 2.0, 3.5]}
     measured = [
-        comparison._Measured(
-            memkit.load_policy(name).build(), entry(name, 1, 1.0), torch.tensor(each).double(), 2 * torch.tensor(each)
-        )
+        comparison._Measured(as_layers(name), entry(name, 1, 1.0), torch.tensor(each).double(), 2 * torch.tensor(each))
         for name, each in losses.items()
     ]
     found = {each.policy: each for each in comparison._against_others(measured)}

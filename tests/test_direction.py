@@ -22,6 +22,7 @@ LEVELS = [
     {"policy"},
     {"catalog", "schema"},
     {"profiles"},
+    {"layers"},
     {"memory", "parameters"},
     {"engine"},
     {"reference"},

@@ -3,12 +3,14 @@
 Importing this package imports transformers; `import memkit` does not.
 """
 
-from memkit.hf.attachment import attach, check_policy, memories
+from memkit.hf.attachment import Attached, attach, check_policy
+from memkit.hf.cache import memories
 from memkit.hf.loading import LoadedModel, load
 from memkit.hf.model import MemkitConfig, MemkitForCausalLM
 from memkit.hf.profiling import Measured, measure_profile
 
 __all__ = [
+    "Attached",
     "LoadedModel",
     "Measured",
     "MemkitConfig",

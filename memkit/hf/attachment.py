@@ -8,237 +8,194 @@ Three seams that transformers and torch offer carry it, and nothing is patched:
 - a forward pre-hook on the decoder puts such a cache in, reads off the attention mask which tokens are there, sets the
   positions, and hands the lot to every layer as one keyword argument. Forward hooks note when a call ran to its end.
 
-When the `with` block ends, hooks and setting are gone; the function stays in the registry, where nothing else names it.
+What the model's attention does is asked of the model itself (`probe`). Once detached, hooks and setting are gone; the
+function stays in the registry, where nothing else names it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
-from memkit.catalog import as_policy
-from memkit.engine import attend, compress, next_readers
-from memkit.engine.autocast import autocasts
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
-from memkit.hf.cache import CarryingLayer, check_whole, layers_of, mark_complete
+from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
+from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
+from memkit.hf.decoder import NAME, Decoder, facts_of, find_decoder, kv_heads_of
+from memkit.hf.hooks import Life, hook, put_right, unhook
 from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
-from memkit.pieces.rotary import Rotation
-from memkit.profiles import per_layer
+from memkit.hf.probe import LayerFacts, probe
+from memkit.layers import AnyLayers, LayerFunction, layer_policies
 
 if TYPE_CHECKING:
-    from memkit.memory import Memory
-    from memkit.policy import Policy, PolicySpec
+    from memkit.policy import Policy
 
-Prefill = Literal["policy", "full"]
+__all__ = ["Attached", "attach", "check_policy"]
 
-__all__ = ["Prefill", "attach", "check_policy", "memories"]
-
-NAME = "memkit"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# The keyword by which a model with a head hands its decoder a list; the decoder notes the cache of the call there.
-WAITING = "memkit_waiting"
+# The keyword by which a call around the decoder's says what it notes.
+OUTER = "memkit_outer"
 # Rotary frequencies that change with the length read: a key would be un-rotated by other angles than it was rotated by.
 MOVING_FREQUENCIES = ("dynamic", "longrope")
 
 
-@contextmanager
-def attach(
-    model: PreTrainedModel, policy: str | PolicySpec | Policy, *, prefill: Prefill = "policy"
-) -> Generator[PreTrainedModel]:
-    """Inside the `with` block, every attention layer of `model` remembers as `policy` says.
+def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = "policy") -> Attached:
+    """Every attention layer of `model` remembers as `policy` says, until the `with` block ends or `detach` is called.
 
     ```python
     with memkit.hf.attach(model, "untrained-kvm-sqrt"):
         model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
+
+    handle = memkit.hf.attach(model, {"default": "untrained-observed", "at": {"0,1,-1": "full"}})
+    handle.detach()
     ```
 
     `model(...)` prefills, and continues with any number of tokens when its cache is passed on (`past_key_values`, from
     transformers 5.24 on `cache`); however a text is split, the result is the same. `model.generate(...)` works as
     usual: greedy, sampling, beams. Gradients flow. `memories(cache)` gives each layer's memory. Groups of query heads
-    share their key/value head's memory. When the block ends, by an error too, the model is as it was; a cache made
-    inside is of no use outside.
-
-    prefill: `policy`: bounded from the first chunk on. `full`: the first call of a cache, the prompt, is read exactly,
-    and all that is older than the window then leaves at once (`memkit.compress`); from there on the policy goes on.
-    What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in the first call.
-
-    Where the policy says `heads: {profile: auto}` and a head profile of this model is shipped, it is put in.
+    share their key/value head's memory. Once detached, be it by an error, the model is as it was; a cache made before
+    is of no use then. A copy made meanwhile is under the policy as long as the model is.
 
     Rows of unequal length are padded, on the left, on the right or anywhere, with a 2D `attention_mask` over this
     call's tokens or over all so far: a row's tokens are read as if they stood alone, and the next call continues each
     row at its own position. `generate` reads the last column of the logits, so it needs padding on the left
     (`tokenizer.padding_side = "left"`), as pipelines set it.
 
-    Raises `ModelError` for a model outside the Llama family (llama, mistral, qwen2, qwen3), with sliding-window
-    layers, or attached already, and for a policy with learned parts, which no stock model has; `InputError` inside the
-    block for calls that the engine cannot serve (4D masks, positions of one's own, …).
+    Args:
+        model: a Hugging Face decoder, with a head or without; a model of text and images, of which the text is meant;
+            or a wrapper with `get_base_model`, as peft's.
+        policy: one for all layers that attend to everything, or a mapping, the path of its YAML file, or a function of
+            the layer's number (`memkit.layers`). Where it says `heads: {profile: auto}` and a head profile of this
+            model is shipped, it is put in.
+        prefill: `policy`: bounded from the first chunk on. `full`: the first call of a cache, the prompt, is read
+            exactly, and all that is older than the window then leaves at once (`memkit.compress`); from there on the
+            policy goes on. What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in
+            the first call.
+
+    Raises:
+        ModelError: no such model, one that is attached already, or one whose attention does what no memory can (soft
+            caps, sinks in the softmax, an own attention function, an encoder, …); a policy with learned parts, or one
+            that un-rotates keys where it is not known how they were rotated.
+        PolicyError: a policy that is not there or not right, a layer that is not there.
+        InputError: later, by calls that the engine cannot serve (4D masks, positions of one's own, …).
     """
-    attachment = _Attachment(model, policy, prefill)
-    with ExitStack() as undo:
-        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
-        model.set_attn_implementation(NAME)
-        decoder = model.base_model
-        for module, before, after in (
-            (model, _before_model, _after_model),
-            (decoder, attachment.before_decoder, attachment.after_decoder),
-        ):
-            undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-        yield model
+    decoder = find_decoder(model)
+    put_right(decoder.owner)
+    if decoder.module.config._attn_implementation == NAME:
+        raise ModelError(
+            "a model (or a config shared by two) carries one policy at a time, got a second attach; "
+            "leave the first `with` block, or detach its handle, before"
+        )
+    return Attached(decoder, _Attachment(decoder, policy, prefill))
+
+
+class Attached:
+    """A model that is attached; a context manager, and a handle with `detach`.
+
+    model: what was given; policies: of each attention layer, by its number.
+    """
+
+    def __init__(self, decoder: Decoder, attachment: _Attachment) -> None:
+        self._decoder, self._life = decoder, Life(decoder.module.config._attn_implementation)
+        self.model, self.policies = decoder.given, attachment.policies
+        decoder.module.set_attn_implementation(NAME)
+        for module in decoder.outer:
+            hook(module, self._life, attachment.before_outer, attachment.after_outer)
+        hook(decoder.module, self._life, attachment.before_decoder, attachment.after_decoder)
+
+    @property
+    def attached(self) -> bool:
+        """Whether it still is."""
+        return not self._life.over
+
+    def detach(self) -> None:
+        """Leave the model as it was. Once is enough; more is no error."""
+        if self._life.over:
+            return
+        self._life.over = True
+        unhook([*self._decoder.outer, self._decoder.module], self._life)
+        self._decoder.module.set_attn_implementation(self._life.implementation)
+
+    def __enter__(self) -> Any:
+        if self._life.over:
+            raise ModelError("this handle was detached; attach the model anew")
+        return self.model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        names = ", ".join(dict.fromkeys(named(policy) for policy in self.policies.values()))
+        return f"Attached({type(self.model).__name__}, {names}{'' if self.attached else ', detached'})"
 
 
 def check_policy(policy: Policy) -> None:
     """Raise `ModelError` where a policy needs what no stock model has learned."""
     if policy.learned:
         raise ModelError(
-            f"a stock model runs policies without learned parts, got {_name(policy)}, which needs "
+            f"a stock model runs policies without learned parts, got {named(policy)}, which needs "
             f"{', '.join(need.phrase for need in policy.learned)}; use an untrained-* policy, or train a "
             "model with this one"
         )
 
 
-def memories(past_key_values: Cache) -> list[Memory]:
-    """Each layer's memory, first layer first, out of the cache that an attached model returned."""
-    layers = getattr(past_key_values, "layers", None)
-    if not layers or not all(isinstance(layer, MemoryLayer) and layer.memory is not None for layer in layers):
-        raise MemoryStateError(
-            f"{CACHE} must be what an attached model returned, got {past_key_values}; "
-            "call the model inside memkit.hf.attach(model, policy) first"
-        )
-    return [layer.memory for layer in layers]
-
-
-def _name(policy: Policy) -> str:
-    return policy.name or "without a name"
-
-
-class MemoryLayer(CarryingLayer):
-    """A decoder layer's `Memory`; new keys and values pass on to the attention function."""
-
-    memory: Memory | None
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    @property
-    def memories(self) -> list[Memory]:
-        return [] if self.memory is None else [self.memory]
-
-    def __repr__(self) -> str:
-        return f"MemoryLayer({self.memory if self.memory is not None else self.policy})"
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # Only attention functions that want a mask ask, and ours does not: the model is not attached.
-        raise MemoryStateError(
-            f"{CACHE} made under policy {_name(self.policy)} hold no keys that stock attention could read; "
-            f"pass them on inside memkit.hf.attach only, or start without {CACHE}"
-        )
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one forward call of the decoder tells its attention layers.
-
-    waiting: where to note the cache once the decoder has run, if a head is to run after it.
-    """
-
-    attachment: _Attachment
-    cache: Cache | None
-    present: _Present | None
-    waiting: list[Cache] | None
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    memkit_call: _Call | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface on `attend`: [b, h, t, d] in, [b, t, h, d] out."""
-    if memkit_call is None:
-        raise ModelError(
-            "this model shares its config with an attached model, but is not attached itself; give it a copy.deepcopy"
-        )
-    if dropout:
-        raise ModelError(f"attention dropout must be 0 on a memory, got {dropout}; set config.attention_dropout to 0")
-    call = memkit_call
-    if autocasts(query.device):
-        # As PyTorch's own attention does: rotation made queries and keys float32, while values are of autocast's dtype.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
-    layer = None if call.cache is None else call.cache.layers[module.layer_idx]
-    present = call.present
-    if present is not None:
-        query, key, value = (present.to_the_left(each) for each in (query, key, value))
-    attachment = call.attachment
-    policy, rotation = attachment.policies[module.layer_idx], attachment.rotation
-    if attachment.prefill == "full" and (layer is None or layer.memory is None):
-        output, memory = attend("full", query, key, value, scale=scaling)
-        if layer is not None:
-            readers = None if attachment.readers is None else next_readers(query, attachment.readers)
-            memory = compress(policy, query, key, value, rotation=rotation, scale=scaling, readers=readers)
-    else:
-        output, memory = attend(
-            policy,
-            query,
-            key,
-            value,
-            rotation=rotation,
-            scale=scaling,
-            memory=None if layer is None else layer.memory,
-            lengths=None if present is None else present.lengths,
-        )
-    if present is not None:
-        output = present.back(output)
-    if layer is not None:
-        layer.memory, layer.columns = memory, layer.columns + query.shape[2]
-    return output.transpose(1, 2).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-
-
 class _Attachment:
-    """A policy on a model: what is checked once, and what is prepared before each forward call.
+    """Policies on a model: what is checked once, and what is prepared before each forward call.
 
-    policies: of each layer; rotation: how keys are rotated, where the policy asks; readers: how queries are turned to
-    those who go on with the text, where they are asked once a prompt was read in full.
+    policies, facts: of each attention layer, by its number.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: str | PolicySpec | Policy, prefill: Prefill = "policy") -> None:
+    def __init__(self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill) -> None:
         if prefill not in ("policy", "full"):
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
-        check_model(model)
         self.prefill: Prefill = prefill
-        self.policy = as_policy(policy)
-        self.layers, config = model.config.num_hidden_layers, model.config
-        self.policies = per_layer(self.policy, self.layers, kv_heads_of(config), facts_of(config))
-        check_policy(self.policy)
-        self.rotation = fixed_rotation(model) if self.policy.needs_rotation else None
-        asks = prefill == "full" and self.policy.observes and self.policy.spec.observe.readers == "next"
-        self.readers = fixed_rotation(model) if asks else None
-        forward = type(model.base_model).forward
+        self.config, self.tower = decoder.config, decoder.module is not decoder.owner.base_model
+        self.facts = probe(decoder)
+        self.layers = self.config.num_hidden_layers
+        windows = [self.facts[layer].window if layer in self.facts else None for layer in range(self.layers)]
+        chosen = layer_policies(policy, self.layers, kv_heads_of(self.config), facts_of(self.config), windows)
+        self.policies = {layer: chosen[layer] for layer in self.facts}
+        for layer, each in self.policies.items():
+            check_policy(each)
+            if each.needs_rotation or (prefill == "full" and asks_next(each)):
+                check_rotation(decoder, layer, self.facts[layer])
+        forward = type(decoder.module).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
+
+    def before_outer(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Before a call around the decoder's."""
+        signature = inspect.signature(type(model).forward)
+        known: dict[str, Any] = signature.bind_partial(model, *args, **kwargs).arguments
+        known = known.get("kwargs", {}) | known
+        keep, mask = known.get("logits_to_keep"), known.get("attention_mask")
+        # `generate` keeps the last column's logits alone; for a padded row they predict nothing.
+        if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise InputError(
+                f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in "
+                f"row {int((mask[:, -1] == 0).nonzero()[0])}; pad on the left (tokenizer.padding_side = 'left')"
+            )
+        # Keyword arguments that a head does not know it hands to the decoder, and to the loss, where there is one.
+        takes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values())
+        if takes and OUTER not in kwargs and (self.tower or known.get("labels") is None):
+            kinds = known.get("token_type_ids")
+            return args, kwargs | {OUTER: Outer(mask, kinds is not None and bool((kinds != 0).any()))}
+        return None
+
+    def after_outer(self, _model: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        """A head ran to its end: the caller has the result, and what was read counts."""
+        if OUTER in kwargs:
+            for cache in kwargs[OUTER].caches:
+                mark_complete(layers_in(cache))
 
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The decoder's arguments as it needs them on our engine."""
-        arguments = self.signature.bind(decoder, *args, **kwargs).arguments
+        arguments: dict[str, Any] = self.signature.bind(decoder, *args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
         del arguments["self"]
         if arguments.get("output_attentions", decoder.config.output_attentions):
@@ -249,7 +206,7 @@ class _Attachment:
         rows, columns = tokens.shape[:2]
 
         given, layers = take_cache(arguments), None
-        waiting = arguments.pop(WAITING, None)
+        outer: Outer | None = arguments.pop(OUTER, None)
         if given is not None:
             layers = self.layers_of(given)
         seen, before = torch.zeros(rows, dtype=torch.long, device=tokens.device), 0
@@ -260,133 +217,108 @@ class _Attachment:
                     f"a call must have the rows of its {CACHE}, {len(seen)}, got {rows}; select or repeat the cache's "
                     "rows with its batch_select_indices or batch_repeat_interleave"
                 )
-        now = present_tokens(
-            arguments.pop("attention_mask", None), rows, columns, seen, before, "; a policy makes its own causal mask"
-        )
-        if self.prefill == "full" and now is not None and not before:
-            raise InputError(
-                "prefill='full' needs rows of equal length in the first call, got padding; read one row at a time, "
-                "or leave prefill out"
-            )
+        mask = arguments.pop("attention_mask", None)
+        if isinstance(mask, dict):  # masks of each kind of layer, of which transformers makes none for us
+            if outer is None or outer.images:
+                raise InputError(
+                    "a memory is causal, got tokens of images that see each other both ways (token_type_ids); "
+                    "read the text alone, or use a model whose images are causal, as llava's"
+                )
+            mask = outer.mask
+        now = present_tokens(mask, rows, columns, seen, before, "; a policy makes its own causal mask")
+        self._check_padding(now, before)
         places = torch.arange(columns, device=seen.device) if now is None else (now.cumsum(1) - 1).clamp(min=0)
         positions = seen[:, None] + places
         _check_positions(arguments.get("position_ids"), positions, now)
         arguments["position_ids"] = positions
 
         cache = given
-        if decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled():
+        if getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled():
             if given is not None:
                 raise InputError(f"gradient checkpointing runs layers twice; leave {CACHE} out while training")
             arguments["use_cache"] = False
         elif given is None:
             wanted = arguments.get("use_cache")
             if decoder.config.use_cache if wanted is None else wanted:
-                cache = Cache(layers=self.memory_layers())
+                cache = Cache(layers=self.fresh_layers(DynamicCache(config=self.config).layers))
         elif layers is None:
-            given.layers = self.memory_layers()  # only now that nothing is refused any more
+            # Only now that nothing is refused any more.
+            there = given.layers if len(given.layers) == self.layers else DynamicCache(config=self.config).layers
+            given.layers, given.layer_class_to_replicate = self.fresh_layers(there), None
         arguments[self.cache_name] = cache
-        arguments["memkit_call"] = _Call(self, cache, None if now is None else _Present(now), waiting)
+        present = None if now is None else Present(now)
+        arguments["memkit_call"] = Call(self.policies, self.facts, self.prefill, cache, present, outer)
         return (), arguments
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         """The decoder ran to its end. So did the call, unless a head is still to come."""
-        call = kwargs["memkit_call"]
+        call: Call = kwargs["memkit_call"]
         if call.cache is None:
             return
-        if call.waiting is None:
-            mark_complete(call.cache.layers)
+        if call.outer is None:
+            mark_complete(layers_in(call.cache))
         else:
-            call.waiting.append(call.cache)
+            call.outer.caches.append(call.cache)
+
+    def _check_padding(self, now: Tensor | None, before: int) -> None:
+        if now is None:
+            return
+        if self.prefill == "full" and not before:
+            raise InputError(
+                "prefill='full' needs rows of equal length in the first call, got padding; read one row at a time, "
+                "or leave prefill out"
+            )
+        if len(self.facts) < self.layers:
+            raise InputError(
+                f"{self.layers - len(self.facts)} of {self.layers} layers are no attention and would read padding as "
+                "text; read rows of equal length together"
+            )
 
     def layers_of(self, given: Any) -> list[MemoryLayer] | None:
         """The layers of the cache given, checked; None where it is empty."""
         layers = layers_of(given, MemoryLayer, "this attached model")
         if layers is None:
             return None
-        if len(layers) != self.layers:
+        if len(layers) != len(self.policies):
             raise MemoryStateError(
-                f"{CACHE} must be of a model of {self.layers} layers, got {len(layers)}; start without {CACHE}"
+                f"{CACHE} must be of a model of {len(self.policies)} layers, got {len(layers)}; start without {CACHE}"
             )
-        for layer, policy in zip(layers, self.policies, strict=True):
+        for layer, policy in zip(layers, self.policies.values(), strict=True):
             if layer.policy is not policy and layer.policy.spec != policy.spec:
                 raise MemoryStateError(
-                    f"{CACHE} must be of the attached policy, {_name(policy)}, got {_name(layer.policy)}; "
+                    f"{CACHE} must be of the attached policy, {named(policy)}, got {named(layer.policy)}; "
                     f"start without {CACHE}"
                 )
         check_whole(layers)
         return layers
 
-    def memory_layers(self) -> list[Any]:
-        return [MemoryLayer(policy) for policy in self.policies]
+    def fresh_layers(self, stock: list[Any]) -> list[Any]:
+        """A cache's layers to begin with: ours where a layer attends, the model's own elsewhere."""
+        return [
+            MemoryLayer(self.policies[layer]) if layer in self.policies else each for layer, each in enumerate(stock)
+        ]
 
 
-def fixed_rotation(model: PreTrainedModel) -> Rotation:
-    """How a model of the Llama family rotates its keys. Raises `ModelError` where that changes with the length read."""
-    rotary: Any = model.base_model.rotary_emb
-    if rotary.rope_type in MOVING_FREQUENCIES:
+def layers_in(cache: Any) -> list[MemoryLayer]:
+    """Our layers in a cache."""
+    return [layer for layer in cache.layers if isinstance(layer, MemoryLayer)]
+
+
+def check_rotation(decoder: Decoder, layer: int, facts: LayerFacts) -> None:
+    """Raise `ModelError` where it is not known how a layer's keys were turned, at any length of the text."""
+    for module in decoder.module.modules():
+        kinds = getattr(module, "rope_type", None) or ()
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind in MOVING_FREQUENCIES:
+                raise ModelError(
+                    f"un-rotating keys needs fixed rotary frequencies, got rope type {kind}; "
+                    "use a policy with rotary: {kind: keep}"
+                )
+    if facts.rotation is None:
         raise ModelError(
-            f"un-rotating keys needs fixed rotary frequencies, got rope type {rotary.rope_type}; "
+            f"un-rotating keys needs to know how positions turn them, and those of layer {layer} of "
+            f"{decoder.config.model_type} are not turned by the model's rotary frequencies alone; "
             "use a policy with rotary: {kind: keep}"
-        )
-    # `attention_scaling` (YaRN) needs nothing: turning back keeps a key's length, and merging is linear in it.
-    frequencies = rotary.inv_freq.detach().clone()
-    return Rotation("half-split", 2 * len(frequencies), frequencies)
-
-
-FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
-
-def kv_heads_of(config: Any) -> int:
-    """Key/value heads of each layer."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def facts_of(config: Any) -> dict[str, int | str]:
-    """By what a head profile knows the model that it was measured on."""
-    return {name: getattr(config, name) for name in FACTS} | {"num_key_value_heads": kv_heads_of(config)}
-
-
-def check_model(model: PreTrainedModel) -> None:
-    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family not in FAMILIES:
-        raise ModelError(f"model must be of the Llama family ({', '.join(FAMILIES)}), got {family}; see memkit.hf.load")
-    if model.config._attn_implementation == NAME:
-        raise ModelError(
-            "a model (or a config shared by two) carries one policy at a time, got a second attach; "
-            "leave the first `with` block before"
-        )
-    kinds = getattr(model.config, "layer_types", None)
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and (kinds is None or any(kind != "full_attention" for kind in kinds)):
-        raise ModelError(
-            f"every layer must attend to all tokens, for the policy says what is kept, got sliding_window {window}; "
-            "load the model with sliding_window=None where its training allows it"
-        )
-
-
-class _Present:
-    """Which tokens of a call are there, `now` [b, t]: those of a row are moved to the left for us, and back again.
-
-    lengths [b]: how many; order [b, t]: the columns, those with a token first; None where they already stand so.
-    """
-
-    def __init__(self, now: Tensor) -> None:
-        self.lengths = now.sum(1)
-        beyond = torch.arange(now.shape[1], device=now.device) >= self.lengths[:, None]
-        self.order = None if torch.equal(now, ~beyond) else (~now).long().argsort(dim=1, stable=True)
-
-    def to_the_left(self, tensor: Tensor) -> Tensor:
-        """[b, h, t, d] with each row's tokens first."""
-        return tensor if self.order is None else self._at(tensor, self.order)
-
-    def back(self, tensor: Tensor) -> Tensor:
-        """[b, h, t, d] with each row's tokens where they stood."""
-        return tensor if self.order is None else self._at(tensor, self.order.argsort(dim=1))
-
-    @staticmethod
-    def _at(tensor: Tensor, columns: Tensor) -> Tensor:
-        return tensor.gather(
-            2, columns.to(tensor.device)[:, None, :, None].expand(-1, *tensor.shape[1:2], -1, tensor.shape[3])
         )
 
 
@@ -404,24 +336,3 @@ def _check_positions(given: Tensor | None, positions: Tensor, now: Tensor | None
             f"{int(positions[row, column])} in row {row}, column {column}; leave position_ids out, and give packed "
             "texts a row each"
         )
-
-
-def _before_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Before a decoder that has a head."""
-    # `generate` keeps the last column's logits alone; for a padded row they predict nothing.
-    keep, mask = kwargs.get("logits_to_keep"), kwargs.get("attention_mask")
-    if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
-        raise InputError(
-            f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in row "
-            f"{int((mask[:, -1] == 0).nonzero()[0])}; pad on the left (tokenizer.padding_side = 'left')"
-        )
-    # Keyword arguments that a head does not know it hands to the decoder, and to the loss, where there is one.
-    if model.base_model is not model and kwargs.get("labels") is None:
-        return args, kwargs | {WAITING: []}
-    return None
-
-
-def _after_model(_model: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-    """The head ran to its end: the caller has the result, and what was read counts."""
-    for cache in kwargs.get(WAITING, ()):
-        mark_complete(cache.layers)

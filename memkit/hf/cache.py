@@ -11,15 +11,19 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from memkit.errors import InputError, MemoryStateError
+from memkit.hf.attention import run
 from memkit.hf.names import CACHE
 
 if TYPE_CHECKING:
+    from memkit.hf.attention import Prefill
+    from memkit.hf.probe import LayerFacts
     from memkit.lm import ModelMemory
     from memkit.memory import Memory
+    from memkit.policy import Policy
 
 Layer = TypeVar("Layer", bound="CarryingLayer")
 
-__all__ = ["CarryingLayer", "check_whole", "layers_of", "mark_complete"]
+__all__ = ["CarryingLayer", "MemoryLayer", "check_whole", "layers_of", "mark_complete", "memories", "named"]
 
 
 class CarryingLayer(CacheLayerMixin):
@@ -87,6 +91,62 @@ class CarryingLayer(CacheLayerMixin):
             )
 
 
+class MemoryLayer(CarryingLayer):
+    """A decoder layer's `Memory`; new keys and values pass on to the attention function, which reads by it."""
+
+    memory: Memory | None
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    @property
+    def memories(self) -> list[Memory]:
+        return [] if self.memory is None else [self.memory]
+
+    def __repr__(self) -> str:
+        return f"MemoryLayer({self.memory if self.memory is not None else self.policy})"
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Only attention functions that want a mask ask, and ours does not: the model is not attached.
+        raise MemoryStateError(
+            f"{CACHE} made under policy {named(self.policy)} hold no keys that stock attention could read; "
+            f"pass them on inside memkit.hf.attach only, or start without {CACHE}"
+        )
+
+    def read(
+        self,
+        facts: LayerFacts,
+        prefill: Prefill,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """Outputs [b, h, t, v] of tokens that follow those it has read; arguments as for `attention.run`."""
+        output, self.memory = run(self.policy, facts, prefill, self.memory, query, key, value, scale, lengths)
+        self.columns += query.shape[2]
+        return output
+
+
+def named(policy: Policy) -> str:
+    """A policy as messages name it."""
+    return policy.name or "without a name"
+
+
+def memories(past_key_values: Any) -> list[Memory]:
+    """Each attention layer's memory, first layer first, out of the cache that an attached model returned."""
+    layers = [layer for layer in getattr(past_key_values, "layers", None) or () if isinstance(layer, MemoryLayer)]
+    found = [memory for layer in layers for memory in layer.memories]
+    if not found or len(found) != len(layers):
+        raise MemoryStateError(
+            f"{CACHE} must be what an attached model returned, got {past_key_values}; "
+            "call the model inside memkit.hf.attach(model, policy) first"
+        )
+    return found
+
+
 def layers_of(cache: Any, kind: type[Layer], source: str) -> list[Layer] | None:
     """The layers of a cache that holds ours, of one `kind`; None for an empty one of transformers', ours to fill.
 
@@ -99,12 +159,14 @@ def layers_of(cache: Any, kind: type[Layer], source: str) -> list[Layer] | None:
             f"on what {source} returned"
         )
     layers: list[Any] | None = getattr(cache, "layers", None)  # a cache of encoder and decoder has none of its own
-    if layers and all(isinstance(layer, kind) for layer in layers):
-        return layers
+    ours = [layer for layer in layers or () if isinstance(layer, kind)]
+    if ours:
+        return ours
     fresh = type(cache) is DynamicCache or (type(cache) is Cache and not layers)
     if not fresh or cache.offloading or cache.get_seq_length():
+        kind_of = f"{'offloaded ' if getattr(cache, 'offloading', False) else ''}{type(cache).__name__}"
         raise InputError(
-            f"{CACHE} must be empty or from {source}, got a {type(cache).__name__} of {cache.get_seq_length()} tokens; "
+            f"{CACHE} must be empty or from {source}, got a {kind_of} of {cache.get_seq_length()} tokens; "
             f"leave {CACHE} and cache_implementation out"
         )
     return None

@@ -8,8 +8,7 @@ its even share. The profile is how many times the even share a head gets, averag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine.compress import ASKED, next_readers, row_worth
 from memkit.errors import InputError
-from memkit.hf.attachment import check_model, facts_of, fixed_rotation, kv_heads_of
+from memkit.hf.attachment import check_rotation
+from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
 from memkit.hf.loading import LoadedModel
+from memkit.hf.probe import attention_function, probe
 from memkit.profiles import HeadProfile
 from memkit.whole import whole_number
 
@@ -70,11 +71,13 @@ def measure_profile(
 
     Raises `InputError` for a text that is too short, `ModelError` for a model that `hf.attach` refuses.
     """
-    check_model(loaded.model)
+    decoder = find_decoder(loaded.model)
+    facts = probe(decoder)
+    for layer, each in facts.items():
+        check_rotation(decoder, layer, each)
     tokens = whole_number("tokens", tokens, 2 * ASKED, 2**20)
     budgets = [whole_number("rows", each, 4 * SINKS, tokens // 2) for each in rows]
-    rotation = fixed_rotation(loaded.model)
-    config = loaded.model.config
+    config = decoder.config
     layers, heads = config.num_hidden_layers, kv_heads_of(config)
     if not documents:
         raise InputError("documents must be one text at least, got none")
@@ -86,14 +89,23 @@ def measure_profile(
         scores: list[Tensor] = []
 
         def look(
-            query: Tensor, key: Tensor, value: Tensor, scale: float, scores: list[Tensor] = scores, done: int = number
+            layer: int,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            scale: float,
+            scores: list[Tensor] = scores,
+            done: int = number,
         ) -> None:
-            scores.append(row_worth(next_readers(query, rotation), key, value, scale)[0][0])
+            here = facts[layer]
+            assert here.rotation is not None  # checked above
+            readers = next_readers(here.turning_first(query), here.rotation)
+            scores.append(row_worth(readers, here.turning_first(key), value, scale)[0][0])
             if progress is not None:
                 progress("head profile", done * layers + len(scores), len(documents) * layers)
 
-        with _looking(loaded.model):
-            loaded.model.base_model(torch.tensor([ids], device=loaded.model.device), use_cache=False, memkit_look=look)
+        with attention_function(decoder.module, NAME):
+            decoder.module(torch.tensor([ids], device=loaded.model.device), use_cache=False, memkit_look=look)
         found.append(torch.stack([_ratios(torch.stack(scores), budget) for budget in budgets]).mean(0))
     each = torch.stack(found)
     ratios = _rounded(each.mean(0))
@@ -139,11 +151,11 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    memkit_look: Callable[[Tensor, Tensor, Tensor, float], None],
+    memkit_look: Callable[[int, Tensor, Tensor, Tensor, float], None],
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Full attention, which shows what it is given: [b, h, t, d] in, [b, t, h, d] out."""
-    memkit_look(query, key, value, scaling)
+    memkit_look(module.layer_idx, query, key, value, scaling)
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=True
     )
@@ -151,13 +163,3 @@ def _attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-
-
-@contextmanager
-def _looking(model: Any) -> Generator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memkit.catalog import as_policy
 from memkit.engine import attend
-from memkit.errors import InputError
+from memkit.errors import InputError, ModelError
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
-from memkit.profiles import per_layer
 from memkit.viz.trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -53,20 +51,23 @@ def layer_inputs(
     ids: tokens [t] of the text. Raises `InputError` where they are not one text's, and as `hf.attach` does.
     """
     from memkit import hf
-    from memkit.hf.attachment import facts_of, fixed_rotation, kv_heads_of
+    from memkit.hf.decoder import find_decoder
+    from memkit.hf.probe import probe
 
     model: Any = loaded.model
     tokens = torch.as_tensor(ids, device=model.device)
     if tokens.ndim != 1 or not len(tokens):
         raise InputError(f"ids must be the tokens of one text, [t], got a tensor {list(tokens.shape)}")
-    config = model.config
-    policies = per_layer(as_policy(policy), config.num_hidden_layers, kv_heads_of(config), facts_of(config))
-    rotation = fixed_rotation(model)
-    with hf.attach(model, policy), _projections(model) as layers:
+    facts = probe(find_decoder(model))
+    attached = hf.attach(model, policy)
+    with attached, _projections(model) as layers:
         model.base_model(tokens[None], use_cache=False)
     positions = torch.arange(len(tokens), device=model.device)
     found: list[LayerInputs] = []
-    for one, parts, module in zip(policies, layers, _attentions(model), strict=True):
+    for layer, (parts, module) in enumerate(zip(layers, _attentions(model), strict=True)):
+        one, rotation = attached.policies[layer], facts[layer].rotation
+        if rotation is None:
+            raise ModelError(f"layer {layer}: it is not known how positions turn its keys; look at another model")
         queries, keys, values = (_by_head(part, module.head_dim) for part in parts)
         queries, keys = rotation.apply(queries, positions), rotation.apply(keys, positions)
         needed = rotation if one.needs_rotation else None

@@ -6,8 +6,6 @@ import torch
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
@@ -298,18 +296,14 @@ def test_a_model_that_shares_the_config_is_refused(tiny, ids):
 @pytest.mark.parametrize(
     ("model", "config", "changes", "message"),
     [
-        (GPT2LMHeadModel, GPT2Config, {}, r"Llama family \(llama, mistral, qwen2, qwen3\), got gpt2"),
-        (MistralForCausalLM, MistralConfig, {}, "got sliding_window 4096"),
-        (
-            Qwen2ForCausalLM,
-            Qwen2Config,
-            {"use_sliding_window": True, "max_window_layers": 1},
-            "got sliding_window 4096",
-        ),
+        (MistralForCausalLM, MistralConfig, {}, "sees its newest 4096 tokens alone, and none would have policy full"),
     ],
 )
 def test_models_that_are_refused(model, config, changes, message):
-    with pytest.raises(ModelError, match=message), hf.attach(model(tiny_config(config, **changes)), "full"):
+    with (
+        pytest.raises((ModelError, memkit.PolicyError), match=message),
+        hf.attach(model(tiny_config(config, **changes)), "full"),
+    ):
         pass
 
 
@@ -317,7 +311,7 @@ def test_moving_frequencies_are_refused_only_where_keys_are_unrotated(ids):
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = LlamaForCausalLM(tiny_config(rope_parameters=rope))
     with pytest.raises(ModelError, match="fixed rotary frequencies, got rope type dynamic"):
-        hf.attach(model, "untrained-kvm-sqrt").__enter__()
+        hf.attach(model, "untrained-kvm-sqrt")
     with hf.attach(model, "window-512"):
         model(ids)
 

@@ -11,7 +11,7 @@ import torch
 import memkit
 from memkit import hf
 from memkit.hf import profiling
-from memkit.hf.attachment import _Attachment, facts_of
+from memkit.hf.decoder import facts_of
 from memkit.hf.names import CACHE, returned_cache
 from memkit.memory import HeadsMemory
 from memkit.profiles import HeadProfile
@@ -98,8 +98,9 @@ def memkit_model(wide: int = 32) -> Any:
 
 @torch.no_grad()
 def test_the_shipped_model_finds_its_shipped_profile(smollm: hf.LoadedModel):
-    attachment = _Attachment(smollm.model, "untrained-observed")
-    assert sum(layer.head_ratios is not None for layer in attachment.policies) > 10
-    slots = [layer.head_policies or ((3, layer),) for layer in attachment.policies]
+    handle = hf.attach(smollm.model, "untrained-observed")
+    handle.detach()
+    assert sum(layer.head_ratios is not None for layer in handle.policies.values()) > 10
+    slots = [layer.head_policies or ((3, layer),) for layer in handle.policies.values()]
     total = sum(heads * policy.slots_after(10_000) for layer in slots for heads, policy in layer)
     assert abs(total - 90 * 320) <= 45  # but for rounding, as many as with even shares
