@@ -21,6 +21,7 @@ from memkit.lm.memory import ModelMemory
 from memkit.lm.mixer import Mixer
 from memkit.lm.parts import Linear, Mlp, Span, State
 from memkit.lm.spec import MixerSpec, ModelSpec
+from memkit.lm.weights import adapted
 from memkit.whole import whole_numbers
 
 __all__ = ["Block", "MemoryLM"]
@@ -124,19 +125,39 @@ class MemoryLM(nn.Module):
         brought = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths
         return self.head_norm(x), ModelMemory(self.spec, seen + brought, carried)
 
-    def loss(self, ids: Tensor, lengths: Lengths | None = None, documents: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of every next token, in nats; of the valid ones, and within documents, where given."""
+    def loss(
+        self,
+        ids: Tensor,
+        lengths: Lengths | None = None,
+        documents: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of every next token, in nats.
+
+        Args:
+            ids: [b, t].
+            lengths: [b], valid tokens of each row, the rest padding on the right, which does not count.
+            documents: [b, t], as for `read_packed`: a document's first token does not count.
+            targets: [b, t] bool: which tokens count where they are predicted, as answers do and their questions do
+                not; a row's first token is never predicted. None: all.
+
+        Raises:
+            InputError: what does not fit ids; targets that leave nothing to predict (looked at on the CPU alone).
+        """
         lengths = self._lengths(ids, lengths)
+        chosen = None if targets is None else self._targets(ids, targets)
         logits = self(ids, lengths=lengths)[0] if documents is None else self.read_packed(ids, documents)
-        targets = ids[:, 1:].clone()
+        wanted = ids[:, 1:].clone()
         if lengths is not None:
             valid = Span(lengths.to(ids.device), None).valid(ids.shape[1])
             assert valid is not None
-            targets = targets.masked_fill(~valid[:, 1:, 0], -100)
+            wanted = wanted.masked_fill(~valid[:, 1:, 0], -100)
         if documents is not None:
-            targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+            wanted = wanted.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+        if chosen is not None:
+            wanted = wanted.masked_fill(~chosen[:, 1:], -100)
         logits = logits[:, :-1].flatten(0, 1)
-        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted.flatten())
 
     def read_packed(self, ids: Tensor, documents: Tensor) -> Tensor:
         """Logits of rows that hold several documents each, none of which sees another.
@@ -197,12 +218,17 @@ class MemoryLM(nn.Module):
         return cls.with_weights(load_model_spec(Path(folder)), weights)
 
     @classmethod
-    def with_weights(cls, spec: ModelSpec, file: Path) -> MemoryLM:
-        """The model with weights from a safetensors file. Raises `ModelError` where they are not this model's."""
+    def with_weights(cls, spec: ModelSpec, file: Path, *, other_policies: bool = False) -> MemoryLM:
+        """The model with weights from a safetensors file. Raises `ModelError` where they are not this model's.
+
+        other_policies: the weights are of a model with other policies: what only these learned is left out, and what
+        this one's learn starts as it does in training.
+        """
         with torch.device("meta"):
             made = cls(spec)
         try:
-            made.load_state_dict(load_file(str(file)), assign=True)
+            weights = load_file(str(file))
+            made.load_state_dict(adapted(weights, made.state_dict()) if other_policies else weights, assign=True)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(f"{file}: not this model's weights: {' '.join(str(error).split())[:300]}") from None
         return made.requires_grad_().eval()
@@ -240,6 +266,16 @@ class MemoryLM(nn.Module):
             return None
         limits = f"lie between 0 and the call's {ids.shape[1]} tokens"
         return whole_numbers("lengths", lengths, 0, ids.shape[1], count=ids.shape[0], limits=limits)
+
+    @staticmethod
+    def _targets(ids: Tensor, targets: Tensor) -> Tensor:
+        """targets [b, t] bool, checked."""
+        if not isinstance(targets, Tensor) or targets.dtype != torch.bool or targets.shape != ids.shape:
+            got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else shown(targets)
+            raise InputError(f"targets must be true or false for each of ids, {tuple(ids.shape)}, got {got}")
+        if targets.device.type == "cpu" and not bool(targets[:, 1:].any()):
+            raise InputError("targets must hold at least one token after a row's first, got none")
+        return targets.to(ids.device)
 
     @property
     def parameter_count(self) -> int:
