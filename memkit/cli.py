@@ -16,9 +16,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from memkit import yaml12
 from memkit.catalog import load_policy, policy_header, policy_names
-from memkit.errors import InputError, MemkitError, PolicyError, short, shown, unknown_name
+from memkit.commands import sweep, train
+from memkit.commands.options import SetOption
+from memkit.commands.options import check_writable as _check_writable
+from memkit.commands.options import parse_overrides as _overrides
+from memkit.commands.options import write as _write
+from memkit.errors import InputError, MemkitError, short, shown, unknown_name
 from memkit.version import __version__
 
 __all__ = ["app"]
@@ -113,10 +117,6 @@ VersionOption = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
 ]
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY", help="A shipped policy's name, or a YAML file.")]
-SetOption = Annotated[
-    list[str],
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in growth.factor=8; may be repeated."),
-]
 ImportOption = Annotated[
     list[str],
     typer.Option(
@@ -521,42 +521,11 @@ def _ids(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _overrides(changes: list[str]) -> dict[str, Any]:
-    """`growth.factor=8` → {"growth.factor": 8}; values are YAML."""
-    overrides: dict[str, Any] = {}
-    for change in changes:
-        field, equals, value = change.partition("=")
-        if not equals or not field.strip():
-            raise PolicyError(f"--set {short(change)}: must be FIELD=VALUE, as in --set growth.factor=8")
-        if (field := field.strip()) in overrides:
-            raise PolicyError(f"--set {short(change)}: {short(field)} is given twice; leave one of them out")
-        try:
-            overrides[field] = yaml12.load(value, f"--set {short(change)}")
-        except PolicyError as error:
-            raise PolicyError(f"{error}; the value is YAML, as 8 or '{{kind: none}}'") from None
-    return overrides
-
-
 def _choice(option: str, given: str, *allowed: str) -> Any:
     if given not in allowed:
         raise InputError(f"{option} must be one of {', '.join(allowed)}, got {short(given)}")
     return given
 
 
-def _check_writable(option: str, path: Path | None) -> None:
-    """Raise where a file of that name cannot be written, before work is done for it."""
-    if path is None:
-        return
-    try:
-        fine = not path.is_dir() and path.absolute().parent.is_dir()
-    except OSError:  # a name longer than a file's may be
-        fine = False
-    if not fine:
-        raise InputError(f"{option} {short(str(path))}: must be a file in a folder that exists; make the folder first")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name a file in a folder of yours") from None
+for command in (train, sweep):
+    command.register(app)

@@ -75,7 +75,8 @@ def with_policy(model: ModelSpec, policy: str | Path | PolicySpec) -> ModelSpec:
     overrides = tuple(each.model_copy(update={"mixer": changed(each.mixer)}) for each in model.layers.overrides)
     layers = model.layers.model_copy(update={"default": changed(model.layers.default), "overrides": overrides})
     fields: dict[str, Any] = {name: getattr(model, name) for name in ModelSpec.model_fields}
-    made = ModelSpec(**{**fields, "layers": layers})
+    fields["layers"] = layers
+    made = ModelSpec(**fields)
     return made.named(model.name)
 
 

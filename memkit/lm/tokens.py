@@ -16,6 +16,11 @@ BYTES = 256
 class Tokenizer(Protocol):
     """What training and judging want of a tokenizer."""
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids, 0 … vocabulary − 1."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special ones among them."""
         ...
@@ -27,6 +32,8 @@ class Tokenizer(Protocol):
 
 class ByteTokenizer:
     """A token is a byte of the text in UTF-8, its id the byte; the vocabulary is 256."""
+
+    vocabulary = BYTES
 
     def encode(self, text: str) -> list[int]:
         """The bytes of a text."""
