@@ -42,7 +42,7 @@ OUTSIDE = {
     "hypothesis": {"testing"},
     "matplotlib": {"viz", "evals"},
     "rich": {"viz"},
-    "transformers": {"hf", "training"},
+    "transformers": {"hf", "evals", "training"},
     "typer": {"cli", "commands"},
 }
 

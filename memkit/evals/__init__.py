@@ -1,7 +1,9 @@
 """Judging models: recall tasks, needles in text, loss by position, and how far a memory is from full attention."""
 
+from memkit.evals.bound import error_bound
 from memkit.evals.copying import CopySetting, SelectiveCopySpec
 from memkit.evals.evaluator import Evaluation, Score, evaluate
+from memkit.evals.fidelity import HeadFidelity, fidelity
 from memkit.evals.needle import DepthSetting, NeedleSpec, PasskeySpec
 from memkit.evals.positions import Stretch, documents_of, loss_by_position, stretches, without_slots
 from memkit.evals.recall import MqarSpec, NoisyRecallSpec, NoisySetting, PairsSetting, ScatteredPairsSpec
@@ -12,6 +14,7 @@ __all__ = [
     "CopySetting",
     "DepthSetting",
     "Evaluation",
+    "HeadFidelity",
     "MqarSpec",
     "NeedleSpec",
     "NoisyRecallSpec",
@@ -25,7 +28,9 @@ __all__ = [
     "Stretch",
     "TaskSpec",
     "documents_of",
+    "error_bound",
     "evaluate",
+    "fidelity",
     "loss_by_position",
     "stretches",
     "task",

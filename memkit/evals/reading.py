@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memkit.errors import ModelError, shown
 from memkit.lm import MemoryLM
 
-__all__ = ["Read", "losses", "read", "vocabulary_of"]
+__all__ = ["Read", "losses", "own_model", "read", "vocabulary_of"]
 
 SLICE = 4096
 """Positions whose logits are held at once."""
@@ -29,7 +29,7 @@ class Read:
 @torch.no_grad()
 def read(model: Any, ids: Tensor) -> Read:
     """Read ids [b, t] in one call. Raises `ModelError` where the model is none that predicts tokens."""
-    own = _own(model)
+    own = own_model(model)
     if own is not None:
         states, memory = own.read(ids.to(own.head.weight.device))
         return Read(states, own.head, memory.bytes)
@@ -62,11 +62,11 @@ def losses(found: Read, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def vocabulary_of(model: Any) -> int:
     """Token ids that the model has."""
-    own = _own(model)
+    own = own_model(model)
     return own.spec.vocabulary if own is not None else model.config.vocab_size
 
 
-def _own(model: Any) -> MemoryLM | None:
+def own_model(model: Any) -> MemoryLM | None:
     """The `MemoryLM` that a model is, or that is wrapped in it."""
     if isinstance(model, MemoryLM):
         return model

@@ -103,7 +103,7 @@ def test_loss_by_position_is_the_loss(made: MemoryLM):
     assert documents.shape == (2, 90)
     found = loss_by_position(made, documents, batch=1)
     assert found.shape == (2, 89)
-    assert float(found.mean()) == pytest.approx(float(made.loss(documents)), rel=1e-5)
+    assert float(found.mean()) == pytest.approx(made.loss(documents).item(), rel=1e-5)
 
 
 def test_stretches_average_positions_and_then_documents():
