@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full stream batches sweep-smoke bench-train test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants clean
+.PHONY: help compare bench bench-full stream batches gpu sweep-smoke bench-train test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,11 @@ sweep-smoke: $(READY) ## A whole small sweep, trained, judged and drawn: under 1
 
 bench-train: $(READY) ## Training steps of small models under policies against a plain PyTorch transformer, in one run
 	$(BIN)/python tools/bench_train.py
+
+DEVICE ?= cuda
+
+gpu: $(READY) ## All that a GPU is needed for, under 8 minutes: make gpu, or to try it out make gpu DEVICE=cpu
+	$(BIN)/python tools/gpu.py --device $(DEVICE)
 
 test: lint types pytest ## Everything that must pass before a commit: lint, types, default tests
 

@@ -1,4 +1,4 @@
-"""What a policy costs, from its spec alone: slots, bytes and floating-point operations. No tensor is made."""
+"""What a policy costs, from its spec alone: slots, bytes and floating-point operations. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import torch
 from memkit.catalog import as_policy
 from memkit.engine.checks import DTYPES
 from memkit.errors import InputError, shown
-from memkit.memory.window import room_for
-from memkit.pieces.needs import Need
+from memkit.holding import Shape, held_bytes
 from memkit.policy import Policy, PolicySpec
 from memkit.profiles import per_layer
 from memkit.whole import MOST, whole_number
@@ -32,33 +31,8 @@ MOST_TOKENS, MOST_CHUNKS = 2**28, 2**22
 
 # Positions looked at in one go: a few arrays of 8 MB, however long the text.
 BLOCK = 1 << 20
-FLOAT64_BYTES = 8
 
 AnyPolicy = str | Path | PolicySpec | Policy
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is multiplied: `rows` sequences through `layers` layers, each of `heads` query heads, `kv_heads` key/value
-    heads, keys of `head_width` and values of `value_width` channels, in `dtype`."""
-
-    heads: int
-    kv_heads: int
-    head_width: int
-    value_width: int
-    dtype: str
-    layers: int
-    rows: int
-
-    def __str__(self) -> str:
-        widths = (
-            f"{self.head_width}" if self.head_width == self.value_width else f"{self.head_width}/{self.value_width}"
-        )
-        grouped = "" if self.kv_heads == self.heads else f" over {self.kv_heads} key/value heads"
-        return (
-            f"{_several(self.layers, 'layer')} of {_several(self.heads, 'head')}{grouped}, width {widths}, "
-            f"{self.dtype}, {_several(self.rows, 'row')}"
-        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +58,7 @@ class Cost:
     slots, window: slots, and tokens kept exactly, of each row, layer and key/value head after a prefill (where heads
     differ, the mean, rounded);
     slot_bytes, window_bytes: what the memories of all layers and rows hold then, room to decode included;
+    decoding_bytes: the most that they hold while tokens are decoded after it, until a chunk more has left;
     prefill: operations for all tokens; decode: for one more; exponent: prefill grows as tokens^exponent from 4k to 1M.
     """
 
@@ -94,6 +69,7 @@ class Cost:
     window: int
     slot_bytes: int
     window_bytes: int
+    decoding_bytes: int
     prefill: Flops
     decode: Flops
     exponent: float
@@ -103,15 +79,21 @@ class Cost:
         """Slots and window."""
         return self.slot_bytes + self.window_bytes
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at any time: after reading, or while decoding."""
+        return max(self.bytes, self.decoding_bytes)
+
     def to_dict(self) -> dict[str, object]:
         """All fields as plain numbers and text, for JSON."""
-        return {**dataclasses.asdict(self), "bytes": self.bytes}
+        return {**dataclasses.asdict(self), "bytes": self.bytes, "peak_bytes": self.peak_bytes}
 
     def _repr_html_(self) -> str:
         rows = {
             "slots, each head": f"{self.slots:,}",
             "window, tokens": f"{self.window:,}",
             "memory": f"{self.bytes:,} bytes ({self.slot_bytes:,} slots + {self.window_bytes:,} window)",
+            "while decoding": f"{self.decoding_bytes:,} bytes at most",
             "prefill": f"{self.prefill.total:.3g} FLOPs ({self.prefill.routing:.3g} of them routing)",
             "one more token": f"{self.decode.total:.3g} FLOPs",
             "prefill grows as": f"tokens<sup>{self.exponent:.2f}</sup>",
@@ -167,9 +149,9 @@ def cost(
 
     heads h, kv_heads g (left out: h), head_width d, value_width v (left out: d), dtype, layers and rows say for what.
 
-    Bytes are those of `Memory.bytes` after one prefill in `dtype` without gradients: sums (float32, or float64 for
-    float64) and numbers (float64) of every slot, and the window's keys, values, weights and positions with the room
-    kept for decoding. The copy of the slots as they are read, which decoding keeps, is not in it.
+    Bytes are those of `Memory.bytes`: after one prefill in `dtype` without gradients, room to decode included, and at
+    most while tokens are decoded after it, one at a time, until a chunk has left and one more token has come. They are
+    counted on tensors without numbers, by the engine itself.
 
     With w(p) tokens of the window and m(p) slots visible to the query at position p, its own token included,
 
@@ -271,7 +253,7 @@ class _Course:
 
 
 def _cost_at(policy: Policy, parts: list[tuple[_Course, Shape]], shape: Shape, tokens: int, exponent: float) -> Cost:
-    each = [_bytes(course.policy, of_part, tokens) for course, of_part in parts]
+    held = held_bytes([(course.policy, of_part) for course, of_part in parts], tokens)
     slots = sum(course.policy.slots_after(tokens) * part.layers * part.kv_heads for course, part in parts)
     return Cost(
         policy=policy.name or "unnamed",
@@ -279,8 +261,9 @@ def _cost_at(policy: Policy, parts: list[tuple[_Course, Shape]], shape: Shape, t
         shape=shape,
         slots=round(slots / (shape.layers * shape.kv_heads)),
         window=tokens - int(policy.window.begin(tokens - 1)),
-        slot_bytes=sum(slot_bytes for slot_bytes, _ in each),
-        window_bytes=sum(window_bytes for _, window_bytes in each),
+        slot_bytes=held.slots,
+        window_bytes=held.window,
+        decoding_bytes=held.decoding,
         prefill=_total(_prefill(course, of_part, tokens) for course, of_part in parts),
         decode=_total(_decode(course, of_part, tokens) for course, of_part in parts),
         exponent=exponent,
@@ -329,27 +312,6 @@ def _routing(shape: Shape, compared: int) -> int:
     return 2 * shape.layers * shape.rows * shape.kv_heads * shape.head_width * compared
 
 
-def _bytes(policy: Policy, shape: Shape, tokens: int) -> tuple[int, int]:
-    """Bytes of slots and of the window after a prefill, as the torch engine allocates them."""
-    dtype = getattr(torch, shape.dtype)
-    width = shape.head_width + shape.value_width
-    per_slot = width * torch.promote_types(dtype, torch.float32).itemsize + len(policy.statistics) * FLOAT64_BYTES
-    heads = shape.layers * shape.rows * shape.kv_heads
-    slots = heads * policy.slots_after(tokens) * per_slot
-
-    room = room_for(policy, tokens - int(policy.window.begin(tokens - 1)))
-    weighs = Need.MERGE_WEIGHTS in policy.needs
-    window = heads * room * (width + weighs) * dtype.itemsize
-    if policy.observes:
-        wide = torch.promote_types(dtype, torch.float32).itemsize
-        slots += heads * policy.slots_after(tokens) * 3 * wide
-        queries = shape.layers * shape.rows * shape.heads * policy.observation.queries
-        window += heads * room * 3 * wide + queries * shape.head_width * dtype.itemsize
-    if Need.ROTATION in policy.needs:  # positions of the window's tokens, and the next one
-        window += shape.layers * shape.rows * (room + 1) * FLOAT64_BYTES
-    return slots, window
-
-
 def _slope(operations: dict[int, int]) -> float:
     """Of log operations over log tokens, by least squares."""
     x, y = np.log(list(operations)), np.log([float(number) for number in operations.values()])
@@ -382,7 +344,3 @@ def _shape(
     if shape.dtype not in known:
         raise InputError(f"dtype must be one of {', '.join(known)}, got {shown(shape.dtype)[1:-1]}")
     return shape
-
-
-def _several(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -24,6 +24,7 @@ from memkit.pieces.registry import AnyOf, NamedSpec
 from memkit.pieces.rotary import KeepSpec, Rotary, RotarySpec
 from memkit.pieces.routing import Discard, NearestSpec, Routing, RoutingSpec
 from memkit.pieces.statistics import COUNT, MASS, Statistic
+from memkit.pieces.storage import StorageSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
 
 __all__ = ["Policy", "PolicySpec"]
@@ -72,6 +73,7 @@ class PolicySpec(NamedSpec):
     rotary: Annotated[RotarySpec, AnyOf("rotary")] = Field(
         default=KeepSpec(), description="what happens to RoPE in memory"
     )
+    storage: StorageSpec = Field(default=StorageSpec(), description="in which form slots are held between calls")
 
     _policy: Policy | None = PrivateAttr(None)
 
@@ -268,6 +270,7 @@ class Policy:
         self.head_ratios = spec.heads.uneven
         self.sinks_only = self.growth is None
         self.observation = spec.observe.build(self.chunker.size)
+        self.storage = spec.storage.build()
         self.admission: Admission | None = None
         self.routing: Routing = Discard()
         self.merging: Merging = Drop()
@@ -325,10 +328,27 @@ class Policy:
         return self.spec.eviction == "weakest" and not self.sinks_only
 
     @functools.cached_property
+    def replaces(self) -> bool:
+        """Whether a fold may move slots or weigh them anew, so that it writes all of them; else it adds to some."""
+        return self.competes or self.observes
+
+    @functools.cached_property
+    def holds_once(self) -> bool:
+        """Whether slots are held as they are read. Sinks without growth are few, and plain sums of one token."""
+        return self.storage.once and not self.sinks_only
+
+    @functools.cached_property
+    def keeps_keys(self) -> bool:
+        """Whether a slot's key is its founder's, just as that token brought it."""
+        merging = self.merging
+        founders = merging.of == "values" or not merging.joins
+        return founders and merging.additive and self.readout.spec.key == "mean"
+
+    @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:
         """The numbers that each slot keeps besides its sums: its count, and what its pieces need."""
         wanted = (*self.readout.statistics, *self.rotary.statistics)
-        mass = self.weighted and (self.readout.divides_by_mass or MASS in wanted)
+        mass = self.weighted and (self.readout.divides_by_mass or self.merging.by_share or MASS in wanted)
         rest = tuple(statistic for statistic in wanted if statistic is not MASS)
         return (COUNT, *((MASS,) if mass else ()), *rest)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.schedule import Schedule, on_device
 from memkit.memory import Memory, held
-from memkit.memory.rows import parameter_versions
+from memkit.memory.held import HeldSlots
+from memkit.memory.memory import DecodeBuffer
+from memkit.memory.rows import SlotRules, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
+from memkit.policy import Policy
 
 __all__ = ["close", "open_store", "open_timeline", "without_padding"]
 
@@ -68,19 +73,35 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         rows, heads, _, width = inputs.keys.shape
         width += 0 if inputs.values is None else inputs.values.shape[-1]
         return SlotStore.empty(policy, (rows, heads, room, width), inputs.keys, in_place=not inputs.differentiable)
-    sums, numbers, evidence, view = memory.store.sums, memory.store.numbers, memory.store.evidence, None
+    held = memory.store
+    if isinstance(held, HeldSlots):
+        folds = schedule.most_leaving > 0 or inputs.values is None or inputs.differentiable
+        told = not folds and held.reads(parameter_versions(inputs.parameters))
+        held = held.as_read() if told else held.opened()
+    sums, numbers, evidence, view = held.sums, held.numbers, held.evidence, None
     if inputs.values is None:  # a plan only reads the memory, and only its keys
         sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
     elif inputs.differentiable:  # the memory that is returned shares nothing with this one
         sums, numbers, evidence = sums.clone(), numbers.clone(), None if evidence is None else evidence.clone()
     elif timeline.in_place:
-        view = memory.store.view
-        if view is not None and view.made_with != parameter_versions(inputs.parameters):
-            view = None
-    in_place = not inputs.differentiable
-    store = SlotStore(sums, numbers, view, evidence, in_place=in_place, before_writing=memory.about_to_write)
+        view = held.view
+    if isinstance(memory.store, HeldSlots):
+        view = held.view
+    elif view is not None and view.made_with != parameter_versions(inputs.parameters):
+        view = None
+    store = SlotStore(
+        sums,
+        numbers,
+        view,
+        evidence,
+        in_place=not inputs.differentiable,
+        founders_keys=held.founders_keys,
+        before_writing=memory.about_to_write,
+    )
     if room > store.room:
-        if timeline.in_place:  # decoding makes room for an eighth more, if the schedule will ever grant so many
+        if (
+            timeline.in_place and held is memory.store
+        ):  # decoding makes room for an eighth more, if the schedule will ever grant so many
             ahead = policy.slots_after(2 * (int(schedule.after.max()) + policy.chunk))
             room = min(room * 9 // 8, ahead)
         store.grow(room)
@@ -88,25 +109,78 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
 
 
 def close(
-    inputs: AttendInputs, schedule: Schedule, timeline: Timeline, store: SlotStore, next_positions: Tensor | None
+    inputs: AttendInputs,
+    rules: SlotRules,
+    schedule: Schedule,
+    timeline: Timeline,
+    store: SlotStore,
+    next_positions: Tensor | None,
 ) -> Memory:
     """The memory after the call."""
     policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
-    # Where slots compete, every fold reads all of them anew: how they read now would only be held beside them.
-    view = store.view if timeline.in_place and not policy.competes else None
-    store = SlotStore(store.sums, store.numbers, view, store.evidence)
-    if timeline.in_place:
-        assert before is not None
-        window = Window(before.window.streams, before.window.end + tokens)
-        if view is not None:
-            view.made_with = parameter_versions(inputs.parameters)
-    else:
-        keep = int(held(policy, schedule.after).max(initial=0))
+    keep = int(held(policy, schedule.after).max(initial=0))
+    made_with = parameter_versions(inputs.parameters)
+
+    def slots_at_rest() -> HeldSlots:
+        """The slots, held once; as they were held before where nothing was folded in."""
+        known = None if before is None or schedule.most_leaving else before.store
+        if isinstance(known, HeldSlots) and known.reads(made_with):
+            return known
+        return HeldSlots.of(rules, store, int(schedule.slots_after.max(initial=0)), made_with)
+
+    # Sums are what is read in float32, and twice as much in half precision; with a graph they are kept as they are.
+    half = inputs.keys.dtype.itemsize == 2
+    once = half or policy.replaces or (before is not None and isinstance(before.store, HeldSlots))
+    once = once and policy.holds_once and not inputs.differentiable
+    if not timeline.in_place:
         decodes = before is not None and tokens <= SLACK
         room = keep if inputs.differentiable else room_for(policy, keep, decodes)
         ends = None if inputs.even else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
         window = timeline.window(keep, room, ends)
-    return Memory(policy, schedule.after, window, store, next_positions)
+        at_rest = slots_at_rest() if once else store.compact()
+        return Memory(policy, schedule.after, window, at_rest, next_positions)
+    assert before is not None
+    window, buffer = Window(before.window.streams, before.window.end + tokens), before.buffer
+    if buffer is not None and policy.holds_once:
+        slots = slots_at_rest()
+        buffer = _refilled(before, buffer, slots, window, keep)
+        if buffer is not None:
+            buffer = dataclasses.replace(buffer, until=decodes_until(policy, int(schedule.after[0]), window))
+        return Memory(policy, schedule.after, window, slots, next_positions, buffer=buffer)
+    if once:
+        return Memory(policy, schedule.after, window, slots_at_rest(), next_positions)
+    compact = store.compact()
+    if store.view is not None and not policy.replaces:  # else every fold reads all anew
+        compact.view = store.view
+        compact.view.made_with = made_with
+    return Memory(policy, schedule.after, window, compact, next_positions)
+
+
+def _refilled(before: Memory, buffer: DecodeBuffer, slots: HeldSlots, window: Window, keep: int) -> DecodeBuffer | None:
+    """The buffer with these slots before the last `keep` tokens of the window; None where they do not fit it any more,
+    and the window then stands for itself."""
+    before.about_to_write()
+    if buffer.slots != slots.room or buffer.query_scale is not None or not buffer.slots:
+        window.streams = {name: stream.clone() for name, stream in window.streams.items()}
+        return None
+    if slots is not before.store:
+        for name, whole in (("keys", buffer.keys), ("values", buffer.values)):
+            front = whole.narrow(2, 0, slots.room)
+            setattr(slots, name, front.copy_(getattr(slots, name)))
+        if buffer.bias is not None and (bias := slots.view.bias) is not None:
+            buffer.bias.narrow(3, 0, slots.room).copy_(bias.unsqueeze(2))
+    if window.end > keep:
+        window.move_to_front(keep)
+    return buffer
+
+
+def decodes_until(policy: Policy, seen: int, window: Window) -> int:
+    """The window's end until which single tokens are decoded with nothing else to do, `seen` tokens from the start."""
+    if not policy.chunk:
+        return window.room
+    # The first token of a chunk pushes one out; the last, after which its queries are observed, goes the long way.
+    left = -seen % policy.chunk
+    return min(window.room, window.end + max(0, left - policy.observes))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -30,11 +30,12 @@ from memkit.engine.plan import compete, place
 from memkit.engine.schedule import LeavingChunk, Schedule
 from memkit.errors import InputError
 from memkit.memory import HeadsMemory, Memory
+from memkit.memory.replacing import replace
 from memkit.memory.rows import Chunk, SlotRules, memory_keys
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.parameters import PolicyParameters
-from memkit.pieces.evidence import softmax_evidence
+from memkit.pieces.evidence import ERROR, SHARE, softmax_evidence
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
 
@@ -137,9 +138,9 @@ def row_worth(
         scores = asked @ keys[:, head].to(wide).mT * scale
         if hidden is not None:
             scores.masked_fill_(hidden.repeat(group, 1), -torch.inf)
-        _, error, share = softmax_evidence(scores, values[:, head].to(wide))
-        roots.append(avg_pool1d(error.sqrt(), NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False))
-        shares.append(share)
+        _, told = softmax_evidence(scores, values[:, head].to(wide))
+        roots.append(avg_pool1d(told[..., ERROR].sqrt(), NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False))
+        shares.append(told[..., SHARE])
     return torch.stack(roots, dim=1), torch.stack(shares, dim=1)
 
 
@@ -154,10 +155,10 @@ def _compressed(inputs: AttendInputs, readers: Tensor | None) -> Memory:
     store = open_store(inputs, schedule, timeline)
     left = int(schedule.left_after.max(initial=0))
     new, sinks = min(left, policy.slots_after(tokens)), min(left, policy.sinks)
+    rules = SlotRules(policy, width, keys.dtype, inputs.key_norm, inputs.rotation, valued=True)
     if left and store.room:
-        rules = SlotRules(policy, width, keys.dtype, inputs.key_norm, inputs.rotation, valued=True)
         _fold(rules, store, timeline, left, new, sinks)
-    memory = close(inputs, schedule, timeline, store, following)
+    memory = close(inputs, rules, schedule, timeline, store, following)
     memory.observed = None if observer is None else observer.waiting()
     return memory
 
@@ -166,17 +167,24 @@ def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new
     """PLAN and FOLD all tokens that leave, as one chunk."""
     where = slice(0, left)
     streams = {name: stream[:, :, where] for name, stream in timeline.streams.items()}
-    some = {name: streams.get(name) for name in ("values", "weights", "positions", "evidence")}
-    chunk = Chunk(keys=streams["keys"], **some, first=True, where=where)
+    chunk = Chunk(
+        keys=streams["keys"],
+        values=streams.get("values"),
+        weights=streams.get("weights"),
+        positions=streams.get("positions"),
+        evidence=streams.get("evidence"),
+        first=True,
+        where=where,
+    )
     chunk.memory_keys = memory_keys(rules, chunk)
     if rules.policy.competes:
-        store.replace(rules, compete(rules, chunk, store, 0, 0, new, sinks), chunk, 0, 0)
+        replace(store, rules, compete(rules, chunk, store, 0, 0, new, sinks), chunk, 0, 0)
         return
     everyone = np.ones(len(chunk.keys), dtype=np.int64)
     leaving = LeavingChunk(everyone > 0, 0 * everyone, 0 * everyone, new * everyone, sinks * everyone)
     assignment = place(rules, leaving, chunk, store)
     if rules.policy.observes:
-        store.replace(rules, assignment, chunk, 0, 0)
+        replace(store, rules, assignment, chunk, 0, 0)
     else:
         store.add(rules, assignment, chunk)
 

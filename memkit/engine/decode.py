@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from memkit.engine.carry import decodes_until
 from memkit.engine.checks import check_signs
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.read import default_scale
 from memkit.memory import Memory
+from memkit.memory.held import HeldSlots
 from memkit.memory.memory import DecodeBuffer
-from memkit.memory.rows import SlotRules, SlotView, parameter_versions, read_slots
+from memkit.memory.rows import SlotRules, parameter_versions
+from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
 from memkit.pieces.rotary import Rotary
 from memkit.policy import Policy
@@ -142,7 +145,7 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
     """One token per row, rows alike, room in the buffer, no chunk that leaves, one query for slots and window."""
     policy, position = inputs.policy, int(memory.seen_rows[0])
     plain = inputs.keys.shape[2] == 1 and inputs.plan is None and not memory.keys.requires_grad
-    if not plain or not memory.window.fits(1) or memory.sums.requires_grad:
+    if not plain or not memory.window.fits(1) or memory.store.requires_grad:
         return False
     if position == 0 or _leaves(policy, position) or (policy.observes and _leaves(policy, position + 1)):
         return False
@@ -176,12 +179,12 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
     """The memory with its window moved directly behind a copy of the slots as they are read."""
     policy, slots, held = inputs.policy, int(memory.live_rows[0]), int(memory.held_rows[0])
     seen, band, room = int(memory.seen_rows[0]), policy.window.band, memory.window.room
-    view = _read(inputs, memory, slots, made_with) if slots else None
-    if view is None:
-        moved, keys, values, bias = memory, memory.keys, memory.values, None
-    else:
-        newest = memory.window.last(held)
-        keys = _behind(view.keys * _scale_ratio(inputs), newest["keys"], room)
+    moved, keys, values, bias, sinks = memory, memory.keys, memory.values, None, None
+    if slots:
+        store = _held(inputs, memory, slots, made_with)
+        view, newest, ratio = store.view, memory.window.last(held), _scale_ratio(inputs)
+        assert view is not None
+        keys = _behind(view.keys if ratio is None else view.keys * ratio, newest["keys"], room)
         values = _behind(view.values, newest["values"], room)
         bias = None if view.bias is None else pad(view.bias, (0, room)).unsqueeze(2)
         streams = {"keys": keys[:, :, slots:], "values": values[:, :, slots:]}
@@ -190,21 +193,25 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
             streams[name] = torch.cat(
                 (newest[name], stream.new_empty(*stream.shape[:2], room - held, *stream.shape[3:])), dim=2
             )
-        store = dataclasses.replace(memory.store, view=None, before_writing=None)
+        if isinstance(store, HeldSlots):
+            front = {"keys": keys[:, :, :slots], "values": values[:, :, :slots]}
+            store = dataclasses.replace(store, **front, scaled=ratio is not None)
+        else:
+            sinks = view.keys, view.values
+            store = dataclasses.replace(store, view=None)
         moved = dataclasses.replace(memory, window=Window(streams, held), store=store)
     end = moved.window.end
     until = room
     if band is not None and seen < band:
         until, band = min(room, end + band - seen), 0
     elif band is None and policy.chunk:
-        # The last token of a chunk, after which its queries are observed, goes the long way.
-        until = min(room, end + policy.chunk - seen % policy.chunk - policy.observes)
+        until = decodes_until(policy, seen, moved.window)
     scale = None if inputs.parameters is None else inputs.parameters.query_scale_window
     moved.buffer = DecodeBuffer(
         slots=slots,
         begin=0 if slots else end - held,
         band=band or 0,
-        sinks=(view.keys, view.values) if band and view is not None else None,
+        sinks=sinks if band else None,
         until=until,
         keys=keys,
         values=values,
@@ -219,15 +226,22 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
     return moved
 
 
-def _read(inputs: AttendInputs, memory: Memory, slots: int, made_with: tuple[int, ...]) -> SlotView:
-    """The slots as they are read, which the call that took the last chunk in has left here in most cases."""
-    view = memory.store.view
-    if view is not None and view.made_with == made_with:
-        return view.first(slots)
+def _held(inputs: AttendInputs, memory: Memory, slots: int, made_with: tuple[int, ...]) -> SlotStore | HeldSlots:
+    """The slots, held once, and as these parameters read them; or, where the policy's storage says so, a store."""
+    store = memory.store
+    if isinstance(store, HeldSlots):
+        if store.reads(made_with):
+            return store
+        store = store.opened()
     rules = SlotRules(
         inputs.policy, inputs.keys.shape[-1], inputs.keys.dtype, inputs.key_norm, inputs.rotation, valued=True
     )
-    return read_slots(rules, memory.sums[:, :, :slots], memory.store.numbers[:, :, :slots])
+    view = store.view if store.view is not None and store.view.made_with == made_with else None
+    store = dataclasses.replace(store, view=view, before_writing=None)
+    if inputs.policy.holds_once:
+        return HeldSlots.of(rules, store, slots, made_with)
+    store.view = store.read(rules).first(slots)
+    return store
 
 
 def _behind(slots: Tensor, window: Tensor, room: int) -> Tensor:
@@ -236,9 +250,9 @@ def _behind(slots: Tensor, window: Tensor, room: int) -> Tensor:
     return torch.cat((slots, window, rest), dim=2)
 
 
-def _scale_ratio(inputs: AttendInputs) -> Tensor | float:
-    """What slots' keys are multiplied by, so that the window's queries read them as the memory's would."""
+def _scale_ratio(inputs: AttendInputs) -> Tensor | None:
+    """What slots' keys are multiplied by, so that the window's queries read them as the memory's would; None for 1."""
     parameters = inputs.parameters
     if parameters is None or parameters.query_scale_memory is None or parameters.query_scale_window is None:
-        return 1.0
+        return None
     return (parameters.query_scale_memory / parameters.query_scale_window).to(inputs.keys.dtype)[:, None, None]

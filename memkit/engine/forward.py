@@ -13,14 +13,15 @@ from memkit.engine.carry import close, open_store, open_timeline, without_paddin
 from memkit.engine.decode import decode
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
+from memkit.engine.leaving import LeavingTokens
 from memkit.engine.observe import Observer, alike_rows
 from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step, on_device
 from memkit.memory import Memory
-from memkit.memory.rows import Chunk, SlotRules, SlotView, memory_keys
+from memkit.memory.replacing import replace
+from memkit.memory.rows import Chunk, SlotRules, SlotView
 from memkit.memory.slots import SlotStore
-from memkit.memory.window import columns
 from memkit.pieces.chunk import Assignment
 
 __all__ = ["attend", "plan"]
@@ -84,6 +85,8 @@ class Pass:
         self.timeline, self.next_positions = open_timeline(inputs, self.schedule)
         self.store = open_store(inputs, self.schedule, self.timeline)
         self.observer = Observer(inputs, self.schedule) if inputs.policy.observes else None
+        self.plan = None if inputs.plan is None else inputs.plan.to(self.device)
+        self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
 
     # The steps
@@ -128,16 +131,16 @@ class Pass:
         if self.policy.competes:
             self._compete(leaving, chunk)
             return
-        if self.inputs.plan is None:
+        if self.plan is None:
             assignment = place(self.rules, leaving, chunk, self.store)
         else:
-            assignment = follow(leaving, self.inputs.plan, self.policy.chunk, self.device)
+            assignment = follow(leaving, self.plan, self.policy.chunk, self.device)
         self.done.append((leaving, assignment))
-        if not self.policy.observes:
+        if not self.policy.replaces:
             self.store.add(self.rules, assignment, chunk)
             return
         live = int(leaving.slots_before.max())
-        self.store.replace(self.rules, assignment, chunk, live, live)
+        replace(self.store, self.rules, assignment, chunk, live, live)
 
     def _compete(self, leaving: LeavingChunk, chunk: Chunk) -> None:
         """PLAN and FOLD where slots and tokens compete, for rows of the batch with equal numbers at a time."""
@@ -151,7 +154,7 @@ class Pass:
             if at is not None:
                 store, some = store.of_rows(at), chunk.of_rows(at)
             assignment = compete(self.rules, some, store, kept, live, live + new - kept, sink_tokens)
-            store.replace(self.rules, assignment, some, kept, live)
+            replace(store, self.rules, assignment, some, kept, live)
             if at is not None:
                 self.store.put_rows(at, store)
 
@@ -219,18 +222,7 @@ class Pass:
     def _chunk(self, leaving: LeavingChunk) -> Chunk:
         """The tokens that leave. Rows that keep theirs get some tokens too, which the plan then drops."""
         where = span(leaving, leaving.begin + self.schedule.shift, self.policy.chunk, self.device)
-        streams = {name: columns(stream, where) for name, stream in self.timeline.streams.items()}
-        chunk = Chunk(
-            keys=streams["keys"],
-            values=streams.get("values"),
-            weights=streams.get("weights"),
-            positions=streams.get("positions"),
-            evidence=streams.get("evidence"),
-            first=shared(leaving.begin == 0, leaving.leaves, self.device) != 0,
-            where=where,
-        )
-        chunk.memory_keys = memory_keys(self.rules, chunk)
-        return chunk
+        return self.leaving.chunk(where, shared(leaving.begin == 0, leaving.leaves, self.device) != 0)
 
     def queries(self) -> Queries:
         """The call's queries."""
@@ -252,7 +244,7 @@ class Pass:
 
     def memory(self) -> Memory:
         """The memory after the call."""
-        memory = close(self.inputs, self.schedule, self.timeline, self.store, self.next_positions)
+        memory = close(self.inputs, self.rules, self.schedule, self.timeline, self.store, self.next_positions)
         if self.observer is not None:
             memory.observed = self.observer.waiting()
         return memory

@@ -102,6 +102,17 @@ class Plan:
                 f"got {self.begin.tolist()} and {self.length.tolist()}"
             )
 
+    def to(self, device: torch.device) -> Plan:
+        """The plan on a device; this one where it is there already. The host does not wait for the device."""
+        if self.slot.device == self.founded.device == device:
+            return self
+        return dataclasses.replace(self, slot=_there(self.slot, device), founded=_there(self.founded, device))
+
     def __repr__(self) -> str:
         rows, heads, tokens = self.slot.shape
         return f"Plan({rows} rows × {heads} heads, {tokens} tokens leave, slots after each chunk {self.slots.tolist()})"
+
+
+def _there(tensor: Tensor, device: torch.device) -> Tensor:
+    waits = device.type != "cuda" or tensor.device.type != "cpu"
+    return tensor.to(device) if waits else tensor.pin_memory().to(device, non_blocking=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries, scaled
-from memkit.engine.schedule import Schedule, Step, on_device
+from memkit.engine.schedule import Schedule, Step, common, on_device
 from memkit.memory.rows import SlotRules, SlotView
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
@@ -42,6 +42,11 @@ class Observer:
             return self.queries.new_zeros(rows, heads, len(self.offsets), width)
         positions = chunk_begin[:, None] + self.offsets
         new = positions - self.schedule.seen[:, None]
+        first = common(new[:, 0], np.ones(len(new), dtype=bool))
+        if first is not None and first >= 0 and len(self.offsets) == self.policy.chunk:
+            span = slice(first + self.waited, first + self.waited + self.policy.chunk)
+            if span.stop <= self.queries.shape[2]:
+                return self.queries[:, :, span]
         where = np.where(new >= 0, new + self.waited, np.arange(len(self.offsets)))
         index = on_device(where.clip(max=self.queries.shape[2] - 1), self.device)[:, None, :, None]
         return self.queries.gather(2, index.expand(-1, self.queries.shape[1], -1, self.queries.shape[3]))
@@ -77,18 +82,23 @@ class Observer:
             asked = Queries.of(self.policy, queries[at], self.inputs.parameters, self.inputs.rotation, positions)
             view = store.read(rules).first(slots) if slots else None
             scores, values = self._met(asked, held["keys"], held["values"], view, at)
-            read, error, share = softmax_evidence(scores, values)
-            added = self.policy.observation.added
+            read, told = softmax_evidence(scores, values)
             store.about_to_write()
-            evidence = timeline.streams["evidence"]
-            evidence[at, :, begin:column] = added(evidence[at, :, begin:column], error[..., slots:], share[..., slots:])
+            evidence = timeline.streams["evidence"][:, :, begin:column]
+            self._add(evidence, at, told[:, :, slots:])
             if slots:
                 assert store.evidence is not None
-                before = store.evidence[at, :, :slots]
-                store.evidence[at, :, :slots] = added(before, error[..., :slots], share[..., :slots])
+                self._add(store.evidence[:, :, :slots], at, told[:, :, :slots])
             if rows is None and step.stop - step.start == chunk == len(self.offsets):
                 outputs = read.reshape(*queries.shape[:3], -1)
         return outputs
+
+    def _add(self, evidence: Tensor, at: slice | Tensor, told: Tensor) -> None:
+        """Add what was told of some rows of the batch to their evidence."""
+        if isinstance(at, slice):
+            self.policy.observation.add_(evidence, told)
+        else:
+            evidence[at] = self.policy.observation.added(evidence[at], told)
 
     def _met(
         self, asked: Queries, keys: Tensor, values: Tensor, view: SlotView | None, at: slice | Tensor

@@ -135,7 +135,7 @@ def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
 def follow(leaving: LeavingChunk, plan: Plan, size: int, device: torch.device) -> Assignment:
     """Each token's slot as a given plan says."""
     where = span(leaving, leaving.begin - plan.begin, size, device)
-    slot, founded = (columns(tensor.to(device), where) for tensor in (plan.slot, plan.founded))
+    slot, founded = (columns(tensor, where) for tensor in (plan.slot, plan.founded))
     return _only(leaving, Assignment(slot, founded))
 
 

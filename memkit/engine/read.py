@@ -30,11 +30,16 @@ __all__ = [
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_gpu_flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+_gpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
 _efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 
 EFFICIENT_QUERIES, EFFICIENT_KEYS = 32, 16
 """Numbers of which that kernel wants a multiple: log-sum-exps of a head, and columns between two rows of a bias."""
+
+FLASH_WIDTH, FLASH_WIDEST = 8, 256
+"""Channels of a head that the GPU's flash kernel wants a multiple of, and the most that it takes."""
 
 
 @dataclass
@@ -212,9 +217,11 @@ class _Layout:
 
 def _forward(layout: _Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by PyTorch's fused kernel where there is one that gives both."""
-    match _kernel(layout.queries):
+    match _kernel(layout):
         case "flash":
             return _flash(layout.queries, layout.keys, layout.values, 0.0, causal, attn_mask=layout.bias, scale=scale)
+        case "gpu flash":
+            return _gpu_flash(layout.queries, layout.keys, layout.values, 0.0, causal, scale=scale)[:2]
         case "efficient":
             tensors = (layout.queries, layout.keys, layout.values, _aligned(layout))
             output, lse, _, _ = _efficient(*tensors, True, 0.0, causal, scale=scale)
@@ -230,10 +237,16 @@ def _backward(
     missing = layout.values.shape[-1] - grad.shape[-1]
     if missing:
         output, grad = pad(output, (0, missing)), pad(grad, (0, missing))
-    match _kernel(layout.queries):
+    match _kernel(layout):
         case "flash":
             tensors = (grad, layout.queries, layout.keys, layout.values, output, lse)
             return _flash_backward(*tensors, 0.0, causal, attn_mask=layout.bias, scale=scale)
+        case "gpu flash":
+            lengths = (layout.queries.shape[2], layout.keys.shape[2])
+            seed = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # of a dropout that there is not
+            # The kernel takes log-sum-exps for granted one after the other, and asks for nothing.
+            tensors = (grad, layout.queries, layout.keys, layout.values, output, lse.contiguous(), None, None)
+            return _gpu_flash_backward(*tensors, *lengths, 0.0, causal, seed, seed[0], scale=scale)
         case "efficient":
             tensors = (grad, layout.queries, layout.keys, layout.values, _aligned(layout), output)
             lse = pad(lse, (0, -lse.shape[-1] % EFFICIENT_QUERIES), value=torch.inf)
@@ -250,11 +263,16 @@ def _backward(
             return tuple(tensor.to(grad.dtype) for tensor in grads)  # type: ignore[return-value]
 
 
-def _kernel(queries: Tensor) -> Literal["flash", "efficient", "plain"]:
-    """What computes attention: PyTorch's fused kernels for the CPU and for CUDA, or products and a softmax."""
-    if queries.device.type == "cpu":
+def _kernel(layout: _Layout) -> Literal["flash", "gpu flash", "efficient", "plain"]:
+    """What computes attention: one of PyTorch's fused kernels that give the log-sum-exp, or products and a softmax."""
+    queries, device = layout.queries, layout.queries.device.type
+    if device == "cpu":
         return "flash"
-    return "efficient" if queries.device.type == "cuda" and queries.dtype != torch.float64 else "plain"
+    if device != "cuda" or queries.dtype == torch.float64:
+        return "plain"
+    width = queries.shape[-1]
+    fits = layout.bias is None and width % FLASH_WIDTH == 0 and width <= FLASH_WIDEST
+    return "gpu flash" if fits and queries.dtype != torch.float32 else "efficient"
 
 
 def _aligned(layout: _Layout) -> Tensor | None:

@@ -15,6 +15,7 @@ from memkit.errors import InputError, PolicyError
 from memkit.evals.bound import error_bound
 from memkit.evals.recording import Call, recorded_calls
 from memkit.memory import Memory
+from memkit.memory.held import HeldSlots
 from memkit.memory.rows import SlotRules, SlotView
 from memkit.policy import Policy, PolicySpec
 from memkit.whole import whole_number
@@ -164,7 +165,8 @@ class _Place:
         call = self.call
         key_norm = None if call.parameters is None else call.parameters.key_norm
         rules = SlotRules(self.policy, call.keys.shape[-1], call.keys.dtype, key_norm, call.rotation, valued=True)
-        return memory.store.read(rules).first(live)
+        store = memory.store.opened() if isinstance(memory.store, HeldSlots) else memory.store
+        return store.read(rules).first(live)
 
     def _slot_of_tokens(self) -> Tensor | None:
         """The slot of each token that left the window, [g, n]; None where that cannot be said of every one."""

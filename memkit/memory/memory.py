@@ -16,6 +16,7 @@ from torch import Tensor
 from memkit.catalog import as_policy
 from memkit.errors import MemoryStateError
 from memkit.memory import file
+from memkit.memory.held import HeldSlots
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
 from memkit.parameters import PolicyParameters
@@ -67,10 +68,10 @@ class DecodeBuffer:
 class Memory:
     """What a policy carries from one call to the next.
 
-    window: the tokens seen exactly; store: the slots, of which `live_rows` are live, the sinks first; seen_rows [b]:
-    tokens of each row so far; next_positions [b]: where positions continue, None where the policy rotates nothing;
-    observed [b, h, n, d]: the observed queries of each row's incomplete chunk, None where none are observed;
-    buffer: slots and window side by side, while decoding.
+    window: the tokens seen exactly; store: the slots (`HeldSlots` where how they are read says all), of which
+    `live_rows` are live, the sinks first; seen_rows [b]: tokens of each row so far; next_positions [b]: where positions
+    continue, None where the policy rotates nothing; observed [b, h, n, d]: the observed queries of each row's
+    incomplete chunk, None where none are observed; buffer: slots and window side by side, while decoding.
 
     taken: a later call has taken this memory over; written: the call that is about to has begun to change it; lost: the
     error with which such a call failed.
@@ -82,7 +83,7 @@ class Memory:
     policy: Policy
     seen_rows: np.ndarray
     window: Window
-    store: SlotStore
+    store: SlotStore | HeldSlots
     next_positions: Tensor | None = None
     observed: Tensor | None = None
     buffer: DecodeBuffer | None = None
@@ -114,7 +115,7 @@ class Memory:
     def bytes(self) -> int:
         """Bytes of all tensors held, room kept for growth and decoding's working copy included."""
         storages = [tensor.untyped_storage() for tensor in self.tensors()]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     @property
     def live_rows(self) -> np.ndarray:
@@ -219,11 +220,12 @@ class Memory:
     @staticmethod
     def _of(part: file.Contents) -> Memory:
         tensors, policy = part.tensors, part.policy
+        numbers = tensors["numbers"].to(tensors["sums"].dtype) if policy.replaces else tensors["numbers"]
         return Memory(
             policy=policy,
             seen_rows=tensors["seen"].numpy(),
             window=Window({name: tensors[name] for name in policy.streams}, part.end),
-            store=SlotStore(tensors["sums"], tensors["numbers"], evidence=tensors.get("slot_evidence")),
+            store=SlotStore(tensors["sums"], numbers, evidence=tensors.get("slot_evidence")),
             next_positions=tensors.get("next_positions"),
             observed=tensors.get("observed"),
         )
@@ -277,6 +279,10 @@ class Memory:
         after.window = Window(self.window.streams, self.window.end + 1)
         return after
 
+    def skip(self, tokens: int) -> None:
+        """Go on as if so many tokens had been decoded; what stands behind the window is theirs then."""
+        self.seen_rows, self.window = self.seen_rows + tokens, Window(self.window.streams, self.window.end + tokens)
+
     def check_usable(self) -> None:
         """Raise where a later call has taken this memory over."""
         if self.lost is not None:
@@ -300,11 +306,14 @@ class Memory:
     @property
     def requires_grad(self) -> bool:
         """Whether gradients flow into this memory."""
-        return any(tensor.requires_grad for tensor in self._saved().values())
+        return any(tensor.requires_grad for tensor in self.tensors())
 
     def contents(self) -> file.Contents:
         """What a file holds."""
-        return file.Contents(self.policy, {**self._saved(), "seen": self.seen}, self.window.end)
+        saved = self._saved()  # numbers are float64 in every file, whatever they are here
+        return file.Contents(
+            self.policy, {**saved, "numbers": saved["numbers"].double(), "seen": self.seen}, self.window.end
+        )
 
     def _saved(self) -> dict[str, Tensor]:
         """The tensors of a file, by name."""

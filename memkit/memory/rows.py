@@ -6,6 +6,7 @@ anything; `slots.py` does.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,14 @@ __all__ = [
     "SlotRules",
     "SlotView",
     "by_statistic",
+    "constant",
     "contributions",
     "memory_keys",
     "parameter_versions",
     "read_slots",
     "read_tokens",
-    "weighed",
+    "statistics_of_founders",
+    "weight_needs_founders",
 ]
 
 
@@ -38,7 +41,8 @@ class Chunk:
     keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
     first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its columns of the timeline;
     memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet; evidence [b, g, c, 3]: what observed
-    queries have told of them.
+    queries have told of them; founders: `contributions` as if every token founded, where these were taken ahead and a
+    token's weight does not depend on who founds.
     """
 
     keys: Tensor
@@ -49,6 +53,7 @@ class Chunk:
     where: Columns
     memory_keys: Tensor | None = None
     evidence: Tensor | None = None
+    founders: tuple[Tensor, Tensor] | None = None
 
     def of_rows(self, rows: Tensor) -> Chunk:
         """The tokens of some rows of the batch."""
@@ -99,23 +104,6 @@ class SlotView:
         return SlotView(self.route[:, :, :count], self.keys[:, :, :count], self.values[:, :, :count], bias)
 
 
-def weighed(rules: SlotRules, rows: Tensor, numbers: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as if their tokens had a weight [b, g, n] in all: scaled by weight / mass; as they are where it is 0.
-
-    The rows are written into.
-    """
-    policy = rules.policy
-    mass = numbers[..., policy.statistics.index(MASS)]
-    factor = torch.where((mass > 0) & (weight > 0), weight / torch.where(mass > 0, mass, 1), 1).unsqueeze(-1)
-    scaled = torch.tensor([statistic.weighed for statistic in policy.statistics], device=rows.device)
-    if policy.merging.of == "values":  # keys are their founder's, whatever it weighs
-        rows[..., rules.width :] *= factor.to(rows.dtype)
-        scaled = scaled & torch.tensor([not statistic.of_keys for statistic in policy.statistics], device=rows.device)
-    else:
-        rows *= factor.to(rows.dtype)
-    return rows, torch.where(scaled, numbers * factor, numbers)
-
-
 def memory_keys(rules: SlotRules, chunk: Chunk) -> Tensor:
     """What slots sum of a chunk's keys: [b, g, c, d], float32 or float64."""
     keys = chunk.keys.to(torch.promote_types(chunk.keys.dtype, torch.float32))
@@ -128,7 +116,14 @@ def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> tup
 
     founded [b, g, c]; None where no token founds.
     """
-    policy, keys = rules.policy, memory_keys(rules, chunk) if chunk.memory_keys is None else chunk.memory_keys
+    policy = rules.policy
+    if chunk.founders is not None:
+        rows, numbers = chunk.founders
+        own = statistics_of_founders(policy, numbers.device)
+        if own is None:
+            return rows, numbers
+        return rows, numbers.masked_fill(own if founded is None else own & ~founded.unsqueeze(-1), 0)
+    keys = memory_keys(rules, chunk) if chunk.memory_keys is None else chunk.memory_keys
     dtype, ones = keys.dtype, torch.ones_like(keys[..., 0])
     values = keys[..., :0] if chunk.values is None else chunk.values.to(dtype)
     for_keys = for_values = for_radius = ones
@@ -155,18 +150,54 @@ def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> tup
     return torch.cat((keys * for_keys.unsqueeze(-1), values * for_values.unsqueeze(-1)), dim=-1), numbers
 
 
-def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor) -> SlotView:
-    """Sums [..., d + v] and numbers [..., s] as they are read, on any leading axes."""
+def weight_needs_founders(rules: SlotRules, chunk: Chunk) -> bool:
+    """Whether a token weighs otherwise where it founds."""
+    weighs = rules.policy.merging.weighs
+    return not (weighs.founders and weighs.first_chunk) and (
+        rules.policy.merging.weight(chunk.keys[:, :, :1], _first(chunk.weights)) is not None
+    )
+
+
+def _first(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights[:, :, :1]
+
+
+def statistics_of_founders(policy: Policy, device: torch.device) -> Tensor | None:
+    """Which statistics founders alone bring, a bool for each; None where there are none."""
+    own = tuple(statistic.of_founder for statistic in policy.statistics)
+    return constant(own, device) if any(own) else None
+
+
+@functools.lru_cache(maxsize=64)
+def constant(numbers: tuple[bool, ...], device: torch.device) -> Tensor:
+    """A tensor of constants, made once: the host would wait for the device each time."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
+
+
+def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor, founders_keys: Tensor | None = None) -> SlotView:
+    """Sums [..., d + v] and numbers [..., s] as they are read, on any leading axes.
+
+    founders_keys [..., d]: how queries meet the slots' keys, where these are their founders' and known
+    (`Policy.keeps_keys`).
+    """
     policy, width, dtype = rules.policy, rules.width, rules.dtype
     keys, values = sums[..., :width], sums[..., width:]
     named = by_statistic(policy, numbers)
-    of_keys = named
-    if policy.merging.of == "values":  # a slot's key is its founder's
-        of_keys = {**named, MASS: (named[COUNT] > 0).to(numbers.dtype)}
-    route = keys = policy.readout.key(keys, of_keys, rules.key_norm)
-    if policy.rotary.rotates_slots:
+    if policy.keeps_keys:
+        route = keys = keys.clone()  # of its own: sums may be written into
+        mean_position = named.get(POSITION)
+    else:
+        of_keys = named
+        if policy.merging.of == "values":
+            of_keys = {**named, MASS: (named[COUNT] > 0).to(numbers.dtype)}
+        route = keys = policy.readout.key(keys, of_keys, rules.key_norm)
         mass = of_keys[MASS]
-        keys = policy.rotary.slot_keys(keys, rules.rotation, named[POSITION] / torch.where(mass > 0, mass, 1))
+        mean_position = named[POSITION] / torch.where(mass > 0, mass, 1) if policy.rotary.rotates_slots else None
+    if founders_keys is not None:
+        keys = founders_keys
+    elif mean_position is not None:
+        keys = policy.rotary.slot_keys(keys, rules.rotation, mean_position)
     if not rules.valued:
         return SlotView(route, route, values, None)
     bias = policy.readout.bias(named)
@@ -176,6 +207,8 @@ def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor) -> SlotView:
 
 def read_tokens(rules: SlotRules, chunk: Chunk) -> Tensor:
     """The chunk's tokens as slots of their own would be read by routing, [b, g, c, d]."""
+    if rules.policy.keeps_keys and chunk.memory_keys is not None:
+        return chunk.memory_keys
     everyone = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=chunk.keys.device)
     rows, numbers = contributions(rules, chunk, everyone)
     return rules.policy.readout.key(rows[..., : rules.width], by_statistic(rules.policy, numbers), rules.key_norm)

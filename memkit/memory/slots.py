@@ -12,18 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots, weighed
+from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots
 from memkit.memory.window import Columns
 from memkit.pieces.chunk import Assignment
-from memkit.pieces.evidence import SHARE, Evidence
-from memkit.pieces.statistics import COUNT
 from memkit.policy import Policy
 
 __all__ = ["Fold", "SlotStore", "flat_slots"]
-
-
-SHARE_EPS = 1e-9
-"""Added to a row's share where it is a weight: nobody weighs nothing."""
 
 
 @dataclass
@@ -50,8 +44,9 @@ class SlotStore:
     """The slots of a memory, with room past the live ones.
 
     sums [b, g, M, d + v]: key sum and value sum, float32 or float64; numbers [b, g, M, s]: the policy's statistics,
-    float64; view: how they are read, where that is at hand; evidence [b, g, M, 3]: what observed queries have told of
-    them (see `pieces.evidence`), None where none are observed.
+    float64, or of the sums' dtype where the policy replaces slots; view: how they are read, where that is at hand;
+    evidence [b, g, M, 3]: what observed queries have told of them (see `pieces.evidence`), None where none are
+    observed; founders_keys [b, g, M, d]: how queries meet their keys, where these are their founders' and known.
     in_place: whether adding may write into these tensors, or makes new ones, so that autograd can follow.
     undo: every fold so far, where asked for. before_writing: called before tensors are changed in place.
     """
@@ -62,13 +57,15 @@ class SlotStore:
     evidence: Tensor | None = None
     in_place: bool = True
     undo: list[Fold] | None = None
+    founders_keys: Tensor | None = None
     before_writing: Callable[[], None] | None = None
 
     @classmethod
     def empty(cls, policy: Policy, shape: tuple[int, int, int, int], like: Tensor, in_place: bool) -> SlotStore:
         """Room [b, g, M, d + v] with no slot in it, for tokens like these."""
         sums = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
-        numbers = like.new_zeros(*shape[:3], len(policy.statistics), dtype=torch.float64)
+        dtype = sums.dtype if policy.replaces else torch.float64
+        numbers = like.new_zeros(*shape[:3], len(policy.statistics), dtype=dtype)
         evidence = sums.new_zeros(*shape[:3], 3) if policy.observes else None
         return cls(sums, numbers, evidence=evidence, in_place=in_place)
 
@@ -76,6 +73,11 @@ class SlotStore:
     def room(self) -> int:
         """Slots there is room for."""
         return self.sums.shape[2]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow into it."""
+        return self.sums.requires_grad or self.numbers.requires_grad
 
     def tensors(self) -> list[Tensor]:
         """All tensors held, the working copy's included."""
@@ -91,8 +93,13 @@ class SlotStore:
     def read(self, rules: SlotRules) -> SlotView:
         """The slots as they are read."""
         if self.view is None:
-            self.view = read_slots(rules, self.sums, self.numbers)
+            self.view = read_slots(rules, self.sums, self.numbers, self.founders_keys)
         return self.view
+
+    def compact(self) -> SlotStore:
+        """A store with nothing but what must be kept, in tensors of its own."""
+        evidence = None if self.evidence is None else self.evidence.contiguous()
+        return SlotStore(self.sums.contiguous(), self.numbers.contiguous(), evidence=evidence)
 
     def grow(self, room: int) -> None:
         """Make room for at least so many slots."""
@@ -100,6 +107,7 @@ class SlotStore:
         if missing > 0:
             self.sums, self.numbers = _longer(self.sums, missing), _longer(self.numbers, missing)
             self.evidence = None if self.evidence is None else _longer(self.evidence, missing)
+            self.founders_keys = None
             self.view = None
 
     def add(self, rules: SlotRules, assignment: Assignment, chunk: Chunk) -> None:
@@ -123,56 +131,6 @@ class SlotStore:
         if self.in_place and self.before_writing is not None:
             self.before_writing()
 
-    def replace(self, rules: SlotRules, assignment: Assignment, chunk: Chunk, kept: int, live: int) -> None:
-        """FOLD where slots and tokens compete, or are weighed by what their readers told.
-
-        Slots 0 … kept − 1 stay. The candidates, slots kept … live − 1 and then the chunk's tokens, go where the
-        assignment says: a founder takes a slot as it is; one that joins adds its sums, scaled to its weight.
-        """
-        policy, width, competing = rules.policy, rules.width, live - kept
-        founded, stored = assignment.founded, assignment.slot >= 0
-        rows, numbers = contributions(rules, chunk, founded[:, :, competing:])
-        rows = torch.cat((self.sums[:, :, :live], rows.to(self.sums.dtype)), dim=2)
-        numbers = torch.cat((self.numbers[:, :, :live], numbers), dim=2)
-        # All rows from here on: those that stay are founders of their own slots.
-        own = torch.arange(kept, device=rows.device).expand(*rows.shape[:2], -1)
-        stays = torch.ones_like(own, dtype=torch.bool)
-        slot = torch.cat((own, assignment.slot), dim=2)
-        founded, stored = torch.cat((stays, founded), dim=2), torch.cat((stays, stored), dim=2)
-        target, joins = flat_slots(slot, self.room), stored & ~founded
-        evidence = None
-        if self.evidence is not None and chunk.evidence is not None:
-            evidence = torch.cat((self.evidence[:, :, :live], chunk.evidence), dim=2)
-            there = numbers[..., policy.statistics.index(COUNT)] > 0  # rows may have unequally many slots
-            rate = (Evidence.of(evidence).share + SHARE_EPS) * there
-            # Of each row's slot: the weight of all that goes there, and whether anybody joins.
-            facts = self._summed(target, torch.stack((rate * stored, joins.to(rate.dtype)), dim=-1))[target]
-            total, joined = facts.view(*rate.shape, 2).unbind(-1)
-            if policy.merging.by_share:  # where nobody joins nothing changes
-                rows, numbers = weighed(rules, rows, numbers, torch.where(joined > 0, rate, 0))
-            evidence[..., SHARE] *= torch.where(there, total / torch.where(there, rate, 1), 1)
-            evidence.masked_fill_(~founded.unsqueeze(-1), 0)
-        if policy.merging.of == "values":
-            rows[..., :width].masked_fill_(joins.unsqueeze(-1), 0)
-        founders_own = [statistic.founders_own(policy.merging.of) for statistic in policy.statistics]
-        numbers = numbers.masked_fill(joins.unsqueeze(-1) & torch.tensor(founders_own, device=rows.device), 0)
-        if assignment.drops:
-            rows, numbers = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, numbers))
-        self.about_to_write()
-        self.sums = self._summed(target, rows).view(*self.sums.shape)
-        self.numbers = self._summed(target, numbers).view(*self.numbers.shape)
-        if evidence is not None and self.evidence is not None:
-            self.evidence = self._summed(target, evidence).view(*self.evidence.shape)
-        self.view = None
-
-    def _summed(self, target: Tensor, rows: Tensor) -> Tensor:
-        """Rows [b, g, n, s] summed per slot, [b·g·M, s]."""
-        sums = rows.new_zeros(self.sums.shape[0] * self.sums.shape[1] * self.room, rows.shape[-1])
-        flat = rows.flatten(0, 2)
-        if sums.device.type == "cuda":  # sorts and reduces by segment: the same order every time
-            return sums.index_put((target,), flat, accumulate=True)
-        return sums.index_add(0, target, flat)
-
     def of_rows(self, rows: Tensor) -> SlotStore:
         """The slots of some rows of the batch."""
         evidence = None if self.evidence is None else self.evidence[rows]
@@ -185,7 +143,7 @@ class SlotStore:
         self.numbers = self.numbers.index_copy(0, rows, store.numbers)
         if self.evidence is not None and store.evidence is not None:
             self.evidence = self.evidence.index_copy(0, rows, store.evidence)
-        self.view = None
+        self.view = self.founders_keys = None
 
     def _added(self, sums: Tensor, target: Tensor, rows: Tensor) -> Tensor:
         flat, rows = sums.flatten(0, 2), rows.flatten(0, 2).to(sums.dtype)

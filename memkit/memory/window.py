@@ -125,12 +125,15 @@ class Timeline:
 def room_for(policy: Policy, held: int, decodes: bool = False) -> int:
     """Columns for which a call that leaves `held` tokens in the window makes room.
 
-    A quarter more than it holds, at most what it can hold, and some slack. A window of all tokens takes more room when
-    it decodes, not before.
+    A quarter more than it holds and some slack. A window of chunks never holds more than all of them, and the token at
+    which the oldest leaves; a sliding one moves on at every token, within the slack. A window of all tokens takes more
+    room when it decodes, not before, and a sixteenth: a token then reads all of them, so that copying 16 is nothing.
     """
     capacity, grown = policy.window.capacity, held + held // 4
     if capacity is None:
-        return grown + SLACK if decodes else held
+        return held + held // 16 + SLACK if decodes else held
+    if policy.window.band is None:
+        return min(capacity + 1, grown + SLACK)
     return min(capacity, grown) + SLACK
 
 

@@ -36,13 +36,13 @@ class Evidence:
     @classmethod
     def of(cls, sums: Tensor) -> Evidence:
         """From sums a, m and n, [b, g, c, 3]."""
-        judged = sums[..., JUDGED]
-        judged = torch.where(judged > 0, judged, 1)
+        judged = sums[..., JUDGED].clamp(min=1)  # 0 where nobody has, at least 1 afterwards
         return cls(sums[..., ERROR] / judged, sums[..., SHARE] / judged)
 
 
-def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From scores [b, g, r, n] and values [b, g, n, v]: outputs o [b, g, r, v]; error and share of each row, [b, g, n].
+def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """From scores [b, g, r, n] and values [b, g, n, v]: outputs o [b, g, r, v]; what they tell of each row,
+    [b, g, n, 3]: its error, its share, and that somebody has judged it (1).
 
     error_j = [(Σ_r p²)·‖v_j‖² − 2⟨v_j, Σ_r p²·o_r⟩ + Σ_r p²·‖o_r‖²] / R: two products, no [r, n, v] tensor.
     """
@@ -52,5 +52,6 @@ def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Te
     facts = torch.cat((outputs, outputs.square().sum(-1, keepdim=True), torch.ones_like(outputs[..., :1])), dim=-1)
     summed = shares.square().mT @ facts
     of_outputs, of_sizes, of_squares = summed.split((values.shape[-1], 1, 1), dim=-1)
-    error = (values * (of_squares * values - 2 * of_outputs)).sum(-1) + of_sizes.squeeze(-1)
-    return outputs, error.clamp(min=0) / scores.shape[-2], shares.mean(-2)
+    error = (of_squares * values).sub_(of_outputs, alpha=2).mul_(values).sum(-1) + of_sizes.squeeze(-1)
+    told = torch.stack((error.clamp_(min=0).div_(scores.shape[-2]), shares.mean(-2), torch.ones_like(error)), dim=-1)
+    return outputs, told

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -47,6 +46,10 @@ class Observation:
         self.offsets = [(i + 1) * chunk // self.queries - 1 for i in range(self.queries)]
         """Offsets in a chunk of its observed queries: ⌊(i + 1)·C/n⌋ − 1."""
 
-    def added(self, evidence: Tensor, error: Tensor, share: Tensor) -> Tensor:
-        """Evidence [..., 3] after one more chunk has judged; error, share [...]."""
-        return self.decay * evidence + torch.stack((error, share, torch.ones_like(share)), dim=-1).to(evidence.dtype)
+    def added(self, evidence: Tensor, told: Tensor) -> Tensor:
+        """Evidence [..., 3] after one more chunk has judged; told [..., 3]: what it said."""
+        return self.decay * evidence + told
+
+    def add_(self, evidence: Tensor, told: Tensor) -> None:
+        """The same, written into the evidence."""
+        (evidence if self.decay == 1 else evidence.mul_(self.decay)).add_(told)

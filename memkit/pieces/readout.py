@@ -28,6 +28,9 @@ __all__ = ["LAYER_NORM_EPS", "Readout", "ReadoutSpec"]
 
 LAYER_NORM_EPS = 1e-5
 
+TINY = 1e-30
+"""Instead of a divisor that is 0 in an empty slot."""
+
 
 class ReadoutSpec(Spec):
     """Declares how slots are read."""
@@ -117,16 +120,18 @@ class Readout:
             case "count":
                 return numbers[COUNT].clamp(min=1).log()
             case "mass":
-                founder = numbers[FOUNDER_MASS]
-                return torch.where(founder > 0, numbers[MASS] / torch.where(founder > 0, founder, 1), 1).log()
+                # Never less than the founder's own; an empty slot has neither.
+                return (numbers[MASS] / numbers[FOUNDER_MASS].clamp(min=TINY)).clamp(min=1).log()
             case "none":
                 return None
 
 
 def _mean(sums: Tensor, mass: Tensor) -> Tensor:
-    """sums / mass, 0 where the mass is 0. A division, not a product with 1/mass: n copies of a key read as that key."""
-    divisor = torch.where(mass > 0, mass, 1).to(sums.dtype).unsqueeze(-1)
-    return (sums / divisor).masked_fill((mass <= 0).unsqueeze(-1), 0)
+    """sums / mass, 0 where the mass is 0, for then all weights were.
+
+    A division, not a product with 1/mass: n copies of a key read as that key.
+    """
+    return sums / torch.where(mass > 0, mass, 1).to(sums.dtype).unsqueeze(-1)
 
 
 def _of_mean_norm(sums: Tensor, norms: Tensor, mass: Tensor) -> Tensor:

@@ -91,8 +91,11 @@ class Nearest(Routing):
         founders, others = chunk.parted(founded)
         asking = chunk if others is None else chunk.only(others)
         fresh, score = best_slot(self._to_founders(chunk, founders, asking), 0)
-        target = torch.where(score > asking.nearest.score, fresh + chunk.slots_before, asking.nearest.slot)
-        target = self._least(target, torch.maximum(score, asking.nearest.score))
+        if chunk.slots.shape[2] <= chunk.sinks:  # but for sinks there is none that stood before
+            target = self._least(torch.where(score > -torch.inf, fresh + chunk.slots_before, -1), score)
+        else:
+            target = torch.where(score > asking.nearest.score, fresh + chunk.slots_before, asking.nearest.slot)
+            target = self._least(target, torch.maximum(score, asking.nearest.score))
         return target if others is None else torch.zeros_like(founded, dtype=torch.long).scatter_(2, others, target)
 
     def _least(self, target: Tensor, similarity: Tensor) -> Tensor:

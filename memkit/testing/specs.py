@@ -23,6 +23,7 @@ from memkit.pieces.growth import NoGrowthSpec
 from memkit.pieces.merging import Merging, Weigh
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import FamilySpec, Spec, kinds
+from memkit.pieces.storage import StorageSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec
 from memkit.policy import PolicySpec
 
@@ -86,6 +87,7 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     if remembers is None:
         remembers = draw(st.integers(0, 5)) > 0
     families: dict[str, Any] = {"chunker": chunker, "merging": merging, "rotary": rotary, "sinks": sinks}
+    families["storage"] = StorageSpec(dtype=draw(st.sampled_from(("model", "float32"))))
     if not remembers:
         readout = _readout_for(draw, fixed, merging, by_runs=False)
         window = piece("window")

@@ -17,7 +17,9 @@ PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 def table(costs: Sequence[Cost]) -> RenderableType:
     """One line per policy, one block per length; all for one shape."""
-    grid = columns("policy", "slots", "window", "memory", "prefill\nFLOPs", "a token\nFLOPs", "grows\nas")
+    grid = columns(
+        "policy", "slots", "window", "memory\nread", "memory\nat most", "prefill\nFLOPs", "a token\nFLOPs", "grows\nas"
+    )
     for tokens in sorted({cost.tokens for cost in costs}):
         grid.add_section()
         grid.add_row(Text(f"{tokens:,} tokens", style="bold"))
@@ -33,8 +35,8 @@ def table(costs: Sequence[Cost]) -> RenderableType:
 
 
 def cells(cost: Cost) -> tuple[str, ...]:
-    """Slots, window, memory, operations of a prefill and of one token."""
-    numbers = (f"{cost.slots:,}", f"{cost.window:,}", amount(cost.bytes, "B"))
+    """Slots, window, memory after reading and at most, operations of a prefill and of one token."""
+    numbers = (f"{cost.slots:,}", f"{cost.window:,}", amount(cost.bytes, "B"), amount(cost.peak_bytes, "B"))
     return (*numbers, amount(cost.prefill.total), amount(cost.decode.total))
 
 

@@ -91,7 +91,7 @@ def _whole(value: Any) -> Any:
 
 
 def _growth_table(costs: list[Cost]) -> RenderableType:
-    grid = columns("tokens", "slots", "window", "memory", "prefill\nFLOPs", "a token\nFLOPs")
+    grid = columns("tokens", "slots", "window", "memory\nread", "memory\nat most", "prefill\nFLOPs", "a token\nFLOPs")
     for entry in costs:
         grid.add_row(tokens_in_words(entry.tokens), *cells(entry))
     note = f"for {costs[0].shape}; prefill grows as N^{costs[0].exponent:.2f}"

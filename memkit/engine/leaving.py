@@ -1,0 +1,82 @@
+"""The tokens that leave the window in a call, chunk by chunk; what slots have no say in is done for many at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkit.engine.schedule import Schedule, on_device
+from memkit.memory.rows import Chunk, SlotRules, contributions, memory_keys, weight_needs_founders
+from memkit.memory.window import Columns, Timeline, columns
+
+__all__ = ["LeavingTokens"]
+
+AHEAD = 2048
+"""Tokens whose memory keys and rows are made at once: enough that each chunk's share of the overhead is small, and few
+enough that they are still near when their chunk is folded in."""
+
+
+class LeavingTokens:
+    """Chunks, as they leave.
+
+    Memory keys, and what each token adds to a slot, depend on the token alone (the latter where its weight does not
+    depend on who founds). With a graph they are made chunk by chunk: the backward pass of a slice of many is as large
+    as they all are.
+    """
+
+    def __init__(self, rules: SlotRules, timeline: Timeline, schedule: Schedule) -> None:
+        self.rules, self.timeline, self.schedule = rules, timeline, schedule
+        self.end = int((schedule.left_after + schedule.shift).max(initial=0))  # columns that leave in this call
+        self.begin = self.stop = 0
+        self.ahead: tuple[Tensor, tuple[Tensor, Tensor] | None] | None = None
+
+    def chunk(self, where: Columns, first: bool | Tensor) -> Chunk:
+        """The tokens at some columns; `first` as in `Chunk`. Rows that keep theirs get some too, which nobody takes."""
+        chunk = self._at(where, first)
+        if torch.is_grad_enabled() or not isinstance(where, slice):
+            chunk.memory_keys = memory_keys(self.rules, chunk)
+            return chunk
+        keys, founders = self._made(where)
+        here = slice(where.start - self.begin, where.stop - self.begin)
+        chunk.memory_keys = keys[:, :, here]
+        if founders is not None:
+            chunk.founders = founders[0][:, :, here], founders[1][:, :, here]
+        return chunk
+
+    def _at(self, where: Columns, first: bool | Tensor) -> Chunk:
+        streams = {name: columns(stream, where) for name, stream in self.timeline.streams.items()}
+        return Chunk(
+            keys=streams["keys"],
+            values=streams.get("values"),
+            weights=streams.get("weights"),
+            positions=streams.get("positions"),
+            evidence=streams.get("evidence"),
+            first=first,
+            where=where,
+        )
+
+    def _made(self, where: slice) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Memory keys and rows of the columns `begin` … `stop` − 1, these among them."""
+        if self.ahead is None or not self.begin <= where.start or where.stop > self.stop:
+            size = where.stop - where.start
+            self.begin = where.start
+            self.stop = min(where.start + max(AHEAD // size, 1) * size, max(self.end, where.stop))
+            block = slice(self.begin, self.stop)
+            tokens = self._at(block, self._first(block))
+            tokens.memory_keys = memory_keys(self.rules, tokens)
+            founders = None
+            if not weight_needs_founders(self.rules, tokens):
+                everyone = torch.ones(tokens.keys.shape[:3], dtype=torch.bool, device=tokens.keys.device)
+                founders = contributions(self.rules, tokens, everyone)
+            self.ahead = tokens.memory_keys, founders
+        return self.ahead
+
+    def _first(self, block: slice) -> bool | Tensor:
+        """Which columns hold tokens of a row's first chunk, [b, 1, n]; False where none of these leaves any more."""
+        if self.schedule.left_before.all():
+            return False
+        device = self.timeline.keys.device
+        token = (
+            torch.arange(block.start, block.stop, device=device) - on_device(self.schedule.shift, device)[:, None, None]
+        )
+        return token < self.rules.policy.chunk

@@ -1,0 +1,67 @@
+"""A memory as a prefill leaves it, its numbers not set: how much it holds, and what decoding on it will."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit.memory.held import HeldSlots
+from memkit.memory.memory import Memory
+from memkit.memory.rows import SlotRules
+from memkit.memory.slots import SlotStore
+from memkit.memory.window import Streams, Window, room_for
+from memkit.pieces.needs import Need
+from memkit.pieces.rotary import Rotation
+from memkit.policy import Policy
+
+__all__ = ["blank"]
+
+
+def blank(
+    policy: Policy,
+    tokens: int,
+    *,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    value_width: int,
+    dtype: torch.dtype,
+    rotation: Rotation | None,
+    device: str = "meta",
+) -> Memory:
+    """The memory after a prefill of `tokens` tokens in every row; on the device `meta` it takes no room at all.
+
+    heads, kv_heads: query heads, and key/value heads; rotation: as the calls that go on with it will give it.
+    """
+    held = tokens - int(policy.window.begin(tokens - 1))
+    room, slots, wide = room_for(policy, held), policy.slots_after(tokens), torch.promote_types(dtype, torch.float32)
+
+    def new(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=like, device=device)
+
+    every: Streams = {
+        "keys": new(rows, kv_heads, room, head_width),
+        "values": new(rows, kv_heads, room, value_width),
+        "weights": new(rows, kv_heads, room),
+        "positions": new(rows, 1, room, like=torch.float64),
+        "evidence": new(rows, kv_heads, room, 3, like=wide),
+    }
+    numbers = new(rows, kv_heads, slots, len(policy.statistics), like=wide if policy.replaces else torch.float64)
+    evidence = new(rows, kv_heads, slots, 3, like=wide) if policy.observes else None
+    store: SlotStore | HeldSlots = SlotStore(
+        new(rows, kv_heads, slots, head_width + value_width, like=wide), numbers, evidence=evidence
+    )
+    if policy.holds_once and (policy.replaces or dtype.itemsize == 2):
+        rules = SlotRules(policy, head_width, dtype, None, rotation, valued=True)
+        store = HeldSlots.of(rules, store, slots, ())
+    observed = new(rows, heads, policy.observation.queries, head_width) if policy.observes else None
+    return Memory(
+        policy=policy,
+        seen_rows=np.full(rows, tokens, dtype=np.int64),
+        window=Window({name: every[name] for name in policy.streams}, held),
+        store=store,
+        next_positions=new(rows, like=torch.float64) if Need.ROTATION in policy.needs else None,
+        observed=observed,
+    )
