@@ -29,7 +29,7 @@ LEVELS = [
     {"hf", "lm", "interop"},
     {"evals"},
     {"testing", "training"},
-    {"subject", "comparison", "passkey", "benchmark"},
+    {"subject", "comparison", "passkey", "benchmark", "trained"},
     {"viz"},
     {"commands"},
     {"cli"},

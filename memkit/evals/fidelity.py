@@ -128,24 +128,28 @@ class _Place:
         visible = scores.masked_fill(~self.windowed, -torch.inf)
         many = sinks = 0
         if self.view is not None:
-            of_slots = (
+            slot_scores = (
                 self.scale * memory_scale * self.remembering[0, head].double() @ self.view.keys[0, group].double().T
             )
             if self.view.bias is not None:
-                of_slots = of_slots + self.view.bias[0, group].double()
-            many, sinks = of_slots.shape[1], min(self.policy.spec.sinks, of_slots.shape[1])
-            visible = torch.cat((of_slots, visible), dim=1)
+                slot_scores = slot_scores + self.view.bias[0, group].double()
+            many, sinks = slot_scores.shape[1], min(self.policy.spec.sinks, slot_scores.shape[1])
+            visible = torch.cat((slot_scores, visible), dim=1)
         shares = visible.softmax(-1)
-        parts = (shares[:, :sinks], shares[:, sinks:many], shares[:, many:])
+        of_sinks, of_slots, of_window = (
+            float(part.sum(-1).mean()) for part in (shares[:, :sinks], shares[:, sinks:many], shares[:, many:])
+        )
         bound = self._bound(head, group, keys, values)
         return HeadFidelity(
-            layer,
-            head,
-            self.read,
-            float((output - exact).norm() / exact.norm()),
-            *(float(part.sum(-1).mean()) for part in parts),
-            self.joined[group],
-            None if bound is None else float(bound.norm() / exact.norm()),
+            layer=layer,
+            head=head,
+            tokens=self.read,
+            error=float((output - exact).norm() / exact.norm()),
+            sinks=of_sinks,
+            slots=of_slots,
+            window=of_window,
+            merges=self.joined[group],
+            bound=None if bound is None else float(bound.norm() / exact.norm()),
         )
 
     def _scales(self, head: int) -> tuple[float, float]:

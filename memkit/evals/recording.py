@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +79,7 @@ def recorded_calls(model: Any, ids: Tensor, policy: Policy | None) -> list[tuple
 
 
 @contextmanager
-def _listening(model: torch.nn.Module, hear: Callable[[int, Call], None]) -> Iterator[None]:
+def _listening(model: torch.nn.Module, hear: Callable[[int, Call], None]) -> Generator[None]:
     """In the block, every attention layer tells what it asks `attend`."""
     layers = [
         (number, module)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memkit.evals.bound import error_bound, read_merged
 from memkit.pieces.readout import Readout
-from memkit.pieces.statistics import COUNT, FOUNDER_MASS, KEY_NORM, MASS, RADIUS, VALUE_NORM
+from memkit.pieces.statistics import COUNT, FOUNDER_MASS, KEY_NORM, MASS, RADIUS, VALUE_NORM, Numbers
 from memkit.testing.law import Broken, law
 
 __all__ = ["Merged", "merged_tokens", "reading_error_bound"]
@@ -79,7 +79,7 @@ def reading_error_bound(readout: Readout, example: Merged) -> None:
         torch.zeros(slots, dtype=torch.float64).index_add(0, slot, each[:many].norm(dim=-1)) for each in (keys, values)
     ]
     first = torch.tensor([int((slot == each).nonzero()[0]) for each in range(slots)])
-    numbers = {
+    numbers: Numbers = {
         COUNT: counts,
         MASS: counts,
         FOUNDER_MASS: torch.ones_like(counts),
