@@ -38,12 +38,22 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(model.width)
         self.mlp = Mlp(model.mlp, model.width)
 
-    def forward(self, x: Tensor, first: Tensor | None, state: State, span: Span) -> tuple[Tensor, State]:
-        """x [b, t, width]; first: values of the first layer of this kind; state: what the layer carries."""
+    def forward(
+        self, x: Tensor, embedded: Tensor | None, first: Tensor | None, state: State, span: Span
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """x [b, t, width] → the same, the values of the first layer of this kind, and what the layer carries.
+
+        embedded [b, t, width]: the embeddings, where this layer is the first of its kind; first: its values, elsewhere.
+        All that uses the block's parameters is in here, so that whoever splits them over processes may gather them
+        for this call alone.
+        """
+        begun: State = {}
+        if embedded is not None:
+            first, begun = self.mixer.first_values(self.mixer_norm(embedded), state, span)
         mixed, carried = self.mixer(self.mixer_norm(x), first, state, span)
         x = x + self.scale * mixed
         added, mlp = self.mlp(self.mlp_norm(x), state, span)
-        return x + self.scale * added, {**carried, **mlp}
+        return x + self.scale * added, first, {**begun, **carried, **mlp}
 
 
 class MemoryLM(nn.Module):
@@ -113,14 +123,11 @@ class MemoryLM(nn.Module):
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             kind = self._first_of_kind[layer]
-            if kind == layer:
-                firsts[kind], carried[layer] = block.mixer.first_values(block.mixer_norm(embedded), states[layer], span)
-            arguments = (x, firsts[kind], states[layer], span)
+            arguments = (x, embedded if kind == layer else None, firsts.get(kind), states[layer], span)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, state = checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[misc]
+                x, firsts[kind], carried[layer] = checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[misc]
             else:
-                x, state = block(*arguments)
-            carried[layer] |= state
+                x, firsts[kind], carried[layer] = block(*arguments)
         seen = torch.zeros(ids.shape[0], dtype=torch.long) if memory is None else memory.seen
         brought = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths
         return self.head_norm(x), ModelMemory(self.spec, seen + brought, carried)

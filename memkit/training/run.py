@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from memkit import yaml12
-from memkit.errors import InputError, shown
+from memkit.errors import InputError, short, shown
 from memkit.evals import TaskSpec, task
 from memkit.hf import MemkitForCausalLM
 from memkit.lm import MemoryLM, ModelSpec, Tokenizer, load_model, load_model_spec
@@ -82,6 +83,7 @@ def train(
         ModelError, PolicyError: as `load_model` does.
     """
     settings = TrainingSpec() if settings is None else settings
+    _check_parallelism()
     folder, chosen = Path(out), _task(text, task)
     encoder = load_tokenizer(tokenizer)
     if isinstance(model, ModelSpec):
@@ -141,6 +143,17 @@ def _check_vocabulary(spec: ModelSpec, chosen: TaskSpec | None, tokenizer: Token
             f"vocabulary must be at least the {needed} token ids of the {'text' if chosen is None else 'task'}, "
             f"got {spec.vocabulary}; --set vocabulary={needed}"
         )
+
+
+def _check_parallelism() -> None:
+    """Raise where accelerate is told to split what cannot be split."""
+    for name, what in (("CP", "context parallel"), ("SP", "sequence parallel")):
+        size = os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")
+        if size != "1":
+            raise InputError(
+                f"{what} splits a text over processes, and a memory must read it from its beginning, got "
+                f"{name.lower()}_size {short(size)}; use data parallel or FSDP2"
+            )
 
 
 def _processes() -> int:
