@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from memkit.catalog import load_policy, policy_header, policy_names
-from memkit.commands import sweep, train
+from memkit.commands import evaluate, sweep, train
 from memkit.commands.models import tokenizer_of
 from memkit.commands.options import SetOption
 from memkit.commands.options import check_writable as _check_writable
@@ -567,5 +567,5 @@ def _choice(option: str, given: str, *allowed: str) -> Any:
     return given
 
 
-for command in (train, sweep):
+for command in (train, sweep, evaluate):
     command.register(app)
