@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full stream batches gpu sweep-smoke bench-train test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants clean
+.PHONY: help compare bench bench-full stream batches gpu sweep-smoke bench-train test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants docs docs-serve notebooks figures clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,27 @@ fuzz: $(READY) ## 100,000 bad inputs of every kind: refused in one line, nothing
 
 mutants: $(READY) ## Mutation testing: does some test notice each small change? (about 15 minutes)
 	$(BIN)/python tools/mutants.py --out mutants.json
+
+DOCS := build/envs/docs
+docs: $(DOCS)/.ready ## Build the documentation site into build/site; a warning is an error, nothing is asked of the network
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
+docs-serve: $(DOCS)/.ready ## Show the documentation site while you write: http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
+notebooks: $(READY) ## Run the notebooks of docs/ and keep their outputs (minutes)
+	$(BIN)/python tools/notebooks.py
+
+figures: $(READY) ## Draw the figures of the documentation (a minute)
+	$(BIN)/python tools/figures.py
+
+# Sources are read, not imported, so this environment needs no PyTorch: of the project, the extra `docs` alone.
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(RECENT)'
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > $(DOCS)/docs.txt
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(DOCS)/docs.txt
+	@touch $@
 
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from memkit.attention import MemoryAttention
+from memkit.benchmark import Bench
 from memkit.catalog import load_policy, policy_names
 from memkit.comparison import Comparison, compare
 from memkit.costing import Cost, cost
@@ -13,10 +14,11 @@ from memkit.errors import InputError, MemkitError, MemoryStateError, ModelError,
 from memkit.lm import MemoryLM, ModelSpec, load_model, model_names
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
+from memkit.passkey import Passkeys
 from memkit.pieces.registry import register
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
-from memkit.rendering import set_renderers
+from memkit.rendering import set_renderers, show_in_notebooks
 from memkit.version import __version__
 
 __all__ = [
@@ -49,8 +51,23 @@ __all__ = [
     "register",
 ]
 
-# The records know none of these modules, and the modules load rich, and matplotlib when something is drawn.
-set_renderers({"Bench": "memkit.viz.benchmark", "Comparison": "memkit.viz.comparison"})
+# What is shown knows none of these modules; they load rich when something is shown, and matplotlib when it is drawn.
+set_renderers(
+    {
+        "Bench": "memkit.viz.benchmark",
+        "Comparison": "memkit.viz.comparison",
+        "Cost": "memkit.viz.costs",
+        "Memory": "memkit.viz.memories",
+        "MemoryLM": "memkit.viz.models",
+        "ModelSpec": "memkit.viz.models",
+        "Passkeys": "memkit.viz.passkeys",
+        "Plan": "memkit.viz.plans",
+        "Policy": "memkit.viz.policies",
+        "PolicySpec": "memkit.viz.policies",
+        "Report": "memkit.viz.checks",
+    }
+)
+show_in_notebooks(Bench, Comparison, Cost, Memory, MemoryLM, ModelSpec, Passkeys, Plan, Policy, PolicySpec)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +30,6 @@ __all__ = ["app"]
 
 DOCUMENTS = 4
 """Parts of the default text on which a profile is measured."""
-FIGURES = (".png", ".svg", ".pdf")
 
 
 # Where click is, as a package of its own or within typer, depends on typer's version.
@@ -130,6 +129,12 @@ ImportOption = Annotated[
 ]
 
 
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it into a PNG, SVG or PDF file.")
+]
+DarkOption = Annotated[bool, typer.Option("--dark", help="With --plot: on black instead of white.")]
+
+
 @app.callback()
 def _memkit(version: VersionOption = False) -> None:
     pass
@@ -156,6 +161,8 @@ def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped policy or model, or a YAML file.")],
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
+    plot: PlotOption = None,
+    dark: DarkOption = False,
 ) -> None:
     """Show one policy or model.
 
@@ -166,10 +173,15 @@ def show(
     from memkit.lm import is_model, load_model_spec, model_header
     from memkit.viz import models, policies
 
+    _check_plot(plot)
     if is_model(name):
-        viz.show(models.details(load_model_spec(name, _overrides(changes)), model_header(name)))
+        model = load_model_spec(name, _overrides(changes))
+        viz.show(models.details(model, model_header(name)))
+        _plot(plot, dark, models.figure, model)
     else:
-        viz.show(policies.details(load_policy(name, _overrides(changes)), policy_header(name)))
+        policy = load_policy(name, _overrides(changes))
+        viz.show(policies.details(policy, policy_header(name)))
+        _plot(plot, dark, policies.figure, policy)
 
 
 @app.command()
@@ -188,6 +200,8 @@ def cost(
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plot: PlotOption = None,
+    dark: DarkOption = False,
 ) -> None:
     """Say what policies cost before anything runs.
 
@@ -196,28 +210,37 @@ def cost(
     from memkit import costing
 
     overrides = _overrides(changes)
-    costs = [
-        entry
-        for policy in policies
-        for entry in costing.cost(
-            load_policy(policy, overrides),
-            tokens,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_width=head_width,
-            value_width=value_width,
-            dtype=dtype,
-            layers=layers,
-            rows=rows,
-        )
-    ]
+    _check_plot(plot)
+
+    def costs_at(lengths: Sequence[int]) -> list[costing.Cost]:
+        return [
+            entry
+            for policy in policies
+            for entry in costing.cost(
+                load_policy(policy, overrides),
+                lengths,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_width=head_width,
+                value_width=value_width,
+                dtype=dtype,
+                layers=layers,
+                rows=rows,
+            )
+        ]
+
+    costs = costs_at(tokens)
     if as_json:
         typer.echo(json.dumps([entry.to_dict() for entry in costs], indent=2, ensure_ascii=False))
-        return
-    from memkit import viz
-    from memkit.viz.costs import table
+    else:
+        from memkit import viz
+        from memkit.viz.costs import table
 
-    viz.show(table(costs))
+        viz.show(table(costs))
+    if plot is not None:
+        from memkit.viz.costs import DRAWN_LENGTHS, figure
+
+        _plot(plot, dark, figure, costs_at(DRAWN_LENGTHS))
 
 
 @app.command()
@@ -262,6 +285,8 @@ def compare(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Also write the results to a JSON file.")
     ] = None,
+    plot: PlotOption = None,
+    dark: DarkOption = False,
 ) -> None:
     """Let a language model read a text under several policies.
 
@@ -269,9 +294,10 @@ def compare(
     """
     overrides = _overrides(changes)
     _check_writable("--json", json_file)
+    _check_plot(plot)
     from memkit import comparison, viz
     from memkit.lm import is_model
-    from memkit.viz.comparison import progress_bar
+    from memkit.viz.comparison import figure, progress_bar
 
     reading = _choice("--prefill", prefill, "policy", "full")
     if model is not None and is_model(model):
@@ -296,6 +322,7 @@ def compare(
                 **{name: each for name, each in sizes.items() if each is not None},
             )
         viz.show(own.table())
+        _plot(plot, dark, figure, own)
         if json_file is not None:
             _write(json_file, own.to_json() + "\n")
         return
@@ -316,6 +343,7 @@ def compare(
                 **given,
             )
         viz.show(passkeys.table(asked))
+        _plot(plot, dark, passkeys.figure, asked)
         if json_file is not None:
             _write(json_file, asked.to_json() + "\n")
         return
@@ -335,8 +363,68 @@ def compare(
             progress=progress,
         )
     viz.show(result.table())
+    _plot(plot, dark, figure, result)
     if json_file is not None:
         _write(json_file, result.to_json() + "\n")
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The HTML file to write.")],
+    policies: Annotated[
+        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: ten shipped ones.")
+    ] = None,
+    comparison_file: Annotated[
+        Path | None,
+        typer.Option("--comparison", metavar="FILE", help="What compare --json wrote; left out: it is measured now."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A Hugging Face folder or a GGUF file; left out: SmolLM2-135M-Instruct."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text; left out: the topics of Python's own help.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens to read; left out: 4,096.")] = None,
+    skip: Annotated[
+        int | None, typer.Option(metavar="N", help="First token whose loss counts; left out: 1,024.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="What the page is called.")] = "Memory policies compared",
+    changes: SetOption = [],  # noqa: B006
+    modules: ImportOption = [],  # noqa: B006
+) -> None:
+    """Write a comparison as one page: a table that sorts, figures, settings, how to run it again.
+
+    The page is a single file that loads nothing. With --comparison nothing runs.
+    """
+    _check_writable("OUT", out)
+    from memkit import comparison
+    from memkit.viz import style
+    from memkit.viz.comparison import progress_bar
+
+    style.check_installed()
+    if comparison_file is not None:
+        if policies or changes or any(given is not None for given in (model, text, tokens, skip)):
+            raise InputError("--comparison is measured already; leave policies and the options of measuring out")
+        from memkit.texts import read_text
+
+        compared = comparison.Comparison.from_json(read_text(comparison_file))
+    else:
+        chosen = policies or list(comparison.DEFAULT_POLICIES)
+        with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
+            compared = comparison.compare(
+                chosen,
+                model=model,
+                text=text,
+                tokens=tokens,
+                skip=skip,
+                overrides=_overrides(changes),
+                progress=progress,
+            )
+    from memkit.viz.report import page
+
+    _write(out, page(compared, title))
+    typer.echo(f"{out}: {len(compared.policies)} policies")
 
 
 @app.command()
@@ -402,9 +490,7 @@ def bench(
     """
     overrides = _overrides(changes)
     _check_writable("--json", json_file)
-    _check_writable("--figure", figure)
-    if figure is not None and figure.suffix.lower() not in FIGURES:
-        raise InputError(f"--figure {short(str(figure))}: must end in {', '.join(FIGURES)}")
+    _check_plot(figure, "--figure")
     from memkit import benchmark, viz
     from memkit.viz.benchmark import save
 
@@ -565,6 +651,27 @@ def _choice(option: str, given: str, *allowed: str) -> Any:
     if given not in allowed:
         raise InputError(f"{option} must be one of {', '.join(allowed)}, got {short(given)}")
     return given
+
+
+def _check_plot(path: Path | None, option: str = "--plot") -> None:
+    """Raise where a figure cannot be drawn into a file of that name, before work is done for it."""
+    if path is None:
+        return
+    from memkit.viz import style
+
+    _check_writable(option, path)
+    style.check_ending(option, path)
+    style.check_installed()
+
+
+def _plot(path: Path | None, dark: bool, draw: Callable[[Any], Any], shown: Any) -> None:
+    """Draw what was shown into a file, where one was named."""
+    if path is None:
+        return
+    from memkit.viz import style
+
+    with style.theme(dark):
+        style.save(draw(shown), path)
 
 
 for command in (train, sweep, evaluate):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from memkit.catalog import load_policy
-from memkit.errors import InputError, ModelError, shown
+from memkit.errors import InputError, ModelError, short, shown
 from memkit.policy import Policy, PolicySpec
 from memkit.rendering import render
 from memkit.subject import reading, subject, text_and_source, with_rows
@@ -124,6 +124,21 @@ class Comparison:
         """`to_dict()` as indented JSON. What was not measured is null."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """What `to_json` wrote. Raises `InputError` for anything else."""
+        try:
+            data = json.loads(text)
+            settings, rows = dict(data["settings"]), [Measurement(**row) for row in data["policies"]]
+            if missing := [name for name in ("model", "tokens", "skip") if name not in settings]:
+                raise KeyError(missing[0])
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"a comparison must be the JSON that memkit compare --json writes, got {type(error).__name__}: "
+                f"{short(str(error))}"
+            ) from None
+        return cls(settings, tuple(rows))
+
     def to_pandas(self) -> pandas.DataFrame:
         """One row per policy, one column per field of `Measurement`; the settings are in `.attrs`."""
         try:
@@ -144,9 +159,6 @@ class Comparison:
         Raises `ModelError` where matplotlib is not installed.
         """
         return render(self, "plot", axes)
-
-    def _repr_html_(self) -> str:
-        return render(self, "html")
 
 
 def compare(

@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import overload
 
@@ -87,20 +86,6 @@ class Cost:
     def to_dict(self) -> dict[str, object]:
         """All fields as plain numbers and text, for JSON."""
         return {**dataclasses.asdict(self), "bytes": self.bytes, "peak_bytes": self.peak_bytes}
-
-    def _repr_html_(self) -> str:
-        rows = {
-            "slots, each head": f"{self.slots:,}",
-            "window, tokens": f"{self.window:,}",
-            "memory": f"{self.bytes:,} bytes ({self.slot_bytes:,} slots + {self.window_bytes:,} window)",
-            "while decoding": f"{self.decoding_bytes:,} bytes at most",
-            "prefill": f"{self.prefill.total:.3g} FLOPs ({self.prefill.routing:.3g} of them routing)",
-            "one more token": f"{self.decode.total:.3g} FLOPs",
-            "prefill grows as": f"tokens<sup>{self.exponent:.2f}</sup>",
-        }
-        body = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in rows.items())
-        caption = f"{escape(self.policy)} after {self.tokens:,} tokens<br><small>{escape(str(self.shape))}</small>"
-        return f"<table><caption>{caption}</caption>{body}</table>"
 
 
 @overload

@@ -104,9 +104,6 @@ class PolicySpec(NamedSpec):
         state = super().__getstate__()
         return {**state, "__pydantic_private__": {"_name": self._name, "_policy": None}}
 
-    def _repr_html_(self) -> str:
-        return f"<b>{self.name or 'policy'}</b><pre>{self.to_yaml()}</pre>"
-
     @model_validator(mode="after")
     def _consistent(self) -> PolicySpec:
         for rule in (

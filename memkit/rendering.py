@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["render", "set_renderers"]
+__all__ = ["render", "set_renderers", "show_in_notebooks"]
 
 _MODULES: dict[str, str] = {}
 
@@ -29,3 +29,13 @@ def render(record: object, form: str, *arguments: Any) -> Any:
         if kind.__name__ in _MODULES:
             return getattr(importlib.import_module(_MODULES[kind.__name__]), form)(record, *arguments)
     raise LookupError(f"no module is known to render a {type(record).__name__}; name one with set_renderers")
+
+
+def show_in_notebooks(*classes: type) -> None:
+    """Give classes the form that notebooks show, `_repr_html_`: what their renderer's `html` makes of an object."""
+    for kind in classes:
+        kind._repr_html_ = _html  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _html(record: object) -> str:
+    return render(record, "html")

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from memkit import Memory, PolicySpec
-from memkit.engine import backward, carry, forward, keysets, schedule
+from memkit.engine import carry, forward, gradients, keysets, leaving, schedule
 from memkit.memory import slots
 from memkit.pieces import Merging, Readout, ReadoutSpec
 from memkit.pieces.admission import Admission, Novelty
 from memkit.pieces.chunk import Assignment, maximum
 from memkit.pieces.chunking import FixedChunkerSpec
 from memkit.pieces.growth import FixedGrowthSpec, Growth, SqrtGrowthSpec
-from memkit.pieces.merging import MeanSpec, WeightedMeanSpec
+from memkit.pieces.merging import MeanSpec, Weigh, WeightedMeanSpec
 from memkit.pieces.rotary import RerotateSpec, Zero, ZeroSpec
 from memkit.pieces.routing import Nearest, Segment
 from memkit.pieces.statistics import COUNT, MASS, POSITION
@@ -392,7 +392,10 @@ def _saved_in_half(right):
     def halved(tensor):
         return tensor.half().to(tensor.dtype)
 
-    return lambda self, path: right(replace(self, store=replace(self.store, sums=halved(self.sums))), path)
+    def store(memory):
+        return slots.SlotStore(halved(memory.sums), memory.store.numbers, evidence=memory.store.evidence)
+
+    return lambda self, path: right(replace(self, store=store(self)), path)
 
 
 def _takes_any_policy(right):
@@ -452,8 +455,9 @@ def _in_policies(law: Law, wrong: Callable[[Any], Any], *places: tuple[Any, str]
 
 
 WEIGHTED = WeightedMeanSpec(weight="learned")
+WEIGHS_ALL = WeightedMeanSpec(weight="learned", weigh=Weigh(founders=True, first_chunk=True))
 GROWS = FixedGrowthSpec(slots=4)
-CONTRIBUTIONS = ((slots, "contributions"), (backward, "contributions"))
+CONTRIBUTIONS = ((slots, "contributions"), (leaving, "contributions"), (gradients, "contributions"))
 
 FAULTS = (
     Fault(laws.conservation, ForgetsMass),
@@ -484,7 +488,7 @@ FAULTS = (
     Fault(laws.values_keep_their_size, ReadsSums),
     Fault(laws.finite_reading, DividesByZero),
     _in_policies(laws.conservation_in_memory, _weights_twice, *CONTRIBUTIONS, merging=WEIGHTED),
-    _in_policies(laws.same_plan_same_answer, _no_gradient_of_weights, *CONTRIBUTIONS, merging=WEIGHTED),
+    _in_policies(laws.same_plan_same_answer, _no_gradient_of_weights, *CONTRIBUTIONS, merging=WEIGHS_ALL, growth=GROWS),
     _in_policies(laws.sinks, _sink_overwritten, (forward, "place"), growth=GROWS, sinks=1),
     _in_policies(laws.conservation_in_memory, _last_token_lost, (forward, "place"), growth=GROWS),
     _in_policies(laws.batch_invariance, _heads_mixed_up, (slots, "flat_slots"), growth=GROWS),
@@ -517,7 +521,7 @@ FAULTS = (
     _in_policies(
         laws.same_plan_same_answer,
         _undoes_nothing,
-        (backward._Backward, "_restore"),
+        (gradients.Walk, "_restore"),
         chunker=FixedChunkerSpec(size=2),
         window=BlockWindowSpec(chunks=1),
         growth=GROWS,

@@ -17,6 +17,7 @@ from memkit import comparison, hf
 from memkit.comparison import Comparison, Measurement, compare
 from memkit.errors import InputError, ModelError, PolicyError
 from memkit.hf.names import returned_cache
+from memkit.rendering import render
 from memkit.subject import with_rows
 from tests.hf.tiny import randomised, tiny_config
 
@@ -185,11 +186,11 @@ def test_table_fits_80_columns_and_begins_with_the_front(small: Comparison):
 
 
 def test_html_and_figure(small: Comparison):
-    page = small._repr_html_()
-    assert page.count("<tr>") == 4
+    page: str = render(small, "html")
+    assert page.count("<tr") == 4
     assert "untrained-block-mean" in page
     given = replace(small, settings=small.settings | {"text": "<script>"})
-    assert "<script>" not in given._repr_html_()
+    assert "<script>" not in render(given, "html")
     axes = small.plot()
     assert {text.get_text() for text in axes.texts} == {"full", "window-512", "untrained-block-mean"}
     assert axes.get_xscale() == "log"

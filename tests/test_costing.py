@@ -10,6 +10,7 @@ import torch
 import memkit
 from memkit.costing import FITTED_LENGTHS, cost
 from memkit.pieces import Need
+from memkit.rendering import render
 
 POLICIES = memkit.policy_names()
 SMALL = {"chunker.size": 8}
@@ -231,9 +232,9 @@ def test_numbers_that_do_not_fit(arguments: dict[str, Any], message: str):
 
 def test_costs_render_and_serialise():
     said = cost("kvm-sqrt-16", 1_000_000, kv_heads=2)
-    html = said._repr_html_()
-    assert "kvm-sqrt-16 after 1,000,000 tokens" in html
-    assert f"{said.bytes:,} bytes" in html
+    html = render(said, "html")
+    assert "1,000,000 tokens" in html
+    assert f"{said.slots:,}" in html
     data = json.loads(json.dumps(said.to_dict()))
     assert data["bytes"] == said.bytes == data["slot_bytes"] + data["window_bytes"]
     assert data["prefill"] == {"attention": said.prefill.attention, "routing": said.prefill.routing}

@@ -25,7 +25,7 @@ LEVELS = [
     {"memory", "parameters"},
     {"engine"},
     {"reference"},
-    {"attention", "costing"},
+    {"attention", "costing", "holding"},
     {"hf", "lm", "interop"},
     {"evals"},
     {"testing", "training"},

@@ -12,6 +12,7 @@ from memkit.pieces import Need
 from memkit.pieces.merging import Weigh
 from memkit.pieces.readout import ReadoutSpec
 from memkit.policy import PolicySpec
+from memkit.rendering import render
 
 BLOCK = {"kind": "block", "chunks": 2}
 FIXED = {"kind": "fixed", "slots": 8}
@@ -208,6 +209,6 @@ def test_slots_do_not_depend_on_the_order_of_asking():
 
 
 def test_html_shows_the_declaration():
-    html = memkit.load_policy("kvm-sqrt-16")._repr_html_()
-    assert "<b>kvm-sqrt-16</b>" in html
-    assert "factor: 16.0" in html
+    html = render(memkit.load_policy("kvm-sqrt-16"), "html")
+    assert "kvm-sqrt-16</p>" in html
+    assert "factor: 16" in html

@@ -32,7 +32,11 @@ def test_a_record_that_nobody_renders():
         rendering.render(Weather(), "table")
 
 
-@pytest.mark.parametrize(("record", "forms"), [("Bench", ["table", "plot"]), ("Comparison", ["table", "plot", "html"])])
+FORMS = {"Bench": ["table", "plot"], "Comparison": ["table", "plot"]}
+"""What records ask for besides `html`."""
+
+
+@pytest.mark.parametrize(("record", "forms"), [(name, [*FORMS.get(name, []), "html"]) for name in rendering._MODULES])
 def test_the_renderers_that_memkit_names_have_the_forms_that_records_ask_for(record: str, forms: list[str]):
     module = importlib.import_module(rendering._MODULES[record])
     assert [form for form in forms if not callable(getattr(module, form, None))] == []

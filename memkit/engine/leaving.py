@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.schedule import Schedule, on_device
-from memkit.memory.rows import Chunk, SlotRules, contributions, memory_keys, weight_needs_founders
+from memkit.memory.rows import Chunk, Rows, SlotRules, contributions, memory_keys
 from memkit.memory.window import Columns, Timeline, columns
 
 __all__ = ["LeavingTokens"]
@@ -19,16 +19,15 @@ enough that they are still near when their chunk is folded in."""
 class LeavingTokens:
     """Chunks, as they leave.
 
-    Memory keys, and what each token adds to a slot, depend on the token alone (the latter where its weight does not
-    depend on who founds). With a graph they are made chunk by chunk: the backward pass of a slice of many is as large
-    as they all are.
+    Memory keys, and what each token adds to a slot that it founds or joins, depend on the token alone. With a graph
+    they are made chunk by chunk: the backward pass of a slice of many is as large as they all are.
     """
 
     def __init__(self, rules: SlotRules, timeline: Timeline, schedule: Schedule) -> None:
         self.rules, self.timeline, self.schedule = rules, timeline, schedule
         self.end = int((schedule.left_after + schedule.shift).max(initial=0))  # columns that leave in this call
         self.begin = self.stop = 0
-        self.ahead: tuple[Tensor, tuple[Tensor, Tensor] | None] | None = None
+        self.ahead: tuple[Tensor, Rows, Rows] | None = None
 
     def chunk(self, where: Columns, first: bool | Tensor) -> Chunk:
         """The tokens at some columns; `first` as in `Chunk`. Rows that keep theirs get some too, which nobody takes."""
@@ -36,11 +35,12 @@ class LeavingTokens:
         if torch.is_grad_enabled() or not isinstance(where, slice):
             chunk.memory_keys = memory_keys(self.rules, chunk)
             return chunk
-        keys, founders = self._made(where)
+        keys, alone, joining = self._made(where)
         here = slice(where.start - self.begin, where.stop - self.begin)
         chunk.memory_keys = keys[:, :, here]
-        if founders is not None:
-            chunk.founders = founders[0][:, :, here], founders[1][:, :, here]
+        some = alone[0][:, :, here], alone[1][:, :, here]
+        rows = some[0] if joining[0] is alone[0] else joining[0][:, :, here]
+        chunk.ahead = some, some if joining is alone else (rows, joining[1][:, :, here])
         return chunk
 
     def _at(self, where: Columns, first: bool | Tensor) -> Chunk:
@@ -55,8 +55,8 @@ class LeavingTokens:
             where=where,
         )
 
-    def _made(self, where: slice) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Memory keys and rows of the columns `begin` … `stop` − 1, these among them."""
+    def _made(self, where: slice) -> tuple[Tensor, Rows, Rows]:
+        """Memory keys, and rows as founders and as joiners, of the columns `begin` … `stop` − 1, these among them."""
         if self.ahead is None or not self.begin <= where.start or where.stop > self.stop:
             size = where.stop - where.start
             self.begin = where.start
@@ -64,12 +64,21 @@ class LeavingTokens:
             block = slice(self.begin, self.stop)
             tokens = self._at(block, self._first(block))
             tokens.memory_keys = memory_keys(self.rules, tokens)
-            founders = None
-            if not weight_needs_founders(self.rules, tokens):
-                everyone = torch.ones(tokens.keys.shape[:3], dtype=torch.bool, device=tokens.keys.device)
-                founders = contributions(self.rules, tokens, everyone)
-            self.ahead = tokens.memory_keys, founders
+            everyone = torch.ones(tokens.keys.shape[:3], dtype=torch.bool, device=tokens.keys.device)
+            alone = joining = contributions(self.rules, tokens, everyone)
+            if not self._alike:
+                joining = contributions(self.rules, tokens, None)
+                if not self.rules.policy.weighted and self.rules.policy.merging.of == "both":
+                    joining = alone[0], joining[1]
+            self.ahead = tokens.memory_keys, alone, joining
         return self.ahead
+
+    @property
+    def _alike(self) -> bool:
+        """Whether a token adds the same where it founds and where it joins."""
+        policy = self.rules.policy
+        of_founders = any(statistic.of_founder for statistic in policy.statistics)
+        return not (policy.weighted or of_founders) and policy.merging.of == "both"
 
     def _first(self, block: slice) -> bool | Tensor:
         """Which columns hold tokens of a row's first chunk, [b, 1, n]; False where none of these leaves any more."""

@@ -248,11 +248,15 @@ def _backward(
             tensors = (grad, layout.queries, layout.keys, layout.values, output, lse.contiguous(), None, None)
             return _gpu_flash_backward(*tensors, *lengths, 0.0, causal, seed, seed[0], scale=scale)
         case "efficient":
-            tensors = (grad, layout.queries, layout.keys, layout.values, _aligned(layout), output)
+            # In half precision this kernel's gradients of sets with a bias are wrong, and others each time (seen with
+            # PyTorch 2.11 on an H200); in float32 they are right.
+            narrow = (grad, layout.queries, layout.keys, layout.values)
+            tensors = (*(tensor.float() for tensor in narrow), _aligned(layout, torch.float32), output.float())
             lse = pad(lse, (0, -lse.shape[-1] % EFFICIENT_QUERIES), value=torch.inf)
             seed = torch.zeros((), dtype=torch.long, device=grad.device)  # of a dropout that there is not
             options = (seed, seed, 0.0, (True, True, True, False), causal)
-            return _efficient_backward(*tensors, lse, *options, scale=scale)[:3]
+            found = _efficient_backward(*tensors, lse, *options, scale=scale)[:3]
+            return tuple(tensor.to(grad.dtype) for tensor in found)  # type: ignore[return-value]
         case "plain":
             shares = (_scores(layout, causal, scale) - lse.unsqueeze(-1)).exp()
             wide = grad.to(shares.dtype)
@@ -275,12 +279,13 @@ def _kernel(layout: _Layout) -> Literal["flash", "gpu flash", "efficient", "plai
     return "gpu flash" if fits and queries.dtype != torch.float32 else "efficient"
 
 
-def _aligned(layout: _Layout) -> Tensor | None:
+def _aligned(layout: _Layout, dtype: torch.dtype | None = None) -> Tensor | None:
     """The set's bias for every query head and query, its rows as far apart as the kernel's loads want them."""
     if layout.bias is None:
         return None
     size = layout.bias.shape[-1]
-    return pad(layout.bias, (0, -size % EFFICIENT_KEYS)).expand(*layout.queries.shape[:3], -1)[..., :size]
+    padded = pad(layout.bias.to(dtype or layout.bias.dtype), (0, -size % EFFICIENT_KEYS))
+    return padded.expand(*layout.queries.shape[:3], -1)[..., :size]
 
 
 def _scores(layout: _Layout, causal: bool, scale: float) -> Tensor:

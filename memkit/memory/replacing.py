@@ -106,7 +106,10 @@ def replace(store: SlotStore, rules: SlotRules, assignment: Assignment, chunk: C
 
 def _tokens(rules: SlotRules, chunk: Chunk, founded: Tensor, line: Line) -> Tensor:
     """The lines of a chunk's tokens, [b, g, c, …]; what is a founder's own may stand in all of them."""
-    rows, numbers = contributions(rules, chunk, founded) if chunk.founders is None else chunk.founders
+    if chunk.ahead is None or (rules.policy.weighted and not rules.policy.merging.by_share):
+        rows, numbers = contributions(rules, chunk, founded)
+    else:
+        rows, numbers = chunk.ahead[0]
     parts = [rows, numbers.to(rows.dtype)]
     if rules.policy.observes:
         assert chunk.evidence is not None

@@ -29,9 +29,11 @@ __all__ = [
     "parameter_versions",
     "read_slots",
     "read_tokens",
-    "statistics_of_founders",
-    "weight_needs_founders",
 ]
+
+
+Rows = tuple[Tensor, Tensor]
+"""What tokens add to a slot: sums [b, g, c, d + v] and numbers [b, g, c, s]."""
 
 
 @dataclass
@@ -41,8 +43,8 @@ class Chunk:
     keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
     first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its columns of the timeline;
     memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet; evidence [b, g, c, 3]: what observed
-    queries have told of them; founders: `contributions` as if every token founded, where these were taken ahead and a
-    token's weight does not depend on who founds.
+    queries have told of them; ahead: `contributions` as if every token founded, and as if none did, where these were
+    made for many chunks at once.
     """
 
     keys: Tensor
@@ -53,7 +55,7 @@ class Chunk:
     where: Columns
     memory_keys: Tensor | None = None
     evidence: Tensor | None = None
-    founders: tuple[Tensor, Tensor] | None = None
+    ahead: tuple[Rows, Rows] | None = None
 
     def of_rows(self, rows: Tensor) -> Chunk:
         """The tokens of some rows of the batch."""
@@ -111,18 +113,19 @@ def memory_keys(rules: SlotRules, chunk: Chunk) -> Tensor:
     return rules.policy.readout.key(keys, {}, rules.key_norm) if rules.policy.readout.layer_norm else keys
 
 
-def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> tuple[Tensor, Tensor]:
+def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> Rows:
     """Each token's row of sums [b, g, c, d + v] and of numbers [b, g, c, s], founders weighed as the rule says.
 
     founded [b, g, c]; None where no token founds.
     """
     policy = rules.policy
-    if chunk.founders is not None:
-        rows, numbers = chunk.founders
-        own = statistics_of_founders(policy, numbers.device)
-        if own is None:
-            return rows, numbers
-        return rows, numbers.masked_fill(own if founded is None else own & ~founded.unsqueeze(-1), 0)
+    if chunk.ahead is not None:
+        alone, joining = chunk.ahead
+        if founded is None or alone is joining:
+            return joining
+        chosen = founded.unsqueeze(-1)
+        rows = joining[0] if alone[0] is joining[0] else torch.where(chosen, alone[0], joining[0])
+        return rows, torch.where(chosen, alone[1], joining[1])
     keys = memory_keys(rules, chunk) if chunk.memory_keys is None else chunk.memory_keys
     dtype, ones = keys.dtype, torch.ones_like(keys[..., 0])
     values = keys[..., :0] if chunk.values is None else chunk.values.to(dtype)
@@ -148,24 +151,6 @@ def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> tup
         rows = torch.cat((keys, values), dim=-1)
         return rows if weight is None else rows * for_keys.unsqueeze(-1), numbers
     return torch.cat((keys * for_keys.unsqueeze(-1), values * for_values.unsqueeze(-1)), dim=-1), numbers
-
-
-def weight_needs_founders(rules: SlotRules, chunk: Chunk) -> bool:
-    """Whether a token weighs otherwise where it founds."""
-    weighs = rules.policy.merging.weighs
-    return not (weighs.founders and weighs.first_chunk) and (
-        rules.policy.merging.weight(chunk.keys[:, :, :1], _first(chunk.weights)) is not None
-    )
-
-
-def _first(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights[:, :, :1]
-
-
-def statistics_of_founders(policy: Policy, device: torch.device) -> Tensor | None:
-    """Which statistics founders alone bring, a bool for each; None where there are none."""
-    own = tuple(statistic.of_founder for statistic in policy.statistics)
-    return constant(own, device) if any(own) else None
 
 
 @functools.lru_cache(maxsize=64)

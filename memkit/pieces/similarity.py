@@ -70,7 +70,8 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
         scores[..., :sinks] = -torch.inf
         slot, score = best_slot(scores, sinks)
         parts.append((slot, score, torch.maximum(score, of_sinks.amax(-1)) if of_sinks.shape[-1] else score))
-    return Nearest(*(torch.cat(each_of).view(shape[:3]) for each_of in zip(*parts, strict=True)))
+    found = parts[0] if len(parts) == 1 else [torch.cat(each_of) for each_of in zip(*parts, strict=True)]
+    return Nearest(*(each.view(shape[:3]) for each in found))
 
 
 def best_slot(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from memkit.rendering import render
 from memkit.testing.law import Law, LawBroken
 
 __all__ = ["Report", "Verdict"]
@@ -37,6 +38,9 @@ class Report:
         if self.broken:
             raise self.broken[0]
         return self
+
+    def _repr_html_(self) -> str:
+        return render(self, "html")
 
     def __str__(self) -> str:
         width = max(len(_title(verdict.law)) for verdict in self.verdicts)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from memkit.viz.html import fragment
 from memkit.viz.tables import columns
 
 if TYPE_CHECKING:
     from memkit.testing.law import Law
     from memkit.testing.report import Report
 
-__all__ = ["report", "watching"]
+__all__ = ["html", "report", "watching"]
 
 STYLES = {"held": "green", "broken": "bold red", "not claimed": "dim"}
 
@@ -34,6 +35,11 @@ def report(examined: Report) -> RenderableType:
     if examined.note:
         parts.append(Text(examined.note))
     return Group(*parts, table, *(Text(f"{error}\n") for error in examined.broken))
+
+
+def html(examined: Report) -> str:
+    """The report for a notebook."""
+    return fragment(report(examined))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html as markup
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,16 +10,17 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from memkit.errors import ModelError
+from memkit.viz.html import fragment
 from memkit.viz.tables import columns, with_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from memkit.comparison import Comparison, Measurement
     from memkit.comparison import Progress as Report
 
-__all__ = ["html", "plot", "progress_bar", "table"]
+__all__ = ["figure", "html", "notes", "plot", "progress_bar", "table"]
 
 MARK = "●"
 HEADERS = (
@@ -41,71 +41,31 @@ def table(comparison: Comparison) -> RenderableType:
     grid = columns(*(f"{above}\n{below}" for above, below in HEADERS), gap=0)
     for entry in _front_first(comparison):
         grid.add_row(*_cells(entry), style="bold" if entry.front else "")
-    return with_notes(grid, _notes(comparison))
+    return with_notes(grid, notes(comparison))
 
 
 def html(comparison: Comparison) -> str:
-    """The same table for a notebook."""
-    heads = "".join(f"<th>{above}<br>{below}</th>" for above, below in HEADERS)
-    rows: list[str] = []
-    for entry in _front_first(comparison):
-        tag = "th" if entry.front else "td"
-        rows.append("<tr>" + "".join(f"<{tag}>{markup.escape(cell)}</{tag}>" for cell in _cells(entry)) + "</tr>")
-    notes = "<br>".join(markup.escape(line) for line in _notes(comparison))
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table><p><small>{notes}</small></p>"
+    """The table for a notebook."""
+    return fragment(table(comparison))
 
 
 def plot(comparison: Comparison, axes: Axes | None = None) -> Axes:
-    """Loss against memory on a logarithmic axis. The front is a line: between its points, no policy was better."""
-    if axes is None:
-        try:
-            from matplotlib import pyplot
-        except ImportError:
-            raise ModelError(
-                "plotting needs matplotlib, which is not installed; run: pip install 'memkit-attention[notebook]'"
-            ) from None
-        _, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    entries = _by_memory(comparison)
-    front = [entry for entry in entries if entry.front]
-    axes.step([_megabytes(e) for e in front], [e.loss for e in front], where="post", color="C0", alpha=0.4, zorder=1)
-    colors = ["C0" if entry.front else "0.55" for entry in entries]
-    axes.scatter([_megabytes(e) for e in entries], [e.loss for e in entries], color=colors, zorder=2)
-    axes.set_xscale("log", subs=[2, 5])
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.margins(x=0.18, y=0.1)
-    for entry, rise in zip(entries, _label_rises(axes, entries), strict=True):
-        axes.annotate(
-            entry.policy,
-            (_megabytes(entry), entry.loss),
-            xytext=(7, rise),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color="0.2" if entry.front else "0.5",
-        )
-    settings = comparison.settings
-    axes.set_xlabel(f"memory after {settings['tokens']:,} tokens, MB")
-    axes.set_ylabel(f"loss from token {settings['skip']:,} on, nats per token")
-    axes.set_title(f"{settings['model']} reading {settings['text']}", fontsize=10)
-    return axes
+    """Loss against memory: `figures.front`."""
+    from memkit.viz.figures import front
+
+    return front(comparison, axes)
 
 
-def _label_rises(axes: Axes, entries: list[Measurement], height: float = 10, width: float = 110) -> list[float]:
-    """How far, in points, each label is lifted above its dot so that none lies on another; lowest dots first."""
-    scale = 72 / axes.figure.dpi
-    dots = [tuple(scale * axes.transData.transform((_megabytes(e), e.loss))) for e in entries]
-    placed: list[tuple[float, float]] = []
-    rises = [0.0] * len(entries)
-    for index in sorted(range(len(dots)), key=lambda i: dots[i][1]):
-        x, y = dots[index]
-        lifted = y + height / 2
-        for other_x, other_y in sorted(placed, key=lambda dot: dot[1]):
-            if abs(other_x - x) < width and abs(other_y - lifted) < height:
-                lifted = other_y + height
-        placed.append((x, lifted))
-        rises[index] = lifted - y
-    return rises
+def figure(comparison: Comparison) -> Figure:
+    """All that a comparison shows: loss against memory, and the gap closed where it is known."""
+    from memkit.viz import figures, style
+
+    gaps = [entry for entry in comparison.policies if entry.gap_closed is not None]
+    (first, *rest), drawn = style.panels(2 if gaps else 1, 0.9 + 0.36 * max(8, len(gaps)))
+    figures.front(comparison, first)
+    for ax in rest:
+        figures.gap_closed(comparison, ax)
+    return drawn
 
 
 @contextmanager
@@ -156,7 +116,7 @@ def _share(share: float | None) -> str:
     return "–" if share is None else f"{share:.0%}"
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """What the marks mean, and the settings."""
     s = comparison.settings
     lines = [f"{MARK} on the front: no other policy has at most its memory and at most its loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Group, RenderableType
@@ -10,11 +11,15 @@ from rich.text import Text
 
 from memkit.lm import MemoryLM, MixerSpec, ModelSpec
 from memkit.lm.footprint import memory_bytes
-from memkit.viz.costs import amount
+from memkit.viz.costs import DRAWN_LENGTHS
+from memkit.viz.html import fragment
 from memkit.viz.policies import tokens_in_words
-from memkit.viz.tables import columns, with_notes
+from memkit.viz.tables import amount, columns, with_notes
 
-__all__ = ["details", "listing"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["details", "figure", "html", "listing"]
 
 SHOWN_LENGTHS = tuple(4096 << (2 * index) for index in range(5))
 
@@ -42,6 +47,26 @@ def details(spec: ModelSpec, header: str) -> RenderableType:
         _memory_table(spec),
     ]
     return Group(*parts)
+
+
+def figure(spec: ModelSpec) -> Figure:
+    """What a model's memory takes against tokens: a line per kind of layer, and one for all together."""
+    from memkit.viz import figures, style
+
+    (ax,), drawn = style.panels(1)
+    kinds = list(dict.fromkeys(spec.mixers))
+    layers = memory_bytes(spec, DRAWN_LENGTHS)
+    lines = {"all layers": [sum(each) for each in layers]} if len(kinds) > 1 else {}
+    for kind in kinds:
+        of_kind = [sum(size for size, mixer in zip(each, spec.mixers, strict=True) if mixer == kind) for each in layers]
+        lines[f"{spec.mixers.count(kind)} × {kind.label}"] = of_kind
+    figures.bytes_by_tokens(DRAWN_LENGTHS, lines, ax)
+    return drawn
+
+
+def html(model: ModelSpec | MemoryLM) -> str:
+    """What `details` says, for a notebook."""
+    return fragment(details(model.spec if isinstance(model, MemoryLM) else model, ""))
 
 
 def _parameters(spec: ModelSpec) -> int:

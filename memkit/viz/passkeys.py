@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import RenderableType
 
 from memkit.passkey import Passkeys
+from memkit.viz.html import fragment
 from memkit.viz.tables import columns, with_notes
 
-__all__ = ["table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["figure", "html", "table"]
 
 FOUND, LOST = "●", "·"
+
+
+def figure(passkeys: Passkeys) -> Figure:
+    """How many of the numbers each policy found, against what its memory takes."""
+    from memkit.viz import figures, style
+
+    (ax,), drawn = style.panels(1)
+    points = [(entry.policy, entry.bytes, entry.found / entry.placements) for entry in passkeys.policies]
+    figures.accuracy(points, ax, what=f"of {passkeys.settings['placements']} hidden numbers found, %")
+    return drawn
+
+
+def html(passkeys: Passkeys) -> str:
+    """The table for a notebook."""
+    return fragment(table(passkeys))
 
 
 def table(passkeys: Passkeys) -> RenderableType:

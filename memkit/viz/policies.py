@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from memkit.catalog import load_policy
 from memkit.costing import Cost, cost
 from memkit.pieces.growth import GrowthSpec
 from memkit.pieces.registry import Spec
-from memkit.policy import PolicySpec
-from memkit.viz.costs import cells
+from memkit.policy import Policy, PolicySpec
+from memkit.viz.costs import DRAWN_LENGTHS, cells
+from memkit.viz.html import fragment
 from memkit.viz.picture import draw, picture
 from memkit.viz.tables import columns, with_notes
 from memkit.yaml12 import dump
 
-__all__ = ["details", "listing", "tokens_in_words"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["details", "figure", "html", "listing", "tokens_in_words"]
 
 SHOWN_LENGTHS = tuple(1024 << (2 * i) for i in range(6))
 
@@ -50,6 +55,26 @@ def details(spec: PolicySpec, header: str) -> RenderableType:
             Text("Who sees what depends on the text and its queries: slots compete by what readers need."),
         ]
     return Group(*parts)
+
+
+def figure(spec: PolicySpec) -> Figure:
+    """Who sees what, where that can be told without a text; memory and operations against tokens, beside `full`'s."""
+    from memkit.viz import figures, style
+
+    drawn = picture(spec.build())
+    axes, whole = style.panels(3 if drawn is not None else 2)
+    compared = [spec] if spec.name == "full" else [load_policy("full"), spec]
+    costs = [entry for each in compared for entry in cost(each, DRAWN_LENGTHS)]
+    if drawn is not None:
+        figures.who_sees_what(drawn, axes[0])
+    figures.growth(costs, axes[-2])
+    figures.cost_curves(costs, axes[-1])
+    return whole
+
+
+def html(policy: PolicySpec | Policy) -> str:
+    """What `details` says, for a notebook."""
+    return fragment(details(policy.spec if isinstance(policy, Policy) else policy, ""))
 
 
 def declaration(spec: PolicySpec) -> Text:
@@ -91,7 +116,7 @@ def _whole(value: Any) -> Any:
 
 
 def _growth_table(costs: list[Cost]) -> RenderableType:
-    grid = columns("tokens", "slots", "window", "memory\nread", "memory\nat most", "prefill\nFLOPs", "a token\nFLOPs")
+    grid = columns("tokens", "slots", "window", "memory", "prefill\nFLOPs", "a token\nFLOPs")
     for entry in costs:
         grid.add_row(tokens_in_words(entry.tokens), *cells(entry))
     note = f"for {costs[0].shape}; prefill grows as N^{costs[0].exponent:.2f}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 
 from memkit.profiles import HeadProfile
+from memkit.viz.style import is_dark
 from memkit.viz.tables import columns, with_notes
 
 if TYPE_CHECKING:
@@ -38,10 +39,15 @@ def table(profile: HeadProfile, stability: float | None = None) -> RenderableTyp
 def plot(profile: HeadProfile, ax: Axes) -> Axes:
     """A heat map of layers × heads: how many times the even share each gets."""
     layers, heads = profile.shape
-    shown = ax.imshow([list(row) for row in zip(*profile.ratios, strict=True)], aspect="auto", cmap="cividis")
+    shown = ax.imshow(
+        [list(row) for row in zip(*profile.ratios, strict=True)],
+        aspect="auto",
+        cmap="cividis" if is_dark() else "cividis_r",
+    )
     ax.set_xlabel("layer")
     ax.set_ylabel("key/value head")
     ax.set_yticks(range(heads))
     ax.set_xticks(range(0, layers, max(1, layers // 10)))
-    ax.figure.colorbar(shown, ax=ax, label="× even share")
+    bar = ax.figure.colorbar(shown, ax=ax, pad=0.02, label="× even share")
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     return ax

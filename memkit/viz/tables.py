@@ -9,7 +9,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["columns", "with_notes"]
+__all__ = ["amount", "columns", "with_notes"]
+
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
 def columns(*heads: str, align: str = "", gap: int = 1) -> Table:
@@ -27,3 +29,12 @@ def columns(*heads: str, align: str = "", gap: int = 1) -> Table:
 def with_notes(table: Table, notes: Iterable[str]) -> Group:
     """A table with lines of small print below."""
     return Group(table, *(Text(note, style="dim") for note in notes))
+
+
+def amount(number: float, unit: str = "") -> str:
+    """Three digits and a metric prefix: 1.02 P, 4.10 GB."""
+    power = 0
+    while number >= 999.5 and power < len(PREFIXES) - 1:
+        number, power = number / 1000, power + 1
+    digits = f"{number:.3g}" if power == 0 else f"{number:#.3g}".rstrip(".")
+    return f"{digits} {PREFIXES[power]}{unit}".rstrip()

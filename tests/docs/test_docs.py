@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 import yaml
-from nbclient import NotebookClient
 from typer.testing import CliRunner
 
 import memkit
@@ -85,18 +82,6 @@ def test_readme_names_every_default_policy() -> None:
     assert all(name in table for name in DEFAULT_POLICIES)
 
 
-def test_notebook_runs_and_draws(tmp_path: Path) -> None:
-    path = tmp_path / "compare_policies.ipynb"
-    shutil.copy(ROOT / "docs" / "compare_policies.ipynb", path)
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert len(cells) == 5
-    kinds_shown = [{kind for output in cell.outputs for kind in output.get("data", {})} for cell in cells]
-    assert all("text/html" in shown for shown in (kinds_shown[0], kinds_shown[1], kinds_shown[2], kinds_shown[4]))
-    assert "image/png" in kinds_shown[3]
-
-
 def test_stock_models_block_runs_and_names_what_there_is() -> None:
     from memkit import hf
 
@@ -105,8 +90,6 @@ def test_stock_models_block_runs_and_names_what_there_is() -> None:
     assert named >= {"untrained-observed", "untrained-observed-sqrt", "keydiff-512"}
     for name in named:
         memkit.load_policy(name)
-    for figure in re.findall(r"\]\((figures/[^)]+)\)", text):
-        assert (ROOT / "docs" / figure).is_file(), figure
     try:
         hf.load()
     except memkit.ModelError as error:

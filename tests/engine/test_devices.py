@@ -156,7 +156,9 @@ def test_the_kernels_for_gpus_are_called_as_declared(name: str, even: bool, monk
 @pytest.mark.parametrize("name", PLANNED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "kv_heads"), [(1, 4), (3, 2)])
-def test_cuda_agrees_with_cpu(name: str, rows: int, kv_heads: int, dtype: torch.dtype) -> None:
+def test_cuda_agrees_with_cpu(
+    name: str, rows: int, kv_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy, tensors, more = _given(name, rows, kv_heads, 203, dtype=dtype)
     plan = memkit.plan(policy, tensors[1], **more) if policy.chunk else None
     leaves = [tensor.requires_grad_() for tensor in tensors]
@@ -169,14 +171,19 @@ def test_cuda_agrees_with_cpu(name: str, rows: int, kv_heads: int, dtype: torch.
     if (rotation := more.get("rotation")) is not None:
         on_gpu["rotation"] = dataclasses.replace(rotation, frequencies=rotation.frequencies.to("cuda"))
     found: list[list[Tensor]] = []
-    for _ in range(2):
-        moved = [leaf.detach().to("cuda").requires_grad_() for leaf in leaves]
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+    # PyTorch's own kernels take a gradient's parts as they come, unless told otherwise.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            moved = [leaf.detach().to("cuda").requires_grad_() for leaf in leaves]
+            torch.cuda.set_sync_debug_mode("error")
             output, _ = memkit.attend(policy, *moved, plan=plan, **on_gpu)
-        finally:
             torch.cuda.set_sync_debug_mode("default")
-        found.append([output, *torch.autograd.grad(output.square().sum(), moved)])
+            found.append([output, *torch.autograd.grad(output.square().sum(), moved)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), "two runs differ"
     # Sums of hundreds of products; in half precision, of outputs rounded by two kernels each in its own order.
     allowed = 1024 * EPS if dtype == torch.float32 else 16 * torch.finfo(dtype).eps

@@ -23,9 +23,11 @@ def test_costs_fit_a_terminal_uncut():
     costs = [entry for name in memkit.policy_names() for entry in cost(name, [4096, 1_000_000])]
     text = printed(table(costs))
     assert "…" not in text
-    assert text.count("full ") == 2
-    (line,) = [line for line in printed(table([cost("full", 1_000_000)])).splitlines() if line.startswith(" full")]
-    assert line.split() == ["full", "0", "1,000,000", "4.10", "GB", "1.02", "P", "2.05", "G", "N^2.00"]
+    assert text.count("full ") == 4
+    lines = [line for line in printed(table([cost("full", 1_000_000)])).splitlines() if line.startswith(" full")]
+    costs, held = (line.split() for line in lines)
+    assert costs == ["full", "0", "1,000,000", "4.10", "GB", "1.02", "P", "2.05", "G", "N^2.00"]
+    assert held == ["full", "1,000,000", "4.10", "GB", "4.35", "GB", "4.35", "GB", "1.06"]
 
 
 @pytest.mark.parametrize("name", memkit.policy_names())
