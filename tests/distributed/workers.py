@@ -72,8 +72,8 @@ def fully_sharded() -> dict[str, Any]:
     fully_shard(model)
     loss = model.loss(rows())
     loss.backward()
-    gradients = {name: each.grad.full_tensor() for name, each in model.named_parameters() if each.grad is not None}
-    return {"loss": averaged(loss), "gradients": gradients}
+    split: dict[str, Any] = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return {"loss": averaged(loss), "gradients": {name: each.full_tensor() for name, each in split.items()}}
 
 
 def trainer(folder: str) -> dict[str, Any]:
