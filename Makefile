@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full stream batches gpu test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants docs docs-serve notebooks figures clean
+.PHONY: help compare bench bench-full stream batches gpu sweep-smoke bench-train test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants docs docs-serve notebooks figures clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ stream: $(READY) ## One layer reads a million tokens, a chunk at a time: time pe
 
 batches: $(READY) ## Unequal rows against equal ones, grouped queries against ungrouped
 	$(BIN)/python tools/measure.py batches
+
+sweep-smoke: $(READY) ## A whole small sweep, trained, judged and drawn: under 10 minutes
+	mkdir -p build
+	$(BIN)/memkit sweep sweeps/smoke.yaml --out build/sweep-smoke
+
+bench-train: $(READY) ## Training steps of small models under policies against a plain PyTorch transformer, in one run
+	$(BIN)/python tools/bench_train.py
 
 DEVICE ?= cuda
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +178,8 @@ class MemoryAttention(nn.Module):
         self.learned = PolicyParameters(self.policy, heads, self.head_width)
         weighed = Need.MERGE_WEIGHTS in self.policy.needs
         self.gate = nn.Linear(width, self.kv_heads, bias=False) if weighed else None
+        self.listener: Callable[[dict[str, Any]], None] | None = None
+        """Told what each call asks `attend`, memory and lengths apart; for those who measure."""
 
     def forward(self, x: Tensor, memory: Memory | None = None, lengths: Lengths | None = None) -> tuple[Tensor, Memory]:
         """x [b, t, width] → y [b, t, width] and the memory to go on with.
@@ -211,18 +214,18 @@ class MemoryAttention(nn.Module):
         if self.gate is not None:
             gate = self.gate(x)
             weights = (1 + elu(gate.to(torch.promote_types(gate.dtype, torch.float32)))).transpose(1, 2)
-        output, memory = attend(
-            self.policy,
-            queries,
-            keys,
-            values,
-            weights=weights,
-            parameters=self.learned,
-            rotation=self.rotary.rotation if Need.ROTATION in self.policy.needs else None,
-            scale=scale,
-            memory=memory,
-            lengths=lengths,
-        )
+        given: dict[str, Any] = {
+            "queries": queries,
+            "keys": keys,
+            "values": values,
+            "weights": weights,
+            "parameters": self.learned,
+            "rotation": self.rotary.rotation if Need.ROTATION in self.policy.needs else None,
+            "scale": scale,
+        }
+        if self.listener is not None:
+            self.listener(given)
+        output, memory = attend(self.policy, **given, memory=memory, lengths=lengths)
         return self.output(rearrange(output, "b h t d -> b t (h d)")), memory
 
     def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, float | None]:

@@ -16,9 +16,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from memkit import yaml12
 from memkit.catalog import load_policy, policy_header, policy_names
-from memkit.errors import InputError, MemkitError, PolicyError, short, shown, unknown_name
+from memkit.commands import evaluate, sweep, train
+from memkit.commands.models import tokenizer_of
+from memkit.commands.options import SetOption
+from memkit.commands.options import check_writable as _check_writable
+from memkit.commands.options import parse_overrides as _overrides
+from memkit.commands.options import write as _write
+from memkit.errors import InputError, MemkitError, short, shown, unknown_name
 from memkit.layers import as_layers
 from memkit.version import __version__
 
@@ -113,10 +118,6 @@ VersionOption = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
 ]
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY", help="A shipped policy's name, or a YAML file.")]
-SetOption = Annotated[
-    list[str],
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in growth.factor=8; may be repeated."),
-]
 ImportOption = Annotated[
     list[str],
     typer.Option(
@@ -250,7 +251,10 @@ def compare(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="A Hugging Face folder or a GGUF file; left out: SmolLM2-135M-Instruct."),
+        typer.Option(
+            metavar="PATH",
+            help="A Hugging Face folder, a GGUF file, or a trained memkit model; left out: SmolLM2-135M-Instruct.",
+        ),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A UTF-8 text; left out: the topics of Python's own help.")
@@ -293,10 +297,37 @@ def compare(
     _check_writable("--json", json_file)
     _check_plot(plot)
     from memkit import comparison, viz
+    from memkit.lm import is_model
     from memkit.viz.comparison import figure, progress_bar
 
-    chosen = policies or list(comparison.DEFAULT_POLICIES)
     reading = _choice("--prefill", prefill, "policy", "full")
+    if model is not None and is_model(model):
+        for option, unfit in (
+            ("--second", second is not None),
+            ("--prefill full", reading == "full"),
+            ("--rows", rows is not None),
+            ("--passkey", passkey),
+        ):
+            if unfit:
+                raise InputError(f"{option} is for stock models, got {short(model)}; leave it out")
+        from memkit.trained import compare_trained
+
+        sizes = {"tokens": tokens, "skip": skip}
+        with progress_bar(1 + len(policies or "12")) if sys.stderr.isatty() else nullcontext() as progress:
+            own = compare_trained(
+                model,
+                policies,
+                text=text,
+                overrides=overrides,
+                progress=progress,
+                **{name: each for name, each in sizes.items() if each is not None},
+            )
+        viz.show(own.table())
+        _plot(plot, dark, figure, own)
+        if json_file is not None:
+            _write(json_file, own.to_json() + "\n")
+        return
+    chosen = policies or list(comparison.DEFAULT_POLICIES)
     if passkey:
         if second is not None or skip is not None:
             raise InputError("--passkey scores a hidden number alone; leave --second and --skip out")
@@ -575,7 +606,10 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name, a YAML file, or a folder.")],
     prompt_ids: Annotated[
         list[str], typer.Option(metavar="IDS", help="Token ids, as in 1,2,3; repeated: a batch of prompts.")
-    ],
+    ] = [],  # noqa: B006
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instead of ids: a text, to which its continuation is printed.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate at most.")] = 32,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.")] = None,
@@ -583,13 +617,20 @@ def generate(
     stop_ids: Annotated[str, typer.Option(metavar="IDS", help="A prompt ends with any of these.")] = "",
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
 ) -> None:
-    """Generate token ids: one line per prompt, its new ids.
+    """Generate token ids, one line of new ids per prompt; or text, after --prompt.
 
     A model without weights beside its YAML is one that has learned nothing.
     """
     from memkit.lm import load_model
 
+    if bool(prompt_ids) == (prompt is not None):
+        raise InputError(f"give --prompt-ids or --prompt, got {'both' if prompt_ids else 'neither'}")
+    if prompt == "":
+        raise InputError("--prompt must have at least one character, got ''")
+    tokenizer = None if prompt is None else tokenizer_of(model)
     prompts = [_ids("--prompt-ids", given) for given in prompt_ids]
+    if prompt is not None and tokenizer is not None:
+        prompts = [tokenizer.encode(prompt)]
     stops = _ids("--stop-ids", stop_ids) if stop_ids else []
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     new = load_model(model).generate(
@@ -597,7 +638,7 @@ def generate(
     )
     for row in new.tolist():
         end = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
-        typer.echo(",".join(str(token) for token in row[:end]))
+        typer.echo(",".join(str(token) for token in row[:end]) if tokenizer is None else tokenizer.decode(row[:end]))
 
 
 def _ids(option: str, text: str) -> list[int]:
@@ -607,38 +648,10 @@ def _ids(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _overrides(changes: list[str]) -> dict[str, Any]:
-    """`growth.factor=8` → {"growth.factor": 8}; values are YAML."""
-    overrides: dict[str, Any] = {}
-    for change in changes:
-        field, equals, value = change.partition("=")
-        if not equals or not field.strip():
-            raise PolicyError(f"--set {short(change)}: must be FIELD=VALUE, as in --set growth.factor=8")
-        if (field := field.strip()) in overrides:
-            raise PolicyError(f"--set {short(change)}: {short(field)} is given twice; leave one of them out")
-        try:
-            overrides[field] = yaml12.load(value, f"--set {short(change)}")
-        except PolicyError as error:
-            raise PolicyError(f"{error}; the value is YAML, as 8 or '{{kind: none}}'") from None
-    return overrides
-
-
 def _choice(option: str, given: str, *allowed: str) -> Any:
     if given not in allowed:
         raise InputError(f"{option} must be one of {', '.join(allowed)}, got {short(given)}")
     return given
-
-
-def _check_writable(option: str, path: Path | None) -> None:
-    """Raise where a file of that name cannot be written, before work is done for it."""
-    if path is None:
-        return
-    try:
-        fine = not path.is_dir() and path.absolute().parent.is_dir()
-    except OSError:  # a name longer than a file's may be
-        fine = False
-    if not fine:
-        raise InputError(f"{option} {short(str(path))}: must be a file in a folder that exists; make the folder first")
 
 
 def _check_plot(path: Path | None, option: str = "--plot") -> None:
@@ -662,8 +675,5 @@ def _plot(path: Path | None, dark: bool, draw: Callable[[Any], Any], shown: Any)
         style.save(draw(shown), path)
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name a file in a folder of yours") from None
+for command in (train, sweep, evaluate):
+    command.register(app)

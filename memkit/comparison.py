@@ -5,6 +5,7 @@ What each policy costs and how well the model then predicts are measured in one 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -437,10 +438,19 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+            **_installed("torch", "transformers"),
             "memkit": __version__,
         },
     }
+
+
+def _installed(*packages: str) -> dict[str, str]:
+    """The versions of those that are there."""
+    found: dict[str, str] = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _now(device: torch.device) -> float:

@@ -403,7 +403,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str):
         (["cost", "full", "--tokens"], "'--tokens' requires an argument"),
         (["check", "full", "--examples", "0"], "Invalid value for '--examples'"),
         (["check", "full", "--examples", "9" * 20], "Invalid value for '--examples'"),
-        (["generate", "tiny-full"], "Missing option '--prompt-ids'"),
+        (["generate", "tiny-full"], "give --prompt-ids or --prompt, got neither"),
         (["--frobnicate"], "--frobnicate"),
         (["cost", "full", "--tokens", "9" * 9000], "Invalid value for '--tokens'"),
     ],

@@ -19,6 +19,7 @@ from memkit.lm.spec import ModelSpec
 
 __all__ = [
     "is_model",
+    "is_shipped",
     "load_model_spec",
     "model_header",
     "model_names",
@@ -59,6 +60,11 @@ def is_model(name: str | Path) -> bool:
         return "layers" in MODELS.read(MODELS.path(name))
     except ModelError:
         return False
+
+
+def is_shipped(model: str | Path) -> bool:
+    """Whether a name or path is a shipped model's. Raises `ModelError` for unknown models."""
+    return MODELS.path(model).parent == models_folder()
 
 
 def load_model_spec(model: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:

@@ -9,33 +9,75 @@ from typing import Any
 
 import torch
 
+from memkit.catalog import load_policy
 from memkit.errors import ModelError
-from memkit.lm.catalog import load_model_spec, weights_file
+from memkit.lm.catalog import is_shipped, load_model_spec, weights_file
+from memkit.lm.mixers import AttentionMixerSpec
 from memkit.lm.model import MemoryLM
+from memkit.lm.spec import MixerSpec, ModelSpec
+from memkit.policy import PolicySpec
 from memkit.whole import SEEDS, whole_number
 
-__all__ = ["from_pretrained", "load_model", "save_pretrained"]
+__all__ = ["from_pretrained", "load_model", "save_pretrained", "with_policy"]
 
 save_pretrained = MemoryLM.save_pretrained
 from_pretrained = MemoryLM.from_pretrained
 
 
-def load_model(model: str | Path, overrides: Mapping[str, Any] | None = None, seed: int = 0) -> MemoryLM:
+def load_model(
+    model: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    *,
+    policy: str | Path | PolicySpec | None = None,
+    dtype: torch.dtype | None = None,
+) -> MemoryLM:
     """A model by shipped name, YAML file or folder: with its weights where they lie beside it, else initialised.
 
-    seed: of the initialisation; torch's own generator is left as it was. `overrides` only where there are no weights
-    that they would not fit. Raises `ModelError`.
+    Args:
+        model: a name, a path.
+        overrides: fields to change, by dotted path. Weights are kept where policies alone change; a shipped model with
+            other sizes is another one, and initialised.
+        seed: of the initialisation; torch's own generator is left as it was.
+        policy: every attention layer remembers as this one says, whatever it was trained with. What only the former
+            policy learned is left out, and what this one could learn is as it starts: LayerNorm 1 and 0, query scales
+            1, weights 1.
+        dtype: of the parameters. None: as they are stored; those of shipped models, which are stored in bfloat16 to
+            save room, in torch's default dtype.
+
+    Raises `ModelError`, and `PolicyError` as `load_policy` does.
     """
     seed = whole_number("seed", seed, *SEEDS)
-    spec = load_model_spec(model, overrides)
-    weights = weights_file(model)
-    if weights is not None:
-        return MemoryLM.with_weights(spec, weights)
+    declared = load_model_spec(model)
+    spec = load_model_spec(model, overrides) if overrides else declared
+    if policy is not None:
+        spec = with_policy(spec, policy)
+    weights, shipped = weights_file(model), is_shipped(model)
+    if weights is not None and (not shipped or with_policy(spec, "full") == with_policy(declared, "full")):
+        made = MemoryLM.with_weights(spec, weights, other_policies=spec != declared)
+        dtype = torch.get_default_dtype() if dtype is None and shipped else dtype
+        return made if dtype is None else made.to(dtype)
     with torch.device("meta"):
         _check_room(model, MemoryLM(spec).parameter_count)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MemoryLM(spec).eval()
+        made = MemoryLM(spec).eval()
+    return made if dtype is None else made.to(dtype)
+
+
+def with_policy(model: ModelSpec, policy: str | Path | PolicySpec) -> ModelSpec:
+    """The same model, its attention layers under another policy; its name stays."""
+    spec = load_policy(policy)
+
+    def changed(mixer: MixerSpec) -> MixerSpec:
+        return mixer.model_copy(update={"policy": spec}) if isinstance(mixer, AttentionMixerSpec) else mixer
+
+    overrides = tuple(each.model_copy(update={"mixer": changed(each.mixer)}) for each in model.layers.overrides)
+    layers = model.layers.model_copy(update={"default": changed(model.layers.default), "overrides": overrides})
+    fields: dict[str, Any] = {name: getattr(model, name) for name in ModelSpec.model_fields}
+    fields["layers"] = layers
+    made = ModelSpec(**fields)
+    return made.named(model.name)
 
 
 def _check_room(model: str | Path, parameters: int) -> None:

@@ -21,6 +21,7 @@ from memkit.lm.memory import ModelMemory
 from memkit.lm.mixer import Mixer
 from memkit.lm.parts import Linear, Mlp, Span, State
 from memkit.lm.spec import MixerSpec, ModelSpec
+from memkit.lm.weights import adapted
 from memkit.whole import whole_numbers
 
 __all__ = ["Block", "MemoryLM"]
@@ -37,12 +38,22 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(model.width)
         self.mlp = Mlp(model.mlp, model.width)
 
-    def forward(self, x: Tensor, first: Tensor | None, state: State, span: Span) -> tuple[Tensor, State]:
-        """x [b, t, width]; first: values of the first layer of this kind; state: what the layer carries."""
+    def forward(
+        self, x: Tensor, embedded: Tensor | None, first: Tensor | None, state: State, span: Span
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """x [b, t, width] → the same, the values of the first layer of this kind, and what the layer carries.
+
+        embedded [b, t, width]: the embeddings, where this layer is the first of its kind; first: its values, elsewhere.
+        All that uses the block's parameters is in here, so that whoever splits them over processes may gather them
+        for this call alone.
+        """
+        begun: State = {}
+        if embedded is not None:
+            first, begun = self.mixer.first_values(self.mixer_norm(embedded), state, span)
         mixed, carried = self.mixer(self.mixer_norm(x), first, state, span)
         x = x + self.scale * mixed
         added, mlp = self.mlp(self.mlp_norm(x), state, span)
-        return x + self.scale * added, {**carried, **mlp}
+        return x + self.scale * added, first, {**begun, **carried, **mlp}
 
 
 class MemoryLM(nn.Module):
@@ -112,31 +123,48 @@ class MemoryLM(nn.Module):
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             kind = self._first_of_kind[layer]
-            if kind == layer:
-                firsts[kind], carried[layer] = block.mixer.first_values(block.mixer_norm(embedded), states[layer], span)
-            arguments = (x, firsts[kind], states[layer], span)
+            arguments = (x, embedded if kind == layer else None, firsts.get(kind), states[layer], span)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, state = checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[misc]
+                x, firsts[kind], carried[layer] = checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[misc]
             else:
-                x, state = block(*arguments)
-            carried[layer] |= state
+                x, firsts[kind], carried[layer] = block(*arguments)
         seen = torch.zeros(ids.shape[0], dtype=torch.long) if memory is None else memory.seen
         brought = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths
         return self.head_norm(x), ModelMemory(self.spec, seen + brought, carried)
 
-    def loss(self, ids: Tensor, lengths: Lengths | None = None, documents: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of every next token, in nats; of the valid ones, and within documents, where given."""
+    def loss(
+        self,
+        ids: Tensor,
+        lengths: Lengths | None = None,
+        documents: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of every next token, in nats.
+
+        Args:
+            ids: [b, t].
+            lengths: [b], valid tokens of each row, the rest padding on the right, which does not count.
+            documents: [b, t], as for `read_packed`: a document's first token does not count.
+            targets: [b, t] bool: which tokens count where they are predicted, as answers do and their questions do
+                not; a row's first token is never predicted. None: all.
+
+        Raises:
+            InputError: what does not fit ids; targets that leave nothing to predict (looked at on the CPU alone).
+        """
         lengths = self._lengths(ids, lengths)
+        chosen = None if targets is None else self._targets(ids, targets)
         logits = self(ids, lengths=lengths)[0] if documents is None else self.read_packed(ids, documents)
-        targets = ids[:, 1:].clone()
+        wanted = ids[:, 1:].clone()
         if lengths is not None:
             valid = Span(lengths.to(ids.device), None).valid(ids.shape[1])
             assert valid is not None
-            targets = targets.masked_fill(~valid[:, 1:, 0], -100)
+            wanted = wanted.masked_fill(~valid[:, 1:, 0], -100)
         if documents is not None:
-            targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+            wanted = wanted.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+        if chosen is not None:
+            wanted = wanted.masked_fill(~chosen[:, 1:], -100)
         logits = logits[:, :-1].flatten(0, 1)
-        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted.flatten())
 
     def read_packed(self, ids: Tensor, documents: Tensor) -> Tensor:
         """Logits of rows that hold several documents each, none of which sees another.
@@ -197,12 +225,17 @@ class MemoryLM(nn.Module):
         return cls.with_weights(load_model_spec(Path(folder)), weights)
 
     @classmethod
-    def with_weights(cls, spec: ModelSpec, file: Path) -> MemoryLM:
-        """The model with weights from a safetensors file. Raises `ModelError` where they are not this model's."""
+    def with_weights(cls, spec: ModelSpec, file: Path, *, other_policies: bool = False) -> MemoryLM:
+        """The model with weights from a safetensors file. Raises `ModelError` where they are not this model's.
+
+        other_policies: the weights are of a model with other policies: what only these learned is left out, and what
+        this one's learn starts as it does in training.
+        """
         with torch.device("meta"):
             made = cls(spec)
         try:
-            made.load_state_dict(load_file(str(file)), assign=True)
+            weights = load_file(str(file))
+            made.load_state_dict(adapted(weights, made.state_dict()) if other_policies else weights, assign=True)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(f"{file}: not this model's weights: {' '.join(str(error).split())[:300]}") from None
         return made.requires_grad_().eval()
@@ -240,6 +273,16 @@ class MemoryLM(nn.Module):
             return None
         limits = f"lie between 0 and the call's {ids.shape[1]} tokens"
         return whole_numbers("lengths", lengths, 0, ids.shape[1], count=ids.shape[0], limits=limits)
+
+    @staticmethod
+    def _targets(ids: Tensor, targets: Tensor) -> Tensor:
+        """targets [b, t] bool, checked."""
+        if not isinstance(targets, Tensor) or targets.dtype != torch.bool or targets.shape != ids.shape:
+            got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else shown(targets)
+            raise InputError(f"targets must be true or false for each of ids, {tuple(ids.shape)}, got {got}")
+        if targets.device.type == "cpu" and not bool(targets[:, 1:].any()):
+            raise InputError("targets must hold at least one token after a row's first, got none")
+        return targets.to(ids.device)
 
     @property
     def parameter_count(self) -> int:

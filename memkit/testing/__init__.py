@@ -26,6 +26,7 @@ from memkit.testing.claims import CLAIMS
 from memkit.testing.given import as_spec
 from memkit.testing.law import Law, LawBroken
 from memkit.testing.laws.leaving import Exit, exits
+from memkit.testing.laws.merged import Merged, merged_tokens
 from memkit.testing.laws.merging.tokens import Merge, merges
 from memkit.testing.laws.readout import Sums, sums_of_slots
 from memkit.testing.report import Report, Verdict
@@ -39,6 +40,7 @@ __all__ = [
     "Law",
     "LawBroken",
     "Merge",
+    "Merged",
     "Report",
     "Sums",
     "Verdict",
@@ -57,6 +59,7 @@ __all__ = [
     "exits",
     "laws",
     "lengths",
+    "merged_tokens",
     "merges",
     "plans",
     "policies",

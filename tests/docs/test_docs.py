@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import memkit
+from memkit.cli import app
 from memkit.lm import load_model_spec
 from memkit.pieces import MergingSpec, kinds
 
@@ -29,6 +31,18 @@ def test_readme_python_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec", dont_inherit=True), scope)
     assert "Memory(policy 'ovq-1024'" in capsys.readouterr().out
+
+
+def test_training_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks("docs/training.md", "python"):
+        exec(compile(block, "training.md", "exec", dont_inherit=True), {"__name__": "training"})
+    assert "of the answers" in capsys.readouterr().out
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^memkit .*", page, flags=re.MULTILINE):
+        _, *given = line.split("#")[0].split()
+        options = {option.split("=")[0] for option in given if option.startswith("--")}
+        known = CliRunner().invoke(app, [given[0], "--help"]).output
+        assert all(option in known for option in options), line
 
 
 def test_readme_merge_rule_works_in_yaml(tmp_path: Path) -> None:

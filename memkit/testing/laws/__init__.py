@@ -17,6 +17,7 @@ from memkit.testing.laws.growth import (
     growth_within_bounds,
     whole_slots,
 )
+from memkit.testing.laws.merged import reading_error_bound
 from memkit.testing.laws.merging import (
     MERGING_LAWS,
     associativity,
@@ -104,6 +105,7 @@ __all__ = [
     "new_slots_in_order",
     "novelty",
     "order_of_tokens",
+    "reading_error_bound",
     "reading_gradients",
     "round_trip",
     "routing_batch_invariance",

@@ -1,0 +1,59 @@
+"""`memkit sweep`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memkit.errors import InputError
+
+__all__ = ["register", "sweep_command"]
+
+
+def sweep_command(
+    declared: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's YAML; sweeps/ has examples.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to; what is in it is not done again.")],
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes of one thread each; left out: a core each.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to draw accuracy against bytes; left out: DIR/sweep.png.")
+    ] = None,
+) -> None:
+    """Train and judge policies × learning rates × seeds on one task.
+
+    Run it again to go on after a stop. Writes sweep.csv, one line per run and setting, and a figure.
+    """
+    try:
+        from memkit import training
+    except ImportError as error:
+        raise InputError(
+            f"memkit sweep needs transformers and accelerate, got: {error}; pip install 'memkit-attention[train]'"
+        ) from None
+    from memkit.evals.figure import save_recall_figure
+
+    def say(done: int, every: int, name: str) -> None:
+        if sys.stderr.isatty():
+            typer.echo(f"{done}/{every} {name}", err=True)
+
+    found = training.sweep(declared, out, jobs=jobs, progress=say)
+    points = found.points()
+    setting = found.rows[-1].setting
+    save_recall_figure(points, figure or out / "sweep.png", f"accuracy at {setting}")
+    width = max(len(point.policy) for point in points)
+    typer.echo(f"{'policy':{width}}  {'kB held':>8}  accuracy at {setting} (mean ± standard deviation over seeds)")
+    for point in sorted(points, key=lambda each: each.bytes):
+        seeds = ", ".join(f"{each:.2f}" for each in point.each)
+        typer.echo(
+            f"{point.policy:{width}}  {point.bytes / 1e3:8.1f}  {point.accuracy:.3f} ± {point.spread:.3f}  "
+            f"({seeds}) at learning rate {point.learning_rate:g}"
+        )
+    typer.echo(f"{out / 'sweep.csv'}: {len(found.rows)} lines")
+
+
+def register(app: typer.Typer) -> None:
+    """Make the command known."""
+    app.command("sweep")(sweep_command)

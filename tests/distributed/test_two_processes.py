@@ -1,0 +1,83 @@
+"""Two processes on this machine (gloo) find the losses and gradients of one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memkit import InputError
+from memkit.training import TrainingSpec, train
+from tests.distributed import workers
+
+ROOT = Path(__file__).parents[2]
+
+
+def together(name: str, folder: Path) -> dict[str, Any]:
+    """What process 0 of two found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, "-m", "tests.distributed.workers", name, str(folder)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=500)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return torch.load(folder / f"{name}.pt")
+
+
+@pytest.mark.parametrize("name", ["data_parallel", "fully_sharded"])
+def test_losses_and_gradients_are_those_of_one_process(name: str, tmp_path: Path):
+    found = together(name, tmp_path)
+    model = workers.made()
+    loss = model.loss(workers.batch())
+    loss.backward()
+    torch.testing.assert_close(found["loss"], loss.detach())
+    expected = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    assert set(found["gradients"]) == set(expected)
+    assert sum(bool(each.abs().sum() > 0) for each in expected.values()) > 0.9 * len(expected)
+    size = max(float(each.abs().max()) for each in expected.values())
+    for each, gradient in expected.items():
+        torch.testing.assert_close(found["gradients"][each], gradient, rtol=1e-4, atol=1e-5 * size, msg=each)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_has_the_curve_of_one(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 60)
+    found = together("trainer", tmp_path)["losses"]
+    settings = TrainingSpec(**workers.TEXT, batch=4)
+    one = train(
+        "tiny-kvm-sqrt", tmp_path / "one", text=[tmp_path / "text.txt"], settings=settings, overrides=workers.SIZES
+    )
+    assert [step for step, _ in found] == [step for step, _ in one.losses]
+    for (_, loss), (_, expected) in zip(found, one.losses, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_context_parallel_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    with pytest.raises(InputError, match="context parallel splits a text over processes"):
+        train("tiny-full", tmp_path / "out", task={"kind": "mqar"})
+    assert not (tmp_path / "out").exists()

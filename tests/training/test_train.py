@@ -1,0 +1,216 @@
+"""Training runs: the same curve again, after a kill too, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from memkit import InputError, load_model
+from memkit.cli import app
+from memkit.training import TrainingSpec, load_settings, train
+from memkit.training.data import collate_sequences, text_sequences
+from memkit.training.trainer import MemoryTrainer
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"width": 32, "depth": 1, "heads": 2, "rotary.width": 8}
+TASK = {"kind": "mqar", "vocabulary": 64, "settings": [{"tokens": 80, "pairs": 4}, {"tokens": 96, "pairs": 6}]}
+FAST = TrainingSpec(steps=6, batch=2, warmup=2, log_every=1, save_every=3)
+
+
+def run(out: Path, settings: TrainingSpec = FAST, **others):
+    return train("tiny-kvm-sqrt", out, overrides=SMALL, settings=settings, **({"task": TASK} | others))
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory):
+    return run(tmp_path_factory.mktemp("runs") / "once")
+
+
+def test_the_same_seed_gives_the_same_curve(once, tmp_path: Path):
+    again = run(tmp_path / "again")
+    assert again.losses == once.losses
+    assert len(once.losses) == 6
+    other = run(tmp_path / "other", FAST.model_copy(update={"seed": 1}))
+    assert other.losses != once.losses
+
+
+def test_the_model_is_read_back(once):
+    loaded = load_model(once.folder)
+    assert loaded.spec == once.model.spec
+    assert all(map(torch.equal, loaded.state_dict().values(), once.model.state_dict().values()))
+
+
+def test_a_run_goes_on_where_it_was_killed(once, tmp_path: Path):
+    """The process is killed without warning after the checkpoint of step 3; the next one has the same curve."""
+    program = (
+        "import sys, time; from tests.training.test_train import *; from pathlib import Path\n"
+        "from memkit.training.trainer import MemoryTrainer\n"
+        "step = MemoryTrainer.training_step\n"
+        "def slow(self, *given):\n"
+        "    if self.state.global_step == 4: print('now', flush=True); time.sleep(600)\n"
+        "    return step(self, *given)\n"
+        "MemoryTrainer.training_step = slow\n"
+        "torch.set_num_threads(1); run(Path(sys.argv[1]))"
+    )
+    out = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(out)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    (out / "checkpoint-6").mkdir()  # another kill, while a checkpoint was being written: it has no state yet
+    resumed = run(out)
+    assert resumed.resumed == 3
+    assert [step for step, _ in resumed.losses] == [step for step, _ in once.losses]
+    for (_, found), (_, expected) in zip(resumed.losses, once.losses, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+    for found, expected in zip(resumed.model.state_dict().values(), once.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_finished_run_is_not_run_again(once):
+    again = run(once.folder)
+    assert again.resumed == 6
+    assert again.losses == once.losses
+
+
+def test_the_loss_is_of_answers_alone(tmp_path: Path):
+    settings = FAST.model_copy(update={"steps": 1, "learning_rate": 1e-9, "warmup": 0})
+    found = run(tmp_path / "out", settings)
+    from memkit.evals import task
+
+    drawn = task(TASK).batch(2, seed=0, index=_first_index(found.folder), tokenizer=None)
+    loss = load_model("tiny-kvm-sqrt", SMALL, seed=0).loss(drawn.ids, targets=drawn.targets)
+    assert found.losses[0][1] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def _first_index(folder: Path) -> int:
+    """With one step there is one batch."""
+    assert json.loads((folder / "trainer_state.json").read_text())["max_steps"] == 1
+    return 0
+
+
+@pytest.mark.parametrize("sequences", ["packed", "documents"])
+def test_text_is_learned(tmp_path: Path, sequences: str):
+    for name, text in (("one.txt", "abcdefgh" * 40), ("two.txt", "zyxwvu" * 30)):
+        (tmp_path / name).write_text(text)
+    settings = TrainingSpec(steps=12, batch=2, length=64, warmup=2, log_every=4, sequences=sequences)
+    found = run(tmp_path / "out", settings, task=None, text=[tmp_path / "one.txt", tmp_path / "two.txt"])
+    assert found.losses[-1][1] < 0.8 * found.losses[0][1]
+
+
+def test_packed_sequences_span_documents_and_others_do_not():
+    from memkit.lm import ByteTokenizer
+
+    texts = ["abcdef", "ghijk"]
+    packed = text_sequences(texts, ByteTokenizer(), 4, packed=True)
+    apart = text_sequences(texts, ByteTokenizer(), 4, packed=False)
+    assert [bytes(each.tolist()) for each in packed.sequences] == [b"abcd", b"efgh"]
+    assert [bytes(each.tolist()) for each in apart.sequences] == [b"abcd", b"ef", b"ghij"]
+    batch = collate_sequences([apart[0], apart[1]])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 98, 99, 100], [-100, 102, -100, -100]]
+    with pytest.raises(InputError, match="the text must have 400 tokens at least, got 11"):
+        text_sequences(texts, ByteTokenizer(), 400, packed=True)
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path):
+    """Two batches of two are the step of one batch of four: text, so that every token counts."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
+    text = [tmp_path / "text.txt"]
+    one = TrainingSpec(steps=3, batch=4, length=64, warmup=0, log_every=1, schedule="constant")
+    two = one.model_copy(update={"batch": 2, "accumulate": 2})
+    whole, halves = (run(tmp_path / name, each, task=None, text=text) for name, each in (("one", one), ("two", two)))
+    for (_, expected), (_, found) in zip(whole.losses, halves.losses, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_mixed_precision_is_close(once, tmp_path: Path):
+    found = run(tmp_path / "half", FAST.model_copy(update={"precision": "bfloat16"}))
+    assert found.losses[0][1] == pytest.approx(once.losses[0][1], rel=0.05)
+    assert found.losses != once.losses
+    assert found.model.head.weight.dtype == torch.float32
+
+
+def test_vectors_do_not_decay(once):
+    class Bare(MemoryTrainer):
+        def __init__(self):
+            pass
+
+    names = Bare().get_decay_parameter_names(once.model)
+    shapes = {name: parameter.ndim for name, parameter in once.model.named_parameters()}
+    assert {name for name, axes in shapes.items() if axes == 2} == set(names)
+    assert any(axes == 1 for axes in shapes.values())
+
+
+def test_weights_to_begin_with(once, tmp_path: Path):
+    settings = FAST.model_copy(update={"steps": 1, "learning_rate": 1e-9})
+    found = train(once.folder, tmp_path / "on", task=TASK, settings=settings, from_weights=True)
+    torch.testing.assert_close(found.model.head.weight, once.model.head.weight)
+    fresh = train(once.folder, tmp_path / "fresh", task=TASK, settings=settings)
+    assert not torch.allclose(fresh.model.head.weight, once.model.head.weight)
+
+
+# What is refused
+
+
+def test_another_run_in_the_folder(once, tmp_path: Path):
+    with pytest.raises(InputError, match="holds a run with another settings"):
+        run(once.folder, FAST.model_copy(update={"seed": 3}))
+    with pytest.raises(InputError, match="holds a run with another task"):
+        run(once.folder, task={"kind": "mqar"})
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        run(tmp_path)
+
+
+def test_arguments_that_do_not_fit(tmp_path: Path):
+    with pytest.raises(InputError, match="exactly one of text and task says what to train on, got neither"):
+        run(tmp_path / "out", task=None)
+    with pytest.raises(InputError, match="got both"):
+        run(tmp_path / "out", text=["default"])
+    with pytest.raises(InputError, match="vocabulary must be at least the 999 token ids of the task, got 256"):
+        run(tmp_path / "out", task={"kind": "mqar", "vocabulary": 999})
+    with pytest.raises(InputError, match="must be a folder with a tokenizer"):
+        run(tmp_path / "out", task=None, text=["default"], tokenizer=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_from_a_file(tmp_path: Path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("steps: 9\nbetas: [0.8, 0.9]\n")
+    assert load_settings(file, {"seed": 4}) == TrainingSpec(steps=9, betas=(0.8, 0.9), seed=4)
+    for text, message in (
+        ("stps: 9", r"settings\.yaml: stps: unknown field; did you mean 'steps'"),
+        ("betas: [0.9, 1.0]", "betas must be at least 0 and below 1"),
+        ("- 1", "training settings are a mapping of fields, got list"),
+        ("steps: 0", "steps: must be greater than or equal to 1"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_settings(file, {})
+
+
+def test_the_command(tmp_path: Path):
+    task = tmp_path / "task.yaml"
+    task.write_text("kind: mqar\nvocabulary: 64\nsettings: [{tokens: 32, pairs: 4}]\n")
+    sizes = [f"--set={name}={value}" for name, value in SMALL.items()]
+    command = ["train", "tiny-full", "--out", str(tmp_path / "out"), "--task", str(task), "--steps", "2", *sizes]
+    result = CliRunner().invoke(app, [*command, "--batch", "2", "--log-every", "1"])
+    assert result.exit_code == 0, result.output
+    assert "parameters, loss " in result.stdout
+    assert "at step 2" in result.stdout
+    assert load_model(tmp_path / "out").spec.width == 32
+    refused = CliRunner().invoke(app, [*command, "--schedule", "square"])
+    assert refused.exit_code == 2
+    assert refused.stderr.count("\n") == 1
+    assert "schedule: must be 'cosine', 'linear' or 'constant'" in refused.stderr
