@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pytest
@@ -56,7 +57,8 @@ def test_the_growth_schedule_of_contributing_grows():
     scope: dict[str, object] = {"__name__": "contributing"}
     exec(compile(blocks(ROOT / "CONTRIBUTING.md", "python")[0], "CONTRIBUTING.md", "exec", dont_inherit=True), scope)
     policy = memkit.load_policy("kvm-sqrt-16", {"growth": {"kind": "cube-root", "factor": 30.0}})
-    growth = kinds("growth")["cube-root"](factor=30.0).build()
+    spec: Any = kinds("growth")["cube-root"](factor=30.0)
+    growth = spec.build()
     assert [growth.budget(tokens) for tokens in (0, 1, 9000)] == [0, 30, 624]
     assert policy.build().slots_after(9000) == 623, "30 · 8960^(1/3): the last chunk to leave did so at token 8960"
 
