@@ -31,7 +31,7 @@ def shown(notebook: nbformat.NotebookNode) -> list[set[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["retrieval"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_ships_with_its_outputs_and_prose(name: str):
     notebook = read(name)
     assert sum("image/png" in kinds for kinds in shown(notebook)) >= 2
