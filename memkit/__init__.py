@@ -4,7 +4,6 @@ import importlib
 from types import ModuleType
 
 from memkit.attention import MemoryAttention
-from memkit.benchmark import Bench
 from memkit.catalog import load_policy, policy_names
 from memkit.comparison import Comparison, compare
 from memkit.costing import Cost, cost
@@ -14,7 +13,6 @@ from memkit.errors import InputError, MemkitError, MemoryStateError, ModelError,
 from memkit.lm import MemoryLM, ModelSpec, load_model, model_names
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
-from memkit.passkey import Passkeys
 from memkit.pieces.registry import register
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
@@ -67,7 +65,7 @@ set_renderers(
         "Report": "memkit.viz.checks",
     }
 )
-show_in_notebooks(Bench, Comparison, Cost, Memory, MemoryLM, ModelSpec, Passkeys, Plan, Policy, PolicySpec)
+show_in_notebooks(Comparison, Cost, Memory, MemoryLM, ModelSpec, Plan, Policy, PolicySpec)
 
 
 def __getattr__(name: str) -> ModuleType:

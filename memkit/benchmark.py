@@ -99,6 +99,9 @@ class Bench:
         """
         return render(self, "plot")
 
+    def _repr_html_(self) -> str:
+        return render(self, "html")
+
 
 @dataclass(frozen=True)
 class _Shape:

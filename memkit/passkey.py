@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memkit.comparison import DEFAULT_POLICIES
 from memkit.errors import InputError, shown
 from memkit.layers import AnyLayers, LayerPoliciesSpec
+from memkit.rendering import render
 from memkit.subject import reading, subject
 from memkit.whole import MOST, SEEDS, whole_number
 
@@ -70,6 +71,9 @@ class Passkeys:
         """`{"settings": {…}, "policies": [{"policy": …, "found": …, …}]}`."""
         data = {"settings": self.settings, "policies": [asdict(each) for each in self.policies]}
         return json.dumps(data, indent=2, ensure_ascii=False)
+
+    def _repr_html_(self) -> str:
+        return render(self, "html")
 
 
 def find_passkeys(

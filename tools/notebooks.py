@@ -25,7 +25,22 @@ def run(path: Path) -> nbformat.NotebookNode:
         NotebookClient(notebook, **kernel).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = _tidied(cell.outputs)
     return notebook
+
+
+def _tidied(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Without what went to standard error, and with neighbouring prints in one."""
+    found: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if found and output.output_type == found[-1].output_type == "stream":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def main(names: list[str]) -> None:
