@@ -5,6 +5,7 @@ Importing this package imports transformers; `import memkit` does not.
 
 from memkit.hf.attachment import Attached, attach, check_policy
 from memkit.hf.cache import memories
+from memkit.hf.kept import MemoryCache
 from memkit.hf.loading import LoadedModel, load
 from memkit.hf.model import MemkitConfig, MemkitForCausalLM
 from memkit.hf.profiling import Measured, measure_profile
@@ -15,6 +16,7 @@ __all__ = [
     "Measured",
     "MemkitConfig",
     "MemkitForCausalLM",
+    "MemoryCache",
     "attach",
     "check_policy",
     "load",

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
 from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
 from memkit.hf.decoder import NAME, Decoder, facts_of, find_decoder, kv_heads_of
 from memkit.hf.hooks import Life, hook, put_right, unhook
+from memkit.hf.kept import MemoryCache
 from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.hf.probe import LayerFacts, probe
@@ -156,10 +157,10 @@ class _Attachment:
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
         self.prefill: Prefill = prefill
         self.config, self.tower = decoder.config, decoder.module is not decoder.owner.base_model
-        self.facts = probe(decoder)
+        self.facts, self.model = probe(decoder), facts_of(self.config)
         self.layers = self.config.num_hidden_layers
         windows = [self.facts[layer].window if layer in self.facts else None for layer in range(self.layers)]
-        chosen = layer_policies(policy, self.layers, kv_heads_of(self.config), facts_of(self.config), windows)
+        chosen = layer_policies(policy, self.layers, kv_heads_of(self.config), self.model, windows)
         self.policies = {layer: chosen[layer] for layer in self.facts}
         for layer, each in self.policies.items():
             check_policy(each)
@@ -240,7 +241,7 @@ class _Attachment:
         elif given is None:
             wanted = arguments.get("use_cache")
             if decoder.config.use_cache if wanted is None else wanted:
-                cache = Cache(layers=self.fresh_layers(DynamicCache(config=self.config).layers))
+                cache = MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers))
         elif layers is None:
             # Only now that nothing is refused any more.
             there = given.layers if len(given.layers) == self.layers else DynamicCache(config=self.config).layers
@@ -283,6 +284,10 @@ class _Attachment:
             raise MemoryStateError(
                 f"{CACHE} must be of a model of {len(self.policies)} layers, got {len(layers)}; start without {CACHE}"
             )
+        other = {name: each for name, each in layers[0].model.items() if self.model.get(name) != each}
+        if other:
+            here = {name: self.model.get(name) for name in other}
+            raise MemoryStateError(f"{CACHE} must be of this model, {here}, got {other}; start without {CACHE}")
         for layer, policy in zip(layers, self.policies.values(), strict=True):
             if layer.policy is not policy and layer.policy.spec != policy.spec:
                 raise MemoryStateError(
@@ -295,7 +300,8 @@ class _Attachment:
     def fresh_layers(self, stock: list[Any]) -> list[Any]:
         """A cache's layers to begin with: ours where a layer attends, the model's own elsewhere."""
         return [
-            MemoryLayer(self.policies[layer]) if layer in self.policies else each for layer, each in enumerate(stock)
+            MemoryLayer(self.policies[layer], self.model) if layer in self.policies else each
+            for layer, each in enumerate(stock)
         ]
 
 

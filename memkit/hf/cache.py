@@ -92,13 +92,16 @@ class CarryingLayer(CacheLayerMixin):
 
 
 class MemoryLayer(CarryingLayer):
-    """A decoder layer's `Memory`; new keys and values pass on to the attention function, which reads by it."""
+    """A decoder layer's `Memory`; new keys and values pass on to the attention function, which reads by it.
+
+    model: what the config of the model says that it belongs to.
+    """
 
     memory: Memory | None
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, model: dict[str, int | str]) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy, self.model = policy, model
 
     @property
     def memories(self) -> list[Memory]:
