@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memkit.catalog import load_policy
 from memkit.comparison import SEGMENT, SLICE, Comparison, Measurement, Progress, _against_others, _machine, _Measured
 from memkit.errors import InputError, ModelError
+from memkit.layers import as_layers
 from memkit.lm import AttentionMixerSpec, ByteTokenizer, MemoryLM, ModelMemory, load_model, load_model_spec
 from memkit.lm.catalog import weights_file
 from memkit.memory import Memory
@@ -173,7 +174,7 @@ def _measure(
         peak_bytes=peak,
         tokens_per_second=tokens / seconds,
     )
-    return _Measured(policy, entry, every, None)
+    return _Measured(as_layers(policy), entry, every, None)
 
 
 def _say_nothing(policy: str, done: int, total: int) -> None:

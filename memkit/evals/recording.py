@@ -101,25 +101,29 @@ def _listening(model: torch.nn.Module, hear: Callable[[int, Call], None]) -> Gen
 def _calls_of_stock(model: Any, ids: Tensor, policy: Policy) -> list[Call]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from memkit.hf.attachment import check_model, check_policy, fixed_rotation
+    from memkit.hf.attachment import check_policy, check_rotation
+    from memkit.hf.decoder import find_decoder
+    from memkit.hf.probe import attention_function, probe
 
-    check_model(model)
     check_policy(policy)
-    rotation = fixed_rotation(model) if Need.ROTATION in policy.needs else None
+    decoder = find_decoder(model)
+    facts = probe(decoder)
+    turns = Need.ROTATION in policy.needs
+    if turns:
+        for layer, each in facts.items():
+            check_rotation(decoder, layer, each)
     calls: list[Call] = []
 
     def recording(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
-        calls.append(Call(policy, query, key, value, rotation=rotation, scale=scaling))
+        fact = facts[module.layer_idx]
+        turned = fact.turning_first(query), fact.turning_first(key)
+        calls.append(Call(policy, *turned, value, rotation=fact.rotation if turns else None, scale=scaling))
         output, _memory = attend("full", query, key, value, scale=scaling)
         return output.transpose(1, 2).contiguous(), None
 
-    before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(NAME, recording)
-    try:
-        model.set_attn_implementation(NAME)
+    with attention_function(decoder.module, NAME):
         model.base_model(ids.to(model.device), use_cache=False)
-    finally:
-        model.set_attn_implementation(before)
     return calls
