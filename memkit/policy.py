@@ -339,7 +339,8 @@ class Policy:
         """Whether a slot's key is its founder's, just as that token brought it."""
         merging = self.merging
         founders = merging.of == "values" or not merging.joins
-        return founders and merging.additive and self.readout.spec.key == "mean"
+        turned = self.rotary.turns_back or not self.rotary.rotates_slots
+        return founders and merging.additive and self.readout.spec.key == "mean" and turned
 
     @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:

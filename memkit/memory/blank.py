@@ -1,4 +1,4 @@
-"""A memory as a prefill leaves it, its numbers not set: how much it holds, and what decoding on it will."""
+"""A memory as a prefill leaves it, all its numbers 0: how much it holds, and what decoding on it will."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def blank(
     room, slots, wide = room_for(policy, held), policy.slots_after(tokens), torch.promote_types(dtype, torch.float32)
 
     def new(*shape: int, like: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=like, device=device)
+        return torch.zeros(shape, dtype=like, device=device)
 
     every: Streams = {
         "keys": new(rows, kv_heads, room, head_width),

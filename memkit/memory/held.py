@@ -2,7 +2,7 @@
 
 All readouts but the LayerNorm of keys stretch a slot's sums: what is read, times a number per slot, is the sum. That
 number is the mass or the count of a mean; another readout's is kept. In half precision eight more bits of each number
-tell what rounding took from it, unless a slot holds one token alone and nothing was. What a LayerNorm is read from is
+tell what rounding took from it, unless it is one token's own and nothing was. What a LayerNorm is read from is
 kept as it is.
 """
 
@@ -55,7 +55,8 @@ class HeldSlots:
         view = store.read(rules).first(slots)
         named = by_statistic(policy, numbers)
         key_sums, value_sums = sums[..., :width], sums[..., width:]
-        keeps_sums = policy.readout.layer_norm or policy.readout.spec.temperatures
+        turned = policy.rotary.turns_back or not policy.rotary.rotates_slots
+        keeps_sums = policy.readout.layer_norm or policy.readout.spec.temperatures or not turned
         rotation = rules.rotation
         if rotation is not None:  # the positions of that call's tokens are not the slots'
             rotation = dataclasses.replace(rotation, positions=None)
@@ -78,7 +79,8 @@ class HeldSlots:
             held.value_stretch = _stretch(value_sums, values) if known is None else None
             if policy.merging.joins and view.values.dtype != sums.dtype:
                 held.value_rest = policy.storage.rest(values, view.values)
-        if not (keeps_sums or policy.keeps_keys) and view.keys.dtype != sums.dtype:
+        known_exactly = policy.keeps_keys and (policy.rotary.rotates_slots or not policy.rotary.rounds)
+        if not (keeps_sums or known_exactly) and view.keys.dtype != sums.dtype:
             keys = view.route
             if policy.rotary.rotates_slots:
                 assert rotation is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memkit.memory.rows import Chunk, SlotRules, constant, contributions
+from memkit.memory.rows import Chunk, SlotRules, constant, contributions, read_slots
 from memkit.memory.slots import SlotStore, flat_slots
 from memkit.pieces.chunk import Assignment
 from memkit.pieces.evidence import JUDGED, SHARE
@@ -126,7 +126,9 @@ def _slots(store: SlotStore, rules: SlotRules, live: int, line: Line) -> Tensor:
         parts.append(store.evidence)
     if line.founders_keys.stop > line.founders_keys.start:
         keys = store.founders_keys
-        parts.append(store.read(rules).keys.to(store.sums.dtype) if keys is None else keys)
+        if keys is None:  # not as the plan has read them, without a graph
+            keys = read_slots(rules, store.sums, store.numbers).keys.to(store.sums.dtype)
+        parts.append(keys)
     return torch.cat([part[:, :, :live] for part in parts], dim=-1)
 
 

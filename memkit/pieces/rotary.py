@@ -89,6 +89,13 @@ class Rotary:
     """What it needs besides queries and keys: `Need.ROTATION` where `attend` must be told how they were rotated."""
     rotates_slots: bool = False
     """Whether slots are rotated to their mean position when read."""
+    turns_back: bool = False
+    """Whether `slot_keys` undoes `memory_keys` at the same place, and is itself undone by turning the other way."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether memory keys are numbers that a key's own dtype may not have."""
+        return type(self).memory_keys is not Rotary.memory_keys
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -154,6 +161,8 @@ class ZeroSpec(RotarySpec):
 class Zero(Rotary):
     """k̄ = k with its first r channels set to 0."""
 
+    rounds = False  # pyright: ignore[reportAssignmentType]
+
     def __init__(self, share: float | None, width: int | None) -> None:
         self.share, self.width = share, width
 
@@ -208,7 +217,7 @@ class Rerotate(Rotary):
     """Slots stand at the mean position of their tokens."""
 
     needs = frozenset({Need.ROTATION})
-    rotates_slots = True
+    rotates_slots = turns_back = True
 
     def memory_keys(self, keys: Tensor, rotation: Rotation | None, positions: Tensor | None) -> Tensor:
         assert rotation is not None and positions is not None

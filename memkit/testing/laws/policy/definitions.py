@@ -7,16 +7,30 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from memkit.pieces.readout import LAYER_NORM_EPS
+from memkit.pieces.storage import BITS
 from memkit.policy import Policy
 from memkit.testing.agreement import eps_of
 from memkit.testing.cases import Inputs
 from memkit.testing.laws.weights import weights_in_sums
 
-__all__ = ["SUMS_EPS", "memory_keys", "slots_allowed", "sums_of_tokens", "tokens_left"]
+__all__ = [
+    "SUMS_EPS",
+    "memory_keys",
+    "slots_allowed",
+    "sums_eps",
+    "sums_of_tokens",
+    "tokens_left",
+]
 
 
 SUMS_EPS = eps_of(torch.float32)
 """Sums are taken in float32 or better, whatever the inputs' dtype."""
+
+
+def sums_eps(policy: Policy, dtype: torch.dtype) -> float:
+    """To what part of it a memory for keys of this dtype tells a sum: to its own rounding, and that of its storage."""
+    half = dtype.itemsize == 2 and policy.holds_once
+    return torch.finfo(dtype).eps / 2**BITS if half else torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def tokens_left(policy: Policy, seen: int) -> int:

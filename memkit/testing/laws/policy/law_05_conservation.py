@@ -11,7 +11,7 @@ from memkit.policy import Policy
 from memkit.testing.agreement import agree, show, size
 from memkit.testing.cases import Case
 from memkit.testing.law import Broken, law
-from memkit.testing.laws.policy.definitions import SUMS_EPS, sums_of_tokens, tokens_left
+from memkit.testing.laws.policy.definitions import SUMS_EPS, sums_eps, sums_of_tokens, tokens_left
 
 __all__ = ["conservation_in_memory"]
 
@@ -35,7 +35,7 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
         left = left if not policy.sinks_only else min(left, policy.sinks)
         taken = plan.slot[row, :, :left] >= 0
         founded = plan.founded[row, :, :left]
-        if left and not bool((taken | (not policy.merging.joins)).all()):
+        if left and not bool((taken | _may_drop(policy)).all()):
             raise Broken(f"row {row}: every token joins, but these have no slot:\n{show(plan.slot[row, :, :left])}")
         keys, values, mass = sums_of_tokens(policy, inputs, row, founded)
         expected = {
@@ -56,16 +56,26 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
             "count": 0.0,
             "mass": size(mass) * max(left, 1),
         }
-        agree(got, {name: expected[name] for name in got}, scales=scales, eps=SUMS_EPS, what=f"row {row}: ")
+        agree(
+            got,
+            {name: expected[name] for name in got},
+            scales=scales,
+            eps=max(SUMS_EPS, sums_eps(policy, inputs.keys.dtype)),
+            what=f"row {row}: ",
+        )
 
 
 def _counts(policy: Policy, case: Case, memory: Memory) -> None:
     """Where slots compete: no token is counted twice, and none is lost unless it may be dropped."""
-    may_drop = policy.routing.drops or not policy.merging.joins
+    may_drop = _may_drop(policy)
     for row, length in enumerate(case.lengths):
         left, counts = tokens_left(policy, length), memory.counts[row].sum(-1)
         if bool((counts > left).any()) or (not may_drop and bool((counts < left).any())):
             raise Broken(f"row {row}: {left} tokens left the window, the slots count {counts.tolist()}")
+
+
+def _may_drop(policy: Policy) -> bool:
+    return policy.routing.drops or not policy.merging.joins
 
 
 def _total(vectors: Tensor, taken: Tensor) -> Tensor:
