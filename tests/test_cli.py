@@ -18,6 +18,7 @@ from memkit.catalog import policies_folder
 from memkit.cli import app
 from memkit.costing import cost
 from memkit.schema import policy_schema
+from memkit.viz.tables import amount
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,9 +93,10 @@ def test_cost_prints_what_costing_says():
     text = run("cost", *names, "--tokens", "1000000")
     assert "1,000,000 tokens" in text
     for entry in (cost(name, 1_000_000) for name in names):
-        (line,) = [line for line in text.splitlines() if line.split()[:1] == [entry.policy]]
+        line, held = (line for line in text.splitlines() if line.split()[:1] == [entry.policy])
         assert f"{entry.slots:,}" in line
         assert f"N^{entry.exponent:.2f}" in line
+        assert amount(entry.peak_bytes, "B") in held
 
 
 def test_cost_as_json():

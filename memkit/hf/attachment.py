@@ -86,11 +86,7 @@ def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = 
     """
     decoder = find_decoder(model)
     put_right(decoder.owner)
-    if decoder.module.config._attn_implementation == NAME:
-        raise ModelError(
-            "a model (or a config shared by two) carries one policy at a time, got a second attach; "
-            "leave the first `with` block, or detach its handle, before"
-        )
+    check_free(decoder)
     return Attached(decoder, _Attachment(decoder, policy, prefill))
 
 
@@ -134,6 +130,15 @@ class Attached:
     def __repr__(self) -> str:
         names = ", ".join(dict.fromkeys(named(policy) for policy in self.policies.values()))
         return f"Attached({type(self.model).__name__}, {names}{'' if self.attached else ', detached'})"
+
+
+def check_free(decoder: Decoder) -> None:
+    """Raise `ModelError` where a model is attached already."""
+    if decoder.module.config._attn_implementation == NAME:
+        raise ModelError(
+            "a model (or a config shared by two) carries one policy at a time, got a second attach; "
+            "leave the first `with` block, or detach its handle, before"
+        )
 
 
 def check_policy(policy: Policy) -> None:

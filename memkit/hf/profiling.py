@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine.compress import ASKED, next_readers, row_worth
 from memkit.errors import InputError
-from memkit.hf.attachment import check_rotation
+from memkit.hf.attachment import check_free, check_rotation
 from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
 from memkit.hf.loading import LoadedModel
 from memkit.hf.probe import attention_function, probe
@@ -72,6 +72,7 @@ def measure_profile(
     Raises `InputError` for a text that is too short, `ModelError` for a model that `hf.attach` refuses.
     """
     decoder = find_decoder(loaded.model)
+    check_free(decoder)
     facts = probe(decoder)
     for layer, each in facts.items():
         check_rotation(decoder, layer, each)
