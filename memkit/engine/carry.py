@@ -15,6 +15,7 @@ from memkit.memory.memory import DecodeBuffer
 from memkit.memory.rows import SlotRules, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
+from memkit.pieces.rotary import Rotary
 from memkit.policy import Policy
 
 __all__ = ["close", "open_store", "open_timeline", "without_padding"]
@@ -150,7 +151,10 @@ def close(
     if once:
         return Memory(policy, schedule.after, window, slots_at_rest(), next_positions)
     compact = store.compact()
-    if store.view is not None and not policy.replaces:  # else every fold reads all anew
+    # Where the next token can take the short cut, slots are held once; where folds read all anew, too.
+    uneven = not (schedule.after == schedule.after[0]).all()
+    apart = uneven or type(policy.rotary).memory_queries is not Rotary.memory_queries
+    if store.view is not None and apart and not policy.replaces:
         compact.view = store.view
         compact.view.made_with = made_with
     return Memory(policy, schedule.after, window, compact, next_positions)

@@ -82,7 +82,7 @@ def test_readme_names_every_default_policy() -> None:
     assert all(name in table for name in DEFAULT_POLICIES)
 
 
-def test_stock_models_block_runs_and_names_what_there_is() -> None:
+def test_stock_models_block_runs_and_names_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from memkit import hf
 
     text = (ROOT / "docs" / "stock-models.md").read_text(encoding="utf-8")
@@ -91,10 +91,12 @@ def test_stock_models_block_runs_and_names_what_there_is() -> None:
     for name in named:
         memkit.load_policy(name)
     try:
-        hf.load()
+        loaded = hf.load()
     except memkit.ModelError as error:
         if os.environ.get("CI"):  # there the package is always installed: its absence is a fault
             raise
         pytest.skip(str(error))  # elsewhere a developer may do without the 100 MB model
+    monkeypatch.setattr(hf, "load", lambda: loaded)  # which takes half a minute each time
+    monkeypatch.chdir(tmp_path)
     for block in blocks("docs/stock-models.md", "python"):
         exec(compile(block, "stock-models.md", "exec", dont_inherit=True), {"__name__": "stock-models"})
