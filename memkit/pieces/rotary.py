@@ -161,7 +161,10 @@ class ZeroSpec(RotarySpec):
 class Zero(Rotary):
     """k̄ = k with its first r channels set to 0."""
 
-    rounds = False  # pyright: ignore[reportAssignmentType]
+    @property
+    def rounds(self) -> bool:
+        """No: zeros are exact."""
+        return False
 
     def __init__(self, share: float | None, width: int | None) -> None:
         self.share, self.width = share, width
