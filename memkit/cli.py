@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +16,20 @@ import typer
 from typer.core import TyperGroup
 
 from memkit.catalog import load_policy, policy_header, policy_names
-from memkit.commands import evaluate, sweep, train
+from memkit.commands import compare, evaluate, sweep, train
 from memkit.commands.models import tokenizer_of
-from memkit.commands.options import SetOption
-from memkit.commands.options import check_writable as _check_writable
-from memkit.commands.options import parse_overrides as _overrides
-from memkit.commands.options import write as _write
+from memkit.commands.options import (
+    DarkOption,
+    ImportOption,
+    PlotOption,
+    SetOption,
+    check_plot,
+    check_writable,
+    import_modules,
+    parse_overrides,
+    plot_to,
+    write,
+)
 from memkit.errors import InputError, MemkitError, short, shown, unknown_name
 from memkit.layers import as_layers
 from memkit.version import __version__
@@ -99,41 +106,10 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _import_modules(names: list[str]) -> list[str]:
-    """Import a user's modules, found in the working folder too, so that they register their pieces."""
-    if names and "" not in sys.path:
-        sys.path.insert(0, "")
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"--import {name}: cannot be imported: {cause}; run python -c 'import {name}' to see where"
-            ) from None
-    return names
-
-
 VersionOption = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
 ]
 Policies = Annotated[list[str], typer.Argument(metavar="POLICY", help="A shipped policy's name, or a YAML file.")]
-ImportOption = Annotated[
-    list[str],
-    typer.Option(
-        "--import",
-        metavar="MODULE",
-        help="Import a Python module first, which registers pieces of your own; may be repeated.",
-        callback=_import_modules,
-        is_eager=True,
-    ),
-]
-
-
-PlotOption = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it into a PNG, SVG or PDF file.")
-]
-DarkOption = Annotated[bool, typer.Option("--dark", help="With --plot: on black instead of white.")]
 
 
 @app.callback()
@@ -174,15 +150,15 @@ def show(
     from memkit.lm import is_model, load_model_spec, model_header
     from memkit.viz import models, policies
 
-    _check_plot(plot)
+    check_plot(plot)
     if is_model(name):
-        model = load_model_spec(name, _overrides(changes))
+        model = load_model_spec(name, parse_overrides(changes))
         viz.show(models.details(model, model_header(name)))
-        _plot(plot, dark, models.figure, model)
+        plot_to(plot, dark, models.figure, model)
     else:
-        policy = load_policy(name, _overrides(changes))
+        policy = load_policy(name, parse_overrides(changes))
         viz.show(policies.details(policy, policy_header(name)))
-        _plot(plot, dark, policies.figure, policy)
+        plot_to(plot, dark, policies.figure, policy)
 
 
 @app.command()
@@ -210,8 +186,8 @@ def cost(
     """
     from memkit import costing
 
-    overrides = _overrides(changes)
-    _check_plot(plot)
+    overrides = parse_overrides(changes)
+    check_plot(plot)
 
     def costs_at(lengths: Sequence[int]) -> list[costing.Cost]:
         return [
@@ -241,191 +217,7 @@ def cost(
     if plot is not None:
         from memkit.viz.costs import DRAWN_LENGTHS, figure
 
-        _plot(plot, dark, figure, costs_at(DRAWN_LENGTHS))
-
-
-@app.command()
-def compare(
-    policies: Annotated[
-        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: ten shipped ones.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="A Hugging Face folder, a GGUF file, or a trained memkit model; left out: SmolLM2-135M-Instruct.",
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text; left out: the topics of Python's own help.")
-    ] = None,
-    second: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Another text, for its loss alone; without --text: IDLE's help."),
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens to read; left out: 4,096, or 2,304 with --prefill full.")
-    ] = None,
-    skip: Annotated[
-        int | None, typer.Option(metavar="N", help="First token whose loss counts; left out: 1,024, or 2,048.")
-    ] = None,
-    prefill: Annotated[
-        str, typer.Option(help="policy; or full: what is skipped is read exactly, and then compressed at once.")
-    ] = "policy",
-    rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Slots and window of each head, for policies with a number of them.")
-    ] = None,
-    passkey: Annotated[
-        bool, typer.Option("--passkey", help="Hide a number in the text (2,048 tokens by default), and ask for it.")
-    ] = False,
-    placements: Annotated[
-        int | None, typer.Option(metavar="N", help="With --passkey: depths at which it is hidden; left out: 8.")
-    ] = None,
-    changes: SetOption = [],  # noqa: B006
-    modules: ImportOption = [],  # noqa: B006
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="OUT", help="Also write the results to a JSON file.")
-    ] = None,
-    plot: PlotOption = None,
-    dark: DarkOption = False,
-) -> None:
-    """Let a language model read a text under several policies.
-
-    What each costs, and how well the model then predicts, measured in one run.
-    """
-    overrides = _overrides(changes)
-    _check_writable("--json", json_file)
-    _check_plot(plot)
-    from memkit import comparison, viz
-    from memkit.lm import is_model
-    from memkit.viz.comparison import figure, progress_bar
-
-    reading = _choice("--prefill", prefill, "policy", "full")
-    if model is not None and is_model(model):
-        for option, unfit in (
-            ("--second", second is not None),
-            ("--prefill full", reading == "full"),
-            ("--rows", rows is not None),
-            ("--passkey", passkey),
-        ):
-            if unfit:
-                raise InputError(f"{option} is for stock models, got {short(model)}; leave it out")
-        from memkit.trained import compare_trained
-
-        sizes = {"tokens": tokens, "skip": skip}
-        with progress_bar(1 + len(policies or "12")) if sys.stderr.isatty() else nullcontext() as progress:
-            own = compare_trained(
-                model,
-                policies,
-                text=text,
-                overrides=overrides,
-                progress=progress,
-                **{name: each for name, each in sizes.items() if each is not None},
-            )
-        viz.show(own.table())
-        _plot(plot, dark, figure, own)
-        if json_file is not None:
-            _write(json_file, own.to_json() + "\n")
-        return
-    chosen = policies or list(comparison.DEFAULT_POLICIES)
-    if passkey:
-        if second is not None or skip is not None:
-            raise InputError("--passkey scores a hidden number alone; leave --second and --skip out")
-        from memkit.passkey import find_passkeys
-        from memkit.viz import passkeys
-
-        given: dict[str, Any] = {"model": model, "text": text, "prefill": reading, "rows": rows, "overrides": overrides}
-        with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
-            asked = find_passkeys(
-                chosen,
-                tokens=2048 if tokens is None else tokens,
-                placements=8 if placements is None else placements,
-                progress=progress,
-                **given,
-            )
-        viz.show(passkeys.table(asked))
-        _plot(plot, dark, passkeys.figure, asked)
-        if json_file is not None:
-            _write(json_file, asked.to_json() + "\n")
-        return
-    if placements is not None:
-        raise InputError("--placements says where --passkey hides a number; give --passkey too, or leave it out")
-    with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
-        result = comparison.compare(
-            chosen,
-            model=model,
-            text=text,
-            second=second,
-            tokens=tokens,
-            skip=skip,
-            prefill=reading,
-            rows=rows,
-            overrides=overrides,
-            progress=progress,
-        )
-    viz.show(result.table())
-    _plot(plot, dark, figure, result)
-    if json_file is not None:
-        _write(json_file, result.to_json() + "\n")
-
-
-@app.command()
-def report(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The HTML file to write.")],
-    policies: Annotated[
-        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: ten shipped ones.")
-    ] = None,
-    comparison_file: Annotated[
-        Path | None,
-        typer.Option("--comparison", metavar="FILE", help="What compare --json wrote; left out: it is measured now."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="A Hugging Face folder or a GGUF file; left out: SmolLM2-135M-Instruct."),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text; left out: the topics of Python's own help.")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens to read; left out: 4,096.")] = None,
-    skip: Annotated[
-        int | None, typer.Option(metavar="N", help="First token whose loss counts; left out: 1,024.")
-    ] = None,
-    title: Annotated[str, typer.Option(help="What the page is called.")] = "Memory policies compared",
-    changes: SetOption = [],  # noqa: B006
-    modules: ImportOption = [],  # noqa: B006
-) -> None:
-    """Write a comparison as one page: a table that sorts, figures, settings, how to run it again.
-
-    The page is a single file that loads nothing. With --comparison nothing runs.
-    """
-    _check_writable("OUT", out)
-    from memkit import comparison
-    from memkit.viz import style
-    from memkit.viz.comparison import progress_bar
-
-    style.check_installed()
-    if comparison_file is not None:
-        if policies or changes or any(given is not None for given in (model, text, tokens, skip)):
-            raise InputError("--comparison is measured already; leave policies and the options of measuring out")
-        from memkit.texts import read_text
-
-        compared = comparison.Comparison.from_json(read_text(comparison_file))
-    else:
-        chosen = policies or list(comparison.DEFAULT_POLICIES)
-        with progress_bar(len(chosen)) if sys.stderr.isatty() else nullcontext() as progress:
-            compared = comparison.compare(
-                chosen,
-                model=model,
-                text=text,
-                tokens=tokens,
-                skip=skip,
-                overrides=_overrides(changes),
-                progress=progress,
-            )
-    from memkit.viz.report import page
-
-    _write(out, page(compared, title))
-    typer.echo(f"{out}: {len(compared.policies)} policies")
+        plot_to(plot, dark, figure, costs_at(DRAWN_LENGTHS))
 
 
 @app.command()
@@ -445,7 +237,7 @@ def profile(
 
     Policies use it by `heads: {profile: FILE}`. Minutes on a laptop for a small model.
     """
-    _check_writable("--out", out)
+    check_writable("--out", out)
     from memkit import hf, texts, viz
     from memkit.viz.comparison import progress_bar
     from memkit.viz.profiles import table
@@ -460,7 +252,7 @@ def profile(
         measured = hf.measure_profile(loaded, documents, tokens=tokens, names=names, progress=progress)
     viz.show(table(measured.profile, measured.stability if len(documents) > 1 else None))
     if out is not None:
-        _write(out, measured.profile.to_yaml())
+        write(out, measured.profile.to_yaml())
 
 
 @app.command()
@@ -489,9 +281,9 @@ def bench(
 
     Prefill, training step and decoding, as factors measured in one run.
     """
-    overrides = _overrides(changes)
-    _check_writable("--json", json_file)
-    _check_plot(figure, "--figure")
+    overrides = parse_overrides(changes)
+    check_writable("--json", json_file)
+    check_plot(figure, "--figure")
     from memkit import benchmark, viz
     from memkit.viz.benchmark import save
 
@@ -509,7 +301,7 @@ def bench(
     )
     viz.show(result.table())
     if json_file is not None:
-        _write(json_file, result.to_json() + "\n")
+        write(json_file, result.to_json() + "\n")
     if figure is not None:
         save(result, figure)
 
@@ -537,7 +329,7 @@ def check(
     from memkit import viz
     from memkit.viz.checks import report, watching
 
-    found: Any = _piece(subject, changes) if ":" in subject else load_policy(subject, _overrides(changes))
+    found: Any = _piece(subject, changes) if ":" in subject else load_policy(subject, parse_overrides(changes))
     with watching() if sys.stderr.isatty() else nullcontext() as watch:
         examined = examine(found, examples, watch=watch)
     viz.show(report(examined))
@@ -550,7 +342,7 @@ def _piece(subject: str, changes: list[str]) -> Any:
     module, _, name = subject.partition(":")
     if changes:
         raise InputError(f"--set changes a policy's fields, and {subject} is a piece; set them where it is made")
-    _import_modules([module])
+    import_modules([module])
     found: Any = sys.modules[module]
     for part in name.split("."):
         if not hasattr(found, part):
@@ -574,7 +366,7 @@ def schema(
     if out is None:
         typer.echo(policy_schema(), nl=False)
     else:
-        _write(out, policy_schema())
+        write(out, policy_schema())
 
 
 @app.command("import-kvm")
@@ -648,32 +440,5 @@ def _ids(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _choice(option: str, given: str, *allowed: str) -> Any:
-    if given not in allowed:
-        raise InputError(f"{option} must be one of {', '.join(allowed)}, got {short(given)}")
-    return given
-
-
-def _check_plot(path: Path | None, option: str = "--plot") -> None:
-    """Raise where a figure cannot be drawn into a file of that name, before work is done for it."""
-    if path is None:
-        return
-    from memkit.viz import style
-
-    _check_writable(option, path)
-    style.check_ending(option, path)
-    style.check_installed()
-
-
-def _plot(path: Path | None, dark: bool, draw: Callable[[Any], Any], shown: Any) -> None:
-    """Draw what was shown into a file, where one was named."""
-    if path is None:
-        return
-    from memkit.viz import style
-
-    with style.theme(dark):
-        style.save(draw(shown), path)
-
-
-for command in (train, sweep, evaluate):
+for command in (compare, train, sweep, evaluate):
     command.register(app)

@@ -61,7 +61,7 @@ def held_bytes(parts: Sequence[tuple[Policy, Shape]], tokens: int) -> Held:
         window += shape.layers * (memory.bytes - of_slots)
         try:
             course = dict(_decoding(memory, shape))
-        except (NotImplementedError, RuntimeError):  # a piece that looks at numbers gets some: bytes are the same
+        except (RuntimeError, TypeError):  # a piece that looks at numbers gets some: bytes are the same
             course = dict(_decoding(_blank(policy, shape, tokens, "cpu"), shape))
         courses.append({seen: shape.layers * held for seen, held in course.items()})
     # What one part holds when another changes is what it held when it last did.

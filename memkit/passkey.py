@@ -72,6 +72,10 @@ class Passkeys:
         data = {"settings": self.settings, "policies": [asdict(each) for each in self.policies]}
         return json.dumps(data, indent=2, ensure_ascii=False)
 
+    def table(self) -> Any:
+        """A rich table, most found first: `rich.print(passkeys.table())`."""
+        return render(self, "table")
+
     def _repr_html_(self) -> str:
         return render(self, "html")
 

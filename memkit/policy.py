@@ -339,8 +339,7 @@ class Policy:
         """Whether a slot's key is its founder's, just as that token brought it."""
         merging = self.merging
         founders = merging.of == "values" or not merging.joins
-        turned = self.rotary.turns_back or not self.rotary.rotates_slots
-        return founders and merging.additive and self.readout.spec.key == "mean" and turned
+        return founders and merging.additive and self.readout.spec.key == "mean" and self.rotary.reversible
 
     @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -45,7 +45,8 @@ from safetensors.torch import save as save_tensors
 import memkit
 from memkit import MemkitError, Memory, MemoryAttention, PolicySpec, Rotation, yaml12
 from memkit.catalog import policies_folder
-from memkit.cli import _overrides, app
+from memkit.cli import app
+from memkit.commands.options import parse_overrides
 from memkit.lm.catalog import load_model_spec, models_folder
 from memkit.lm.model import MemoryLM
 from memkit.parameters import PolicyParameters
@@ -271,9 +272,9 @@ def use_set(given: tuple[str, list[str]], folder: Path) -> None:
     """As the command line reads it."""
     name, changes = given
     if name.startswith("tiny"):
-        load_model_spec(name, _overrides(changes))
+        load_model_spec(name, parse_overrides(changes))
     else:
-        memkit.load_policy(name, _overrides(changes)).build().slots_after(300)
+        memkit.load_policy(name, parse_overrides(changes)).build().slots_after(300)
 
 
 def draw_command(rng: Random) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +13,58 @@ import typer
 from memkit import yaml12
 from memkit.errors import InputError, PolicyError, short
 
-__all__ = ["SetOption", "check_writable", "parse_overrides", "write"]
+__all__ = [
+    "DarkOption",
+    "ImportOption",
+    "PlotOption",
+    "SetOption",
+    "check_plot",
+    "check_writable",
+    "choice",
+    "import_modules",
+    "parse_overrides",
+    "plot_to",
+    "write",
+]
+
+
+def import_modules(names: list[str]) -> list[str]:
+    """Import a user's modules, found in the working folder too, so that they register their pieces."""
+    if names and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"--import {name}: cannot be imported: {cause}; run python -c 'import {name}' to see where"
+            ) from None
+    return names
+
 
 SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in growth.factor=8; may be repeated."),
 ]
+
+
+ImportOption = Annotated[
+    list[str],
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import a Python module first, which registers pieces of your own; may be repeated.",
+        callback=import_modules,
+        is_eager=True,
+    ),
+]
+
+
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it into a PNG, SVG or PDF file.")
+]
+DarkOption = Annotated[bool, typer.Option("--dark", help="With --plot: on black instead of white.")]
 
 
 def parse_overrides(changes: list[str]) -> dict[str, Any]:
@@ -52,3 +101,31 @@ def write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); name a file in a folder of yours") from None
+
+
+def choice(option: str, given: str, *allowed: str) -> Any:
+    """What was given, one of what is allowed."""
+    if given not in allowed:
+        raise InputError(f"{option} must be one of {', '.join(allowed)}, got {short(given)}")
+    return given
+
+
+def check_plot(path: Path | None, option: str = "--plot") -> None:
+    """Raise where a figure cannot be drawn into a file of that name, before work is done for it."""
+    if path is None:
+        return
+    from memkit.viz import style
+
+    check_writable(option, path)
+    style.check_ending(option, path)
+    style.check_installed()
+
+
+def plot_to(path: Path | None, dark: bool, draw: Callable[[Any], Any], shown: Any) -> None:
+    """Draw what was shown into a file, where one was named."""
+    if path is None:
+        return
+    from memkit.viz import style
+
+    with style.theme(dark):
+        style.save(draw(shown), path)

@@ -74,35 +74,31 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         rows, heads, _, width = inputs.keys.shape
         width += 0 if inputs.values is None else inputs.values.shape[-1]
         return SlotStore.empty(policy, (rows, heads, room, width), inputs.keys, in_place=not inputs.differentiable)
-    held = memory.store
-    if isinstance(held, HeldSlots):
+    opened, made_with = memory.store, parameter_versions(inputs.parameters)
+    if isinstance(opened, HeldSlots):
         folds = schedule.most_leaving > 0 or inputs.values is None or inputs.differentiable
-        told = not folds and held.reads(parameter_versions(inputs.parameters))
-        held = held.as_read() if told else held.opened()
-    sums, numbers, evidence, view = held.sums, held.numbers, held.evidence, None
+        opened = opened.opened() if folds or not opened.reads(made_with) else opened.as_read()
+        view = opened.view
+    else:  # what the last call read goes for this one where it is in place, and reads alike
+        view = opened.view if timeline.in_place else None
+        view = None if view is None or view.made_with != made_with else view
+    sums, numbers, evidence = opened.sums, opened.numbers, opened.evidence
     if inputs.values is None:  # a plan only reads the memory, and only its keys
         sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
     elif inputs.differentiable:  # the memory that is returned shares nothing with this one
         sums, numbers, evidence = sums.clone(), numbers.clone(), None if evidence is None else evidence.clone()
-    elif timeline.in_place:
-        view = held.view
-    if isinstance(memory.store, HeldSlots):
-        view = held.view
-    elif view is not None and view.made_with != parameter_versions(inputs.parameters):
-        view = None
     store = SlotStore(
         sums,
         numbers,
         view,
         evidence,
         in_place=not inputs.differentiable,
-        founders_keys=held.founders_keys,
+        founders_keys=opened.founders_keys,
         before_writing=memory.about_to_write,
     )
     if room > store.room:
-        if (
-            timeline.in_place and held is memory.store
-        ):  # decoding makes room for an eighth more, if the schedule will ever grant so many
+        if timeline.in_place and opened is memory.store:
+            # Decoding makes room for an eighth more, if the schedule will ever grant so many.
             ahead = policy.slots_after(2 * (int(schedule.after.max()) + policy.chunk))
             room = min(room * 9 // 8, ahead)
         store.grow(room)

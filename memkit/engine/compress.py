@@ -166,16 +166,7 @@ def _compressed(inputs: AttendInputs, readers: Tensor | None) -> Memory:
 def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new: int, sinks: int) -> None:
     """PLAN and FOLD all tokens that leave, as one chunk."""
     where = slice(0, left)
-    streams = {name: stream[:, :, where] for name, stream in timeline.streams.items()}
-    chunk = Chunk(
-        keys=streams["keys"],
-        values=streams.get("values"),
-        weights=streams.get("weights"),
-        positions=streams.get("positions"),
-        evidence=streams.get("evidence"),
-        first=True,
-        where=where,
-    )
+    chunk = Chunk.of(timeline.streams, where, first=True)
     chunk.memory_keys = memory_keys(rules, chunk)
     if rules.policy.competes:
         replace(store, rules, compete(rules, chunk, store, 0, 0, new, sinks), chunk, 0, 0)

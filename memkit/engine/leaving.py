@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memkit.engine.schedule import Schedule, on_device
 from memkit.memory.rows import Chunk, Rows, SlotRules, contributions, memory_keys
-from memkit.memory.window import Columns, Timeline, columns
+from memkit.memory.window import Columns, Timeline
 
 __all__ = ["LeavingTokens"]
 
@@ -31,7 +31,7 @@ class LeavingTokens:
 
     def chunk(self, where: Columns, first: bool | Tensor) -> Chunk:
         """The tokens at some columns; `first` as in `Chunk`. Rows that keep theirs get some too, which nobody takes."""
-        chunk = self._at(where, first)
+        chunk = Chunk.of(self.timeline.streams, where, first)
         if torch.is_grad_enabled() or not isinstance(where, slice):
             chunk.memory_keys = memory_keys(self.rules, chunk)
             return chunk
@@ -43,18 +43,6 @@ class LeavingTokens:
         chunk.ahead = some, some if joining is alone else (rows, joining[1][:, :, here])
         return chunk
 
-    def _at(self, where: Columns, first: bool | Tensor) -> Chunk:
-        streams = {name: columns(stream, where) for name, stream in self.timeline.streams.items()}
-        return Chunk(
-            keys=streams["keys"],
-            values=streams.get("values"),
-            weights=streams.get("weights"),
-            positions=streams.get("positions"),
-            evidence=streams.get("evidence"),
-            first=first,
-            where=where,
-        )
-
     def _made(self, where: slice) -> tuple[Tensor, Rows, Rows]:
         """Memory keys, and rows as founders and as joiners, of the columns `begin` … `stop` − 1, these among them."""
         if self.ahead is None or not self.begin <= where.start or where.stop > self.stop:
@@ -62,7 +50,7 @@ class LeavingTokens:
             self.begin = where.start
             self.stop = min(where.start + max(AHEAD // size, 1) * size, max(self.end, where.stop))
             block = slice(self.begin, self.stop)
-            tokens = self._at(block, self._first(block))
+            tokens = Chunk.of(self.timeline.streams, block, self._first(block))
             tokens.memory_keys = memory_keys(self.rules, tokens)
             everyone = torch.ones(tokens.keys.shape[:3], dtype=torch.bool, device=tokens.keys.device)
             alone = joining = contributions(self.rules, tokens, everyone)
@@ -85,7 +73,5 @@ class LeavingTokens:
         if self.schedule.left_before.all():
             return False
         device = self.timeline.keys.device
-        token = (
-            torch.arange(block.start, block.stop, device=device) - on_device(self.schedule.shift, device)[:, None, None]
-        )
-        return token < self.rules.policy.chunk
+        shift = on_device(self.schedule.shift, device)[:, None, None]
+        return torch.arange(block.start, block.stop, device=device) - shift < self.rules.policy.chunk

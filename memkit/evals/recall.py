@@ -63,8 +63,24 @@ class _Vocabulary(TaskSpec):
             )
 
 
+class _Pairs(_Vocabulary):
+    """Pairs, each of which comes twice."""
+
+    settings: tuple[PairsSetting, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Pairs:
+        for index, each in enumerate(self.settings):
+            self._check_pairs(each.pairs, index)
+            if 4 * each.pairs > each.tokens:
+                raise ValueError(
+                    f"settings.{index}.tokens: must be at least 4 × pairs, {4 * each.pairs}, got {each.tokens}"
+                )
+        return self
+
+
 @register
-class MqarSpec(_Vocabulary):
+class MqarSpec(_Pairs):
     """Multi-query associative recall with the distribution of Zoology (arXiv 2312.04927).
 
     All pairs stand at the beginning, k₁ v₁ k₂ v₂ …. Then each key comes once more, its value behind it, at places drawn
@@ -80,16 +96,6 @@ class MqarSpec(_Vocabulary):
     )
     power: float = Field(default=0.01, gt=0, le=10, description="of the distribution of gaps; small: early, as in text")
 
-    @model_validator(mode="after")
-    def _fits(self) -> MqarSpec:
-        for index, each in enumerate(self.settings):
-            self._check_pairs(each.pairs, index)
-            if 4 * each.pairs > each.tokens:
-                raise ValueError(
-                    f"settings.{index}.tokens: must be at least 4 × pairs, {4 * each.pairs}, got {each.tokens}"
-                )
-        return self
-
     def sample(self, setting: int, rows: int, generator: torch.Generator, tokenizer: Tokenizer) -> Batch:
         tokens, pairs = self.settings[setting].tokens, self.settings[setting].pairs
         keys, values = self._pairs(rows, pairs, generator)
@@ -104,7 +110,7 @@ class MqarSpec(_Vocabulary):
 
 
 @register
-class ScatteredPairsSpec(_Vocabulary):
+class ScatteredPairsSpec(_Pairs):
     """Pairs stand anywhere in filler; at the end each key comes once more, in another order, its value behind it.
 
     Late chunks hold pairs as early ones do, so a memory needs slots that it founds late.
@@ -117,16 +123,6 @@ class ScatteredPairsSpec(_Vocabulary):
         ),
         description="difficulties, one drawn per batch",
     )
-
-    @model_validator(mode="after")
-    def _fits(self) -> ScatteredPairsSpec:
-        for index, each in enumerate(self.settings):
-            self._check_pairs(each.pairs, index)
-            if 4 * each.pairs > each.tokens:
-                raise ValueError(
-                    f"settings.{index}.tokens: must be at least 4 × pairs, {4 * each.pairs}, got {each.tokens}"
-                )
-        return self
 
     def sample(self, setting: int, rows: int, generator: torch.Generator, tokenizer: Tokenizer) -> Batch:
         tokens, pairs = self.settings[setting].tokens, self.settings[setting].pairs

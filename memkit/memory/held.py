@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memkit.memory.rows import SlotRules, SlotView, by_statistic
+from memkit.memory.rows import SlotRules, SlotView, by_statistic, key_mass, mean_position
 from memkit.memory.slots import SlotStore
-from memkit.pieces.statistics import COUNT, MASS, POSITION, Numbers
+from memkit.pieces.statistics import COUNT, MASS, Numbers
 
 __all__ = ["HeldSlots"]
 
@@ -55,8 +55,7 @@ class HeldSlots:
         view = store.read(rules).first(slots)
         named = by_statistic(policy, numbers)
         key_sums, value_sums = sums[..., :width], sums[..., width:]
-        turned = policy.rotary.turns_back or not policy.rotary.rotates_slots
-        keeps_sums = policy.readout.layer_norm or policy.readout.spec.temperatures or not turned
+        keeps_sums = policy.readout.layer_norm or policy.readout.spec.temperatures or not policy.rotary.reversible
         rotation = rules.rotation
         if rotation is not None:  # the positions of that call's tokens are not the slots'
             rotation = dataclasses.replace(rotation, positions=None)
@@ -84,7 +83,7 @@ class HeldSlots:
             keys = view.route
             if policy.rotary.rotates_slots:
                 assert rotation is not None
-                keys = policy.rotary.slot_keys(keys, rotation, _mean_position(rules, named))
+                keys = policy.rotary.slot_keys(keys, rotation, mean_position(policy, named))
             held.key_rest = policy.storage.rest(keys, view.keys)
         return held
 
@@ -98,7 +97,7 @@ class HeldSlots:
             keys = whole(self.keys, self.key_rest, wide)
             if self.rules.policy.rotary.rotates_slots:
                 assert self.rules.rotation is not None
-                keys = self.rules.rotation.apply(keys, _mean_position(self.rules, numbers), inverse=True)
+                keys = self.rules.rotation.apply(keys, mean_position(self.rules.policy, numbers), inverse=True)
             if not self.rules.policy.keeps_keys:
                 keys = keys * _either(self.key_stretch, _key_mass(self.rules, numbers)).to(wide).unsqueeze(-1)
         values = whole(self.values, self.value_rest, wide)
@@ -146,18 +145,9 @@ class HeldSlots:
         return dataclasses.replace(self, **changed)
 
 
-def _mean_position(rules: SlotRules, numbers: Numbers) -> Tensor:
-    """Where slots stand, [b, g, m]: a founder's own place, or the mean."""
-    if rules.policy.keeps_keys or rules.policy.merging.of == "values":
-        return numbers[POSITION]
-    return numbers[POSITION] / torch.where(numbers[MASS] > 0, numbers[MASS], 1)
-
-
 def _key_mass(rules: SlotRules, numbers: Numbers) -> Tensor | None:
     """What key sums are over keys as read, where the readout's mean tells."""
-    if rules.policy.readout.spec.key != "mean":
-        return None
-    return torch.ones_like(numbers[COUNT]) if rules.policy.merging.of == "values" else numbers[MASS]
+    return key_mass(rules.policy, numbers) if rules.policy.readout.spec.key == "mean" else None
 
 
 def _value_mass(rules: SlotRules, numbers: Numbers) -> Tensor | None:

@@ -18,6 +18,7 @@ from memkit.memory.rows import Chunk, SlotRules, constant, contributions, read_s
 from memkit.memory.slots import SlotStore, flat_slots
 from memkit.pieces.chunk import Assignment
 from memkit.pieces.evidence import JUDGED, SHARE
+from memkit.pieces.readout import TINY
 from memkit.pieces.statistics import COUNT, MASS
 from memkit.policy import Policy
 
@@ -25,9 +26,6 @@ __all__ = ["replace"]
 
 SHARE_EPS = 1e-9
 """Added to a row's share where it is a weight: nobody weighs nothing."""
-
-TINY = 1e-30
-"""Instead of a divisor that is 0 in a row that is empty."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,11 @@ class Line:
     founders_keys: slice
     weighed: Tensor
     own: Tensor
+
+    @property
+    def turned(self) -> bool:
+        """Whether a line has a founder's key as queries meet it."""
+        return self.founders_keys.stop > self.founders_keys.start
 
     @classmethod
     @functools.lru_cache(maxsize=64)
@@ -100,7 +103,7 @@ def replace(store: SlotStore, rules: SlotRules, assignment: Assignment, chunk: C
     store.evidence = lines[..., line.evidence] if policy.observes else None
     if store.evidence is not None and torch.is_grad_enabled():  # written into later, and carries no gradient
         store.evidence = store.evidence.detach().clone()
-    store.founders_keys = lines[..., line.founders_keys] if line.founders_keys.stop > line.founders_keys.start else None
+    store.founders_keys = lines[..., line.founders_keys] if line.turned else None
     store.view = None
 
 
@@ -114,7 +117,7 @@ def _tokens(rules: SlotRules, chunk: Chunk, founded: Tensor, line: Line) -> Tens
     if rules.policy.observes:
         assert chunk.evidence is not None
         parts.append(chunk.evidence)
-    if line.founders_keys.stop > line.founders_keys.start:
+    if line.turned:
         parts.append(chunk.keys.to(rows.dtype))
     return torch.cat(parts, dim=-1)
 
@@ -124,7 +127,7 @@ def _slots(store: SlotStore, rules: SlotRules, live: int, line: Line) -> Tensor:
     parts = [store.sums, store.numbers.to(store.sums.dtype)]
     if store.evidence is not None:
         parts.append(store.evidence)
-    if line.founders_keys.stop > line.founders_keys.start:
+    if line.turned:
         keys = store.founders_keys
         if keys is None:  # not as the plan has read them, without a graph
             keys = read_slots(rules, store.sums, store.numbers).keys.to(store.sums.dtype)

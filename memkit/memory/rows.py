@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memkit.memory.window import Columns
+from memkit.memory.window import Columns, Streams, columns
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.pieces.statistics import COUNT, MASS, POSITION, Numbers, Tokens
@@ -25,6 +25,8 @@ __all__ = [
     "by_statistic",
     "constant",
     "contributions",
+    "key_mass",
+    "mean_position",
     "memory_keys",
     "parameter_versions",
     "read_slots",
@@ -56,6 +58,20 @@ class Chunk:
     memory_keys: Tensor | None = None
     evidence: Tensor | None = None
     ahead: tuple[Rows, Rows] | None = None
+
+    @classmethod
+    def of(cls, streams: Streams, where: Columns, first: bool | Tensor) -> Chunk:
+        """The tokens at some columns of the timeline's streams."""
+        some = {name: columns(stream, where) for name, stream in streams.items()}
+        return cls(
+            keys=some["keys"],
+            values=some.get("values"),
+            weights=some.get("weights"),
+            positions=some.get("positions"),
+            evidence=some.get("evidence"),
+            first=first,
+            where=where,
+        )
 
     def of_rows(self, rows: Tensor) -> Chunk:
         """The tokens of some rows of the batch."""
@@ -144,8 +160,8 @@ def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> Row
     mass = for_values if weighs.values else for_keys
     if policy.merging.of == "values":
         for_keys = torch.zeros_like(ones) if founded is None else founded.to(dtype)
-    key_mass = for_keys if policy.merging.of == "values" else mass
-    tokens = Tokens(keys, values, founded, chunk.positions, for_keys, for_values, for_radius, mass, key_mass)
+    over = for_keys if policy.merging.of == "values" else mass
+    tokens = Tokens(keys, values, founded, chunk.positions, for_keys, for_values, for_radius, mass, over)
     numbers = torch.stack([statistic.of(tokens).double() for statistic in policy.statistics], dim=-1)
     if for_keys is for_values:
         rows = torch.cat((keys, values), dim=-1)
@@ -171,18 +187,12 @@ def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor, founders_keys: T
     named = by_statistic(policy, numbers)
     if policy.keeps_keys:
         route = keys = keys.clone()  # of its own: sums may be written into
-        mean_position = named.get(POSITION)
     else:
-        of_keys = named
-        if policy.merging.of == "values":
-            of_keys = {**named, MASS: (named[COUNT] > 0).to(numbers.dtype)}
-        route = keys = policy.readout.key(keys, of_keys, rules.key_norm)
-        mass = of_keys[MASS]
-        mean_position = named[POSITION] / torch.where(mass > 0, mass, 1) if policy.rotary.rotates_slots else None
+        route = keys = policy.readout.key(keys, {**named, MASS: key_mass(policy, named)}, rules.key_norm)
     if founders_keys is not None:
         keys = founders_keys
-    elif mean_position is not None:
-        keys = policy.rotary.slot_keys(keys, rules.rotation, mean_position)
+    elif policy.rotary.rotates_slots:
+        keys = policy.rotary.slot_keys(keys, rules.rotation, mean_position(policy, named))
     if not rules.valued:
         return SlotView(route, route, values, None)
     bias = policy.readout.bias(named)
@@ -206,6 +216,19 @@ def parameter_versions(parameters: PolicyParameters | None) -> tuple[int, ...]:
     # Tensors made in inference mode cannot change unseen, and have no version.
     versions = [(id(each), 0 if each.is_inference() else each._version) for each in parameters.tensors()]
     return tuple(number for pair in versions for number in pair)
+
+
+def key_mass(policy: Policy, numbers: Numbers) -> Tensor:
+    """By what key sums and positions are divided: a slot's mass, or 1 where its founder's key alone is in them."""
+    return (numbers[COUNT] > 0).to(numbers[COUNT].dtype) if policy.merging.of == "values" else numbers[MASS]
+
+
+def mean_position(policy: Policy, numbers: Numbers) -> Tensor:
+    """Where slots stand, [..., m]."""
+    if policy.keeps_keys:
+        return numbers[POSITION]
+    mass = key_mass(policy, numbers)
+    return numbers[POSITION] / torch.where(mass > 0, mass, 1)
 
 
 def by_statistic(policy: Policy, numbers: Tensor) -> Numbers:

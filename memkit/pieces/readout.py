@@ -24,7 +24,7 @@ from memkit.pieces.needs import Need
 from memkit.pieces.registry import Spec
 from memkit.pieces.statistics import COUNT, FOUNDER_MASS, KEY_NORM, MASS, RADIUS, VALUE_NORM, Numbers, Statistic
 
-__all__ = ["LAYER_NORM_EPS", "Readout", "ReadoutSpec"]
+__all__ = ["LAYER_NORM_EPS", "TINY", "Readout", "ReadoutSpec"]
 
 LAYER_NORM_EPS = 1e-5
 

@@ -93,6 +93,11 @@ class Rotary:
     """Whether `slot_keys` undoes `memory_keys` at the same place, and is itself undone by turning the other way."""
 
     @property
+    def reversible(self) -> bool:
+        """Whether the key that slots sum can be told from the key that is read."""
+        return self.turns_back or not self.rotates_slots
+
+    @property
     def rounds(self) -> bool:
         """Whether memory keys are numbers that a key's own dtype may not have."""
         return type(self).memory_keys is not Rotary.memory_keys
