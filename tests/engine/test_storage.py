@@ -82,9 +82,10 @@ def test_slots_stay_within_their_bound(name: str):
 def test_a_bounded_policy_holds_the_same_bytes_for_ever(name: str):
     case = make_case(small(name), 700, rows=1, heads=2, kv_heads=1)
     _, memory = case.part(0, 300).attend()
-    sizes: set[int] = set()
+    held = list[int]()
     for position in range(300, 700):
         _, memory = case.part(position, position + 1).attend(memory=memory)
-        if position >= 450:
-            sizes.add(memory.bytes)
-    assert len(sizes) == 1
+        held.append(memory.bytes)
+    # Between two turns of its buffer a sliding window holds its sinks once more or once less: the same at every turn.
+    assert set(held[150:275]) == set(held[275:])
+    assert len(set(held)) <= 2

@@ -132,7 +132,7 @@ def test_a_broken_policy_is_shown_as_code_that_runs(monkeypatch):
 
 
 def test_a_rule_without_a_name_is_shown_in_its_policy():
-    error = examine(ForgetsMass, 60, laws=(laws.conservation_in_memory,)).broken[0]
+    error = examine(ForgetsMass, 200, laws=(laws.conservation_in_memory,)).broken[0]
 
     assert "merging=as_spec(ForgetsMass())" in error.code
     with pytest.raises(LawBroken, match="mass"):
