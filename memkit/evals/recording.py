@@ -101,8 +101,8 @@ def _listening(model: torch.nn.Module, hear: Callable[[int, Call], None]) -> Gen
 def _calls_of_stock(model: Any, ids: Tensor, policy: Policy) -> list[Call]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from memkit.hf.attachment import check_policy, check_rotation
     from memkit.hf.decoder import find_decoder
+    from memkit.hf.fitting import check_policy, check_rotation
     from memkit.hf.probe import attention_function, probe
 
     check_policy(policy)

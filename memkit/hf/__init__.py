@@ -3,8 +3,9 @@
 Importing this package imports transformers; `import memkit` does not.
 """
 
-from memkit.hf.attachment import Attached, attach, check_policy
+from memkit.hf.attachment import Attached, attach
 from memkit.hf.cache import memories
+from memkit.hf.fitting import check_policy
 from memkit.hf.kept import MemoryCache
 from memkit.hf.loading import LoadedModel, load
 from memkit.hf.model import MemkitConfig, MemkitForCausalLM

@@ -18,8 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine.compress import ASKED, next_readers, row_worth
 from memkit.errors import InputError
-from memkit.hf.attachment import check_free, check_rotation
+from memkit.hf.attachment import check_free
 from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
+from memkit.hf.fitting import check_rotation
 from memkit.hf.loading import LoadedModel
 from memkit.hf.probe import attention_function, probe
 from memkit.profiles import HeadProfile

@@ -1,0 +1,206 @@
+"""Calls of an attached model: what is prepared before each, and noted once it has run to its end."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from memkit.errors import InputError, MemoryStateError, shown
+from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
+from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
+from memkit.hf.decoder import Decoder, facts_of, kv_heads_of
+from memkit.hf.fitting import check_policy, check_rotation
+from memkit.hf.kept import MemoryCache
+from memkit.hf.masks import present_tokens
+from memkit.hf.names import CACHE, cache_argument, take_cache
+from memkit.hf.probe import probe
+from memkit.layers import AnyLayers, LayerFunction, layer_policies
+
+__all__ = ["Calls"]
+
+# The keyword by which a call around the decoder's says what it notes.
+OUTER = "memkit_outer"
+
+
+class Calls:
+    """Policies on a model: what is checked once, and what is prepared before each forward call.
+
+    policies, facts: of each attention layer, by its number.
+    """
+
+    def __init__(self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill) -> None:
+        if prefill not in ("policy", "full"):
+            raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
+        self.prefill: Prefill = prefill
+        self.config, self.tower = decoder.config, decoder.module is not decoder.owner.base_model
+        self.facts, self.model = probe(decoder), facts_of(self.config)
+        self.layers = self.config.num_hidden_layers
+        windows = [self.facts[layer].window if layer in self.facts else None for layer in range(self.layers)]
+        chosen = layer_policies(policy, self.layers, kv_heads_of(self.config), self.model, windows)
+        self.policies = {layer: chosen[layer] for layer in self.facts}
+        for layer, each in self.policies.items():
+            check_policy(each)
+            if each.needs_rotation or (prefill == "full" and asks_next(each)):
+                check_rotation(decoder, layer, self.facts[layer])
+        forward = type(decoder.module).forward
+        self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
+
+    def before_outer(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Before a call around the decoder's."""
+        signature = inspect.signature(type(model).forward)
+        known: dict[str, Any] = signature.bind_partial(model, *args, **kwargs).arguments
+        known = known.get("kwargs", {}) | known
+        keep, mask = known.get("logits_to_keep"), known.get("attention_mask")
+        # `generate` keeps the last column's logits alone; for a padded row they predict nothing.
+        if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise InputError(
+                f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in "
+                f"row {int((mask[:, -1] == 0).nonzero()[0])}; pad on the left (tokenizer.padding_side = 'left')"
+            )
+        # Keyword arguments that a head does not know it hands to the decoder, and to the loss, where there is one.
+        takes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values())
+        if takes and OUTER not in kwargs and (self.tower or known.get("labels") is None):
+            kinds = known.get("token_type_ids")
+            return args, kwargs | {OUTER: Outer(mask, kinds is not None and bool((kinds != 0).any()))}
+        return None
+
+    def after_outer(self, _model: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        """A head ran to its end: the caller has the result, and what was read counts."""
+        if OUTER in kwargs:
+            for cache in kwargs[OUTER].caches:
+                mark_complete(layers_in(cache))
+
+    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The decoder's arguments as it needs them on our engine."""
+        arguments: dict[str, Any] = self.signature.bind(decoder, *args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs", {}))
+        del arguments["self"]
+        if arguments.get("output_attentions", decoder.config.output_attentions):
+            raise InputError("attention weights are never computed as a matrix; leave output_attentions out")
+        if arguments.get("is_causal") is False:
+            raise InputError("a memory is causal, got is_causal False; leave it out")
+        tokens = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+        rows, columns = tokens.shape[:2]
+
+        given, layers = take_cache(arguments), None
+        outer: Outer | None = arguments.pop(OUTER, None)
+        if given is not None:
+            layers = self.layers_of(given)
+        seen, before = torch.zeros(rows, dtype=torch.long, device=tokens.device), 0
+        if layers is not None and layers[0].memory is not None:
+            seen, before = layers[0].memory.seen.to(tokens.device), layers[0].columns
+            if len(seen) != rows:
+                raise InputError(
+                    f"a call must have the rows of its {CACHE}, {len(seen)}, got {rows}; select or repeat the cache's "
+                    "rows with its batch_select_indices or batch_repeat_interleave"
+                )
+        mask = arguments.pop("attention_mask", None)
+        if isinstance(mask, dict):  # masks of each kind of layer, of which transformers makes none for us
+            if outer is None or outer.images:
+                raise InputError(
+                    "a memory is causal, got tokens of images that see each other both ways (token_type_ids); "
+                    "read the text alone, or use a model whose images are causal, as llava's"
+                )
+            mask = outer.mask
+        now = present_tokens(mask, rows, columns, seen, before, "; a policy makes its own causal mask")
+        self._check_padding(now, before)
+        places = torch.arange(columns, device=seen.device) if now is None else (now.cumsum(1) - 1).clamp(min=0)
+        positions = seen[:, None] + places
+        _check_positions(arguments.get("position_ids"), positions, now)
+        arguments["position_ids"] = positions
+
+        cache = given
+        if getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled():
+            if given is not None:
+                raise InputError(f"gradient checkpointing runs layers twice; leave {CACHE} out while training")
+            arguments["use_cache"] = False
+        elif given is None:
+            wanted = arguments.get("use_cache")
+            if decoder.config.use_cache if wanted is None else wanted:
+                cache = MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers))
+        elif layers is None:
+            # Only now that nothing is refused any more.
+            there = given.layers if len(given.layers) == self.layers else DynamicCache(config=self.config).layers
+            given.layers, given.layer_class_to_replicate = self.fresh_layers(there), None
+        arguments[self.cache_name] = cache
+        present = None if now is None else Present(now)
+        arguments["memkit_call"] = Call(self.policies, self.facts, self.prefill, cache, present, outer)
+        return (), arguments
+
+    def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        """The decoder ran to its end. So did the call, unless a head is still to come."""
+        call: Call = kwargs["memkit_call"]
+        if call.cache is None:
+            return
+        if call.outer is None:
+            mark_complete(layers_in(call.cache))
+        else:
+            call.outer.caches.append(call.cache)
+
+    def _check_padding(self, now: Tensor | None, before: int) -> None:
+        if now is None:
+            return
+        if self.prefill == "full" and not before:
+            raise InputError(
+                "prefill='full' needs rows of equal length in the first call, got padding; read one row at a time, "
+                "or leave prefill out"
+            )
+        if len(self.facts) < self.layers:
+            raise InputError(
+                f"{self.layers - len(self.facts)} of {self.layers} layers are no attention and would read padding as "
+                "text; read rows of equal length together"
+            )
+
+    def layers_of(self, given: Any) -> list[MemoryLayer] | None:
+        """The layers of the cache given, checked; None where it is empty."""
+        layers = layers_of(given, MemoryLayer, "this attached model")
+        if layers is None:
+            return None
+        if len(layers) != len(self.policies):
+            raise MemoryStateError(
+                f"{CACHE} must be of a model of {len(self.policies)} layers, got {len(layers)}; start without {CACHE}"
+            )
+        other = {name: each for name, each in layers[0].model.items() if self.model.get(name) != each}
+        if other:
+            here = {name: self.model.get(name) for name in other}
+            raise MemoryStateError(f"{CACHE} must be of this model, {here}, got {other}; start without {CACHE}")
+        for layer, policy in zip(layers, self.policies.values(), strict=True):
+            if layer.policy is not policy and layer.policy.spec != policy.spec:
+                raise MemoryStateError(
+                    f"{CACHE} must be of the attached policy, {named(policy)}, got {named(layer.policy)}; "
+                    f"start without {CACHE}"
+                )
+        check_whole(layers)
+        return layers
+
+    def fresh_layers(self, stock: list[Any]) -> list[Any]:
+        """A cache's layers to begin with: ours where a layer attends, the model's own elsewhere."""
+        return [
+            MemoryLayer(self.policies[layer], self.model) if layer in self.policies else each
+            for layer, each in enumerate(stock)
+        ]
+
+
+def layers_in(cache: Any) -> list[MemoryLayer]:
+    """Our layers in a cache."""
+    return [layer for layer in cache.layers if isinstance(layer, MemoryLayer)]
+
+
+def _check_positions(given: Tensor | None, positions: Tensor, now: Tensor | None) -> None:
+    """Positions of one's own would be another text than the memory holds (packed rows, for one)."""
+    if given is None:
+        return
+    wrong = given.to(positions.device) != positions
+    if now is not None:
+        wrong &= now
+    if wrong.any():
+        row, column = (int(each) for each in wrong.nonzero()[0])
+        raise InputError(
+            f"position_ids must count each row's tokens, got {int(given.expand_as(positions)[row, column])} instead of "
+            f"{int(positions[row, column])} in row {row}, column {column}; leave position_ids out, and give packed "
+            "texts a row each"
+        )
