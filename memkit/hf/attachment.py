@@ -28,7 +28,9 @@ from memkit.layers import AnyLayers, LayerFunction
 __all__ = ["Attached", "attach", "check_free"]
 
 
-def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = "policy") -> Attached:
+def attach(
+    model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = "policy", croppable: bool = False
+) -> Attached:
     """Every attention layer of `model` remembers as `policy` says, until the `with` block ends or `detach` is called.
 
     ```python
@@ -41,9 +43,10 @@ def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = 
 
     `model(...)` prefills, and continues with any number of tokens when its cache is passed on (`past_key_values`, from
     transformers 5.24 on `cache`); however a text is split, the result is the same. `model.generate(...)` works as
-    usual: greedy, sampling, beams. Gradients flow. `memories(cache)` gives each layer's memory. Groups of query heads
-    share their key/value head's memory. Once detached, be it by an error, the model is as it was; a cache made before
-    is of no use then. A copy made meanwhile is under the policy as long as the model is.
+    usual: greedy, sampling, beams, assisted by another model or by the prompt. Gradients flow. `memories(cache)` gives
+    each layer's memory. Groups of query heads share their key/value head's memory. Once detached, be it by an error,
+    the model is as it was; a cache made before is of no use then. A copy made meanwhile is under the policy as long as
+    the model is.
 
     Rows of unequal length are padded, on the left, on the right or anywhere, with a 2D `attention_mask` over this
     call's tokens or over all so far: a row's tokens are read as if they stood alone, and the next call continues each
@@ -60,6 +63,9 @@ def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = 
             exactly, and all that is older than the window then leaves at once (`memkit.compress`); from there on the
             policy goes on. What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in
             the first call.
+        croppable: whether the newest 64 tokens of a cache may be taken back (`cache.crop(-n)`) from its first call on,
+            for which it holds a second memory and these tokens. Assisted decoding announces it for the model that
+            chooses; the model that assists it needs this where it is attached.
 
     Raises:
         ModelError: no such model, one that is attached already, or one whose attention does what no memory can (soft
@@ -71,7 +77,7 @@ def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = 
     decoder = find_decoder(model)
     put_right(decoder.owner)
     check_free(decoder)
-    return Attached(decoder, Calls(decoder, policy, prefill))
+    return Attached(decoder, Calls(decoder, policy, prefill, croppable))
 
 
 class Attached:

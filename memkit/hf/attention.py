@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memkit.memory import Memory
     from memkit.policy import Policy
 
-__all__ = ["Call", "Outer", "Prefill", "Present", "asks_next", "run"]
+__all__ = ["Call", "Outer", "Prefill", "Present", "Reader", "Tokens", "asks_next"]
 
 Prefill = Literal["policy", "full"]
 
@@ -34,7 +34,7 @@ class Present:
     """
 
     def __init__(self, now: Tensor) -> None:
-        self.lengths = now.sum(1)
+        self.now, self.lengths = now, now.sum(1)
         beyond = torch.arange(now.shape[1], device=now.device) >= self.lengths[:, None]
         self.order = None if torch.equal(now, ~beyond) else (~now).long().argsort(dim=1, stable=True)
 
@@ -53,17 +53,101 @@ class Present:
         )
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a layer reads: queries [b, h, t, d], keys [b, g, t, d], values [b, g, t, v]; present: None where all are."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    present: Present | None
+
+    @property
+    def columns(self) -> int:
+        """Columns t, padding included."""
+        return self.query.shape[2]
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return change(self.query), change(self.key), change(self.value)
+
+    def part(self, begin: int, end: int) -> Tokens:
+        """Some columns of them."""
+        present = None if self.present is None else Present(self.present.now[:, begin:end])
+        return Tokens(*self._mapped(lambda tensor: tensor[:, :, begin:end]), present)
+
+    def then(self, after: Tokens) -> Tokens:
+        """These and the ones after them, as one."""
+        every = torch.cat((self._now, after._now), dim=1)
+        pairs = zip((self.query, self.key, self.value), (after.query, after.key, after.value), strict=True)
+        query, key, value = (torch.cat(pair, dim=2) for pair in pairs)
+        return Tokens(query, key, value, None if bool(every.all()) else Present(every))
+
+    @property
+    def _now(self) -> Tensor:
+        rows, device = len(self.query), self.query.device
+        return (
+            torch.ones(rows, self.columns, dtype=torch.bool, device=device)
+            if self.present is None
+            else self.present.now
+        )
+
+    def rows(self, rows: Tensor) -> Tokens:
+        """Some rows of them, by number."""
+        present = None if self.present is None else Present(self.present.now[rows.to(self.present.now.device)])
+        return Tokens(*self._mapped(lambda tensor: tensor.index_select(0, rows.to(tensor.device))), present)
+
+    def detach(self) -> Tokens:
+        """The same without their history."""
+        return Tokens(*self._mapped(Tensor.detach), self.present)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a layer reads.
+
+    prefill: `full`: where there is no memory yet, the tokens are read exactly and then compressed at once;
+    scale: of the scores, None for 1/√d.
+    """
+
+    policy: Policy
+    facts: LayerFacts
+    prefill: Prefill
+    scale: float | None
+
+    def read(self, memory: Memory | None, tokens: Tokens) -> tuple[Tensor, Memory]:
+        """Outputs [b, h, t, v] of tokens that follow those in the memory, and the memory after them."""
+        present, policy, scale = tokens.present, self.policy, self.scale
+        query, key, value = tokens.query, tokens.key, tokens.value
+        if present is not None:
+            query, key, value = (present.to_the_left(each) for each in (query, key, value))
+        rotation = self.facts.rotation if policy.needs_rotation else None
+        if self.prefill == "full" and memory is None:
+            output, _ = attend("full", query, key, value, scale=scale)
+            readers = None
+            if asks_next(policy):
+                assert self.facts.rotation is not None  # checked when the model was attached
+                readers = next_readers(query, self.facts.rotation)
+            return output, compress(policy, query, key, value, rotation=rotation, scale=scale, readers=readers)
+        lengths = None if present is None else present.lengths
+        output, after = attend(
+            policy, query, key, value, rotation=rotation, scale=scale, memory=memory, lengths=lengths
+        )
+        return output if present is None else present.back(output), after
+
+
 @dataclass
 class Outer:
     """What is noted of a call around the decoder's.
 
     mask: its attention mask, which a model of text and images may not hand on as it is;
     images: whether some of its tokens are marked as an image's;
+    spare: how many of its newest tokens may be taken back: all but one of those whose logits are kept;
     caches: those of the decoder's calls in it, whole once it has run to its end.
     """
 
     mask: Tensor | None
     images: bool
+    spare: int
     caches: list[Cache] = field(default_factory=list)
 
 
@@ -74,7 +158,7 @@ class Call:
     policies: Mapping[int, Policy]
     facts: Mapping[int, LayerFacts]
     prefill: Prefill
-    cache: Cache | None
+    cache: Any
     present: Present | None
     outer: Outer | None
 
@@ -105,17 +189,11 @@ def _attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     query, key = facts.turning_first(query), facts.turning_first(key)
-    layer: Any = None if call.cache is None else call.cache.layers[number]
-    present = call.present
-    if present is not None:
-        query, key, value = (present.to_the_left(each) for each in (query, key, value))
-    lengths = None if present is None else present.lengths
-    if layer is None:
-        output, _ = run(policy, facts, call.prefill, None, query, key, value, scaling, lengths)
+    reader, tokens = Reader(policy, facts, call.prefill, scaling), Tokens(query, key, value, call.present)
+    if call.cache is None:
+        output, _ = reader.read(None, tokens)
     else:
-        output = layer.read(facts, call.prefill, query, key, value, scaling, lengths)
-    if present is not None:
-        output = present.back(output)
+        output = call.cache.layers[number].read(reader, tokens, 0 if call.outer is None else call.outer.spare)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -125,29 +203,3 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 def asks_next(policy: Policy) -> bool:
     """Whether a prompt that was read in full is judged by those who go on with it."""
     return policy.observes and policy.spec.observe.readers == "next"
-
-
-def run(
-    policy: Policy,
-    facts: LayerFacts,
-    prefill: Prefill,
-    memory: Memory | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Memory]:
-    """A layer's outputs [b, h, t, v], and its memory after this call. Tensors and lengths as for `attend`.
-
-    prefill: `full`: where there is no memory yet, the tokens are read exactly and then compressed at once.
-    """
-    rotation = facts.rotation if policy.needs_rotation else None
-    if prefill == "full" and memory is None:
-        output, _ = attend("full", query, key, value, scale=scale)
-        readers = None
-        if asks_next(policy):
-            assert facts.rotation is not None  # checked when the model was attached
-            readers = next_readers(query, facts.rotation)
-        return output, compress(policy, query, key, value, rotation=rotation, scale=scale, readers=readers)
-    return attend(policy, query, key, value, rotation=rotation, scale=scale, memory=memory, lengths=lengths)

@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from memkit.errors import InputError, MemoryStateError
-from memkit.hf.attention import run
 from memkit.hf.names import CACHE
+from memkit.hf.rewinding import KEEP, Past
 
 if TYPE_CHECKING:
-    from memkit.hf.attention import Prefill
-    from memkit.hf.probe import LayerFacts
+    from memkit.hf.attention import Reader, Tokens
     from memkit.lm import ModelMemory
     from memkit.memory import Memory
     from memkit.policy import Policy
@@ -94,14 +93,18 @@ class CarryingLayer(CacheLayerMixin):
 class MemoryLayer(CarryingLayer):
     """A decoder layer's `Memory`; new keys and values pass on to the attention function, which reads by it.
 
-    model: what the config of the model says that it belongs to.
+    model: what the config of the model says that it belongs to;
+    record_past: whether its newest tokens may be taken back (`crop`); past: what they are taken back to.
     """
 
+    is_croppable = True
     memory: Memory | None
 
-    def __init__(self, policy: Policy, model: dict[str, int | str]) -> None:
+    def __init__(self, policy: Policy, model: dict[str, int | str], record_past: bool = False) -> None:
         super().__init__()
-        self.policy, self.model = policy, model
+        self.policy, self.model, self.record_past = policy, model, record_past
+        self.past: Past | None = None
+        self.reader: Reader | None = None
 
     @property
     def memories(self) -> list[Memory]:
@@ -117,20 +120,79 @@ class MemoryLayer(CarryingLayer):
             f"pass them on inside memkit.hf.attach only, or start without {CACHE}"
         )
 
-    def read(
-        self,
-        facts: LayerFacts,
-        prefill: Prefill,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None,
-        lengths: Tensor | None,
-    ) -> Tensor:
-        """Outputs [b, h, t, v] of tokens that follow those it has read; arguments as for `attention.run`."""
-        output, self.memory = run(self.policy, facts, prefill, self.memory, query, key, value, scale, lengths)
-        self.columns += query.shape[2]
+    def read(self, reader: Reader, tokens: Tokens, spare: int) -> Tensor:
+        """Outputs [b, h, t, v] of tokens that follow those it has read.
+
+        spare: so many of this call's newest columns may be taken back by the next `crop`, announced or not.
+        """
+        self.reader, before = reader, self.columns
+        if before and not self.record_past:
+            self.past = Past(self.memory.detach(), before) if spare and self.memory is not None else None
+        if before or not (spare or self.record_past):
+            output = self._read(reader, tokens)
+        else:
+            output, tokens = self._read_first(reader, tokens, spare)
+        if self.past is not None and tokens.columns:
+            self.past.add(tokens)
+            self.past.follow(reader, spare)
         return output
+
+    def _read(self, reader: Reader, tokens: Tokens) -> Tensor:
+        output, self.memory = reader.read(self.memory, tokens)
+        self.columns += tokens.columns
+        return output
+
+    def _read_first(self, reader: Reader, tokens: Tokens, spare: int) -> tuple[Tensor, Tokens]:
+        """The outputs of a first call, and those of its newest tokens that may be taken back.
+
+        A prompt that is read in full is all but the spare tokens, and not to be divided.
+        """
+        whole = reader.prefill == "full"
+        most = max(spare, KEEP if self.record_past and not whole else 0)
+        begin = max(int(whole), tokens.columns - most)
+        older, newest = tokens.part(0, begin), tokens.part(begin, tokens.columns)
+        outputs = [self._read(reader, part) for part in (older,) if part.columns]
+        self.past = Past(None if self.memory is None else self.memory.detach(), self.columns)
+        outputs += [self._read(reader, part) for part in (newest,) if part.columns]
+        return torch.cat(outputs, dim=2), newest
+
+    def reset(self) -> None:
+        super().reset()
+        self.past = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.past is not None:
+            self.past.reorder(beam_idx)
+
+    def activate_past_recording(self) -> None:
+        """From now on the newest tokens may be taken back, 64 columns at least, and all of a call that says so."""
+        self.record_past = True
+        if self.past is None and self.memory is not None:
+            self.past = Past(self.memory.detach(), self.columns)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest columns back: −n, or to a length of n, as releases before 5.23 ask for.
+
+        0 takes nothing back, and says that a later call will ask for more. What a cropped cache has read by then has no
+        history: gradients end there.
+        """
+        length = self.columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.columns)
+        if length != self.columns:
+            if self.columns != self.complete:
+                raise MemoryStateError(
+                    f"{CACHE} must come out of a call that ran to its end to be cropped; its last was interrupted, so "
+                    "read the text anew"
+                )
+            if self.past is None or self.reader is None:
+                raise InputError(
+                    "a memory goes back over tokens that were read once this was announced, asked to remove "
+                    f"{self.columns - length}; attach(…, croppable=True), or call activate_past_recording() of "
+                    f"{CACHE} before what may be taken back"
+                )
+            self.memory = self.past.at(self.reader, length)
+            self.columns = self.complete = length
+        self.activate_past_recording()
 
 
 def named(policy: Policy) -> str:

@@ -32,10 +32,11 @@ class Calls:
     policies, facts: of each attention layer, by its number.
     """
 
-    def __init__(self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill) -> None:
+    def __init__(self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill, croppable: bool) -> None:
         if prefill not in ("policy", "full"):
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
         self.prefill: Prefill = prefill
+        self.croppable = croppable
         self.config, self.tower = decoder.config, decoder.module is not decoder.owner.base_model
         self.facts, self.model = probe(decoder), facts_of(self.config)
         self.layers = self.config.num_hidden_layers
@@ -65,7 +66,8 @@ class Calls:
         takes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values())
         if takes and OUTER not in kwargs and (self.tower or known.get("labels") is None):
             kinds = known.get("token_type_ids")
-            return args, kwargs | {OUTER: Outer(mask, kinds is not None and bool((kinds != 0).any()))}
+            spare = keep - 1 if isinstance(keep, int) and keep > 1 and not torch.is_grad_enabled() else 0
+            return args, kwargs | {OUTER: Outer(mask, kinds is not None and bool((kinds != 0).any()), spare)}
         return None
 
     def after_outer(self, _model: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
@@ -175,12 +177,16 @@ class Calls:
                     f"start without {CACHE}"
                 )
         check_whole(layers)
+        if self.croppable:
+            for layer in layers:
+                layer.activate_past_recording()
         return layers
 
     def fresh_layers(self, stock: list[Any]) -> list[Any]:
         """A cache's layers to begin with: ours where a layer attends, the model's own elsewhere."""
+        records = self.croppable or any(getattr(each, "record_past", False) for each in stock)
         return [
-            MemoryLayer(self.policies[layer], self.model) if layer in self.policies else each
+            MemoryLayer(self.policies[layer], self.model, records) if layer in self.policies else each
             for layer, each in enumerate(stock)
         ]
 

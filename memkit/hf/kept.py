@@ -43,6 +43,12 @@ class MemoryCache(Cache):
         """A copy that shares nothing with this cache: each goes on by itself."""
         return copy.deepcopy(self)
 
+    def activate_past_recording(self) -> None:
+        """From now on the newest 64 tokens may be taken back, `crop(-n)`; as newer releases of transformers have it."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
     def save(self, path: str | Path) -> None:
         """Write the cache to a folder, which is made.
 

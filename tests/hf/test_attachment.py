@@ -370,13 +370,6 @@ def test_calls_that_are_refused(tiny, ids, call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_assisted_decoding_is_refused(tiny, ids):
-    # By transformers itself where it asks a cache beforehand, which came with 5.24.
-    message = r"cannot forget its newest tokens.*without assisted decoding|requires a cache that can be cropped"
-    with hf.attach(tiny, "full"), pytest.raises(ValueError, match=message):
-        tiny.generate(ids[:1], max_new_tokens=8, prompt_lookup_num_tokens=2, do_sample=False)
-
-
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
