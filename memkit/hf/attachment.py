@@ -50,7 +50,8 @@ def attach(
 
     Rows of unequal length are padded, on the left, on the right or anywhere, with a 2D `attention_mask` over this
     call's tokens or over all so far: a row's tokens are read as if they stood alone, and the next call continues each
-    row at its own position. `generate` reads the last column of the logits, so it needs padding on the left
+    row at its own position. Texts packed into one row, their positions starting again, are read as rows of their own.
+    `generate` reads the last column of the logits, so it needs padding on the left
     (`tokenizer.padding_side = "left"`), as pipelines set it.
 
     Args:

@@ -16,6 +16,7 @@ from memkit.engine.autocast import autocasts
 from memkit.errors import ModelError
 from memkit.hf.decoder import NAME
 from memkit.hf.keywords import check_keywords
+from memkit.hf.packing import Packed
 from memkit.hf.probe import LayerFacts
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Tokens:
     query: Tensor
     key: Tensor
     value: Tensor
-    present: Present | None
+    present: Present | Packed | None
 
     @property
     def columns(self) -> int:
@@ -72,28 +73,32 @@ class Tokens:
 
     def part(self, begin: int, end: int) -> Tokens:
         """Some columns of them."""
-        present = None if self.present is None else Present(self.present.now[:, begin:end])
+        present = None if self._there is None else Present(self._there[:, begin:end])
         return Tokens(*self._mapped(lambda tensor: tensor[:, :, begin:end]), present)
 
     def then(self, after: Tokens) -> Tokens:
         """These and the ones after them, as one."""
-        every = torch.cat((self._now, after._now), dim=1)
+        present = None
+        if self._there is not None or after._there is not None:
+            present = Present(torch.cat([each._filled for each in (self, after)], dim=1))
         pairs = zip((self.query, self.key, self.value), (after.query, after.key, after.value), strict=True)
         query, key, value = (torch.cat(pair, dim=2) for pair in pairs)
-        return Tokens(query, key, value, None if bool(every.all()) else Present(every))
+        return Tokens(query, key, value, present)
 
     @property
-    def _now(self) -> Tensor:
-        rows, device = len(self.query), self.query.device
-        return (
-            torch.ones(rows, self.columns, dtype=torch.bool, device=device)
-            if self.present is None
-            else self.present.now
-        )
+    def _there(self) -> Tensor | None:
+        """Which are there, [b, t]; None where all are."""
+        assert not isinstance(self.present, Packed)  # texts that are packed are read once, and kept in no cache
+        return None if self.present is None else self.present.now
+
+    @property
+    def _filled(self) -> Tensor:
+        there, shape = self._there, (len(self.query), self.columns)
+        return torch.ones(shape, dtype=torch.bool, device=self.query.device) if there is None else there
 
     def rows(self, rows: Tensor) -> Tokens:
         """Some rows of them, by number."""
-        present = None if self.present is None else Present(self.present.now[rows.to(self.present.now.device)])
+        present = None if self._there is None else Present(self._there[rows.to(self._there.device)])
         return Tokens(*self._mapped(lambda tensor: tensor.index_select(0, rows.to(tensor.device))), present)
 
     def detach(self) -> Tokens:
@@ -159,7 +164,7 @@ class Call:
     facts: Mapping[int, LayerFacts]
     prefill: Prefill
     cache: Any
-    present: Present | None
+    present: Present | Packed | None
     outer: Outer | None
 
 

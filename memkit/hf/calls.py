@@ -17,6 +17,7 @@ from memkit.hf.fitting import check_policy, check_rotation
 from memkit.hf.kept import MemoryCache
 from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
+from memkit.hf.packing import KEYWORDS, Packed, find_packed
 from memkit.hf.probe import probe
 from memkit.layers import AnyLayers, LayerFunction, layer_policies
 
@@ -108,10 +109,11 @@ class Calls:
                     "read the text alone, or use a model whose images are causal, as llava's"
                 )
             mask = outer.mask
+        packed = self._packed(arguments, mask, rows, columns, given, tokens.device)
         now = present_tokens(mask, rows, columns, seen, before, "; a policy makes its own causal mask")
         self._check_padding(now, before)
         places = torch.arange(columns, device=seen.device) if now is None else (now.cumsum(1) - 1).clamp(min=0)
-        positions = seen[:, None] + places
+        positions = seen[:, None] + places if packed is None else packed.positions.view(rows, columns)
         _check_positions(arguments.get("position_ids"), positions, now)
         arguments["position_ids"] = positions
 
@@ -129,7 +131,7 @@ class Calls:
             there = given.layers if len(given.layers) == self.layers else DynamicCache(config=self.config).layers
             given.layers, given.layer_class_to_replicate = self.fresh_layers(there), None
         arguments[self.cache_name] = cache
-        present = None if now is None else Present(now)
+        present = packed if now is None else Present(now)
         arguments["memkit_call"] = Call(self.policies, self.facts, self.prefill, cache, present, outer)
         return (), arguments
 
@@ -156,6 +158,34 @@ class Calls:
                 f"{self.layers - len(self.facts)} of {self.layers} layers are no attention and would read padding as "
                 "text; read rows of equal length together"
             )
+
+    def _packed(
+        self, arguments: dict[str, Any], mask: Tensor | None, rows: int, columns: int, given: Any, device: torch.device
+    ) -> Packed | None:
+        """The texts packed into the rows of a call, which it returns no cache of; None where each row is one."""
+        if given is not None and given.get_seq_length():
+            return None
+        if mask is not None and not bool(mask.all()):
+            if any(arguments.get(name) is not None for name in KEYWORDS):
+                raise InputError("packed rows have no padding, got an attention_mask with 0; leave attention_mask out")
+            return None
+        packed = find_packed(arguments, rows, columns, device)
+        if packed is None:
+            return None
+        if given is not None or arguments.get("use_cache"):
+            raise InputError(
+                f"texts packed into one row are read from their beginnings to their ends, got {CACHE} or use_cache; "
+                "leave both out, or give each text a row"
+            )
+        if self.prefill == "full":
+            raise InputError("prefill='full' needs a text per row, got texts packed into one; leave prefill out")
+        if len(self.facts) < self.layers:
+            raise InputError(
+                f"{self.layers - len(self.facts)} of {self.layers} layers are no attention and would read packed texts "
+                "as one; give each text a row"
+            )
+        arguments["use_cache"] = False
+        return packed
 
     def layers_of(self, given: Any) -> list[MemoryLayer] | None:
         """The layers of the cache given, checked; None where it is empty."""

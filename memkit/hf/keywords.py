@@ -19,8 +19,8 @@ WITHOUT_EFFECT = {
 MEANINGS = {
     "softcap": "a soft cap on scores",
     "s_aux": "sinks in the softmax",
-    "cu_seq_lens_q": "texts packed into one row; give each a row of its own",
-    "cu_seq_lens_k": "texts packed into one row; give each a row of its own",
+    "cu_seq_lens_q": "texts packed into one row, which go on with no cache; leave the cache out",
+    "cu_seq_lens_k": "texts packed into one row, which go on with no cache; leave the cache out",
 }
 
 

@@ -244,7 +244,6 @@ def test_a_keyword_that_is_not_known_is_refused_in_a_call(tiny: Any, ids: torch.
     with hf.attach(tiny, "full"):
         tiny(ids, cu_seq_lens_q=None, num_items_in_batch=torch.tensor(3))
         for keyword, message in (
-            ({"cu_seq_lens_q": torch.tensor([0, 90])}, "texts packed into one row; give each a row of its own"),
             ({"softcap": 50.0}, r"got softcap 50\.0 \(a soft cap on scores\) from LlamaAttention"),
             ({"block_indices": 3}, "got block_indices 3 from LlamaAttention"),
         ):
