@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from memkit.budgets import Budget
 from memkit.errors import InputError, ModelError, short, shown
 from memkit.layers import AnyLayers, LayerPoliciesSpec, as_layers
 from memkit.rendering import render
-from memkit.subject import reading, subject, text_and_source, with_rows
+from memkit.subject import reading, subject, text_and_source
 from memkit.texts import default_text, second_text
 from memkit.version import __version__
-from memkit.whole import MOST, SEEDS, whole_number
+from memkit.whole import SEEDS, whole_number
 
 if TYPE_CHECKING:
     import pandas
@@ -170,6 +171,8 @@ def compare(
     skip: int | None = None,
     prefill: Literal["policy", "full"] = "policy",
     rows: int | None = None,
+    share: float | None = None,
+    bytes: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     decoded: int = 16,
     seed: int = 0,
@@ -189,7 +192,9 @@ def compare(
     prefill: `policy`: bounded from the first chunk on; `full`: the first `skip` tokens are read exactly and then
         compressed at once, and the others are read from there (`hf.attach`).
     rows: slots and window that each head has at most, on average: put into every policy with a fixed number of slots
-        or a sliding window; the others stay as they are. Left out: as the policies say.
+        or a sliding window; the others stay as they are. Left out: as the policies say. share: the same as a share of
+        the `skip` tokens that `prefill="full"` compresses; bytes: as many as take no more bytes, for policies none of
+        whose layers grows. One of the three at most.
     seed: for torch, set while this runs; nothing here draws at random unless a policy of yours does.
 
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `load_policy`, `hf.load` and
@@ -200,14 +205,14 @@ def compare(
     tokens, skip = LENGTHS[prefill][0] if tokens is None else tokens, LENGTHS[prefill][1] if skip is None else skip
     skip, decoded = whole_number("skip", skip, 1), whole_number("decoded", decoded, 1)
     tokens = whole_number("tokens", tokens, 1)
-    rows = None if rows is None else whole_number("rows", rows, 1, MOST)
+    budget = Budget.of(rows, share, bytes, prefill)
     if tokens <= skip:
         raise InputError(
             f"tokens must be a whole number, at least {skip + 1} (skip + 1: something must be scored), got {tokens}"
         )
     seed = whole_number("seed", seed, *SEEDS)
     other_source, other = _second(text, second)
-    asked = subject(DEFAULT_POLICIES if policies is None else policies, overrides, rows, model, text)
+    asked = subject(DEFAULT_POLICIES if policies is None else policies, overrides, budget, skip, model, text)
     loaded, source, text = asked.loaded, asked.source, asked.text
     ids = _token_ids(loaded, source, text, tokens)
     if second is None and other is not None and len(_tokenized(loaded, other)) < tokens:
@@ -233,6 +238,8 @@ def compare(
         "skip": skip,
         "prefill": prefill,
         "rows": rows,
+        "share": share,
+        "bytes": bytes,
         "scored": tokens - skip,
         "decoded": decoded,
         "overrides": dict(overrides or {}),
@@ -240,9 +247,7 @@ def compare(
         "load_seconds": loaded.seconds,
         **_machine(loaded.model.device),
     }
-    streaming = as_layers(STREAMING)
-    if rows is not None:
-        streaming = streaming.mapped(lambda policy: with_rows(policy, rows))
+    streaming = asked.also(as_layers(STREAMING))
     return Comparison(settings, _against_others(measured, streaming))
 
 

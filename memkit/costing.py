@@ -18,7 +18,7 @@ from memkit.layers import AnyLayers, as_layers, layer_policies
 from memkit.policy import Policy
 from memkit.whole import MOST, whole_number
 
-__all__ = ["FITTED_LENGTHS", "Cost", "Flops", "Shape", "cost"]
+__all__ = ["FITTED_LENGTHS", "Cost", "Flops", "Shape", "alike_parts", "cost"]
 
 FITTED_LENGTHS = tuple(4096 << i for i in range(9))
 """Tokens at which the exponent is fitted: 4k, 8k … 1M."""
@@ -159,7 +159,7 @@ def cost(
     several = several and getattr(tokens, "ndim", 1) > 0  # one number may be an array without axes
     each = list(tokens) if isinstance(tokens, Iterable) and several else [tokens]
     spec = as_layers(policy)
-    parts = _parts(layer_policies(spec, shape.layers, shape.kv_heads), shape)
+    parts = alike_parts(layer_policies(spec, shape.layers, shape.kv_heads), shape)
     chunks = [part.chunk for part, _ in parts if not part.sinks_only]
     most = min(MOST_TOKENS, *(MOST_CHUNKS * chunk for chunk in chunks)) if chunks else MOST_TOKENS
     lengths = [whole_number("tokens", length, 1, most) for length in each]
@@ -170,7 +170,7 @@ def cost(
     return costs if several else costs[0]
 
 
-def _parts(policies: list[Policy], shape: Shape) -> list[tuple[Policy, Shape]]:
+def alike_parts(policies: list[Policy], shape: Shape) -> list[tuple[Policy, Shape]]:
     """The layers and heads that are alike: their policy, and what is multiplied for it.
 
     A head profile says what each layer's heads get; `auto` finds none, for no model is known here.

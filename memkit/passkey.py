@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from memkit.budgets import Budget
 from memkit.comparison import DEFAULT_POLICIES
 from memkit.errors import InputError, shown
 from memkit.layers import AnyLayers, LayerPoliciesSpec
 from memkit.rendering import render
 from memkit.subject import reading, subject
-from memkit.whole import MOST, SEEDS, whole_number
+from memkit.whole import SEEDS, whole_number
 
 if TYPE_CHECKING:
     from memkit.hf import LoadedModel
@@ -89,6 +90,8 @@ def find_passkeys(
     placements: int = 8,
     prefill: Literal["policy", "full"] = "policy",
     rows: int | None = None,
+    share: float | None = None,
+    bytes: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -96,18 +99,19 @@ def find_passkeys(
     """Hide a number in a text of `tokens` tokens, once at each of `placements` depths, and ask each policy for it.
 
     policies, model, text, overrides: as for `memkit.compare`. prefill: `full`: all but the question is read exactly and
-    then compressed at once. rows: slots and window of each head, for policies that have a number of them. seed: of the
-    numbers; every policy is asked for the same ones at the same places.
+    then compressed at once. rows: slots and window of each head, for policies that have a number of them; share,
+    bytes: as for `memkit.compare`, the share of `tokens`. seed: of the numbers; every policy is asked for the same ones
+    at the same places.
 
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `compare` does.
     """
     tokens = whole_number("tokens", tokens, LEAST_TOKENS, 2**24)
     placements = whole_number("placements", placements, 1, 2**16)
-    rows = None if rows is None else whole_number("rows", rows, 1, MOST)
     seed = whole_number("seed", seed, *SEEDS)
     if prefill not in ("policy", "full"):
         raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
-    asked = subject(DEFAULT_POLICIES if policies is None else policies, overrides, rows, model, text)
+    budget = Budget.of(rows, share, bytes, prefill)
+    asked = subject(DEFAULT_POLICIES if policies is None else policies, overrides, budget, tokens, model, text)
     loaded = asked.loaded
     hidden = _hidden(loaded, asked.text, tokens, placements, seed)
     found: list[Retrieval] = []
@@ -141,6 +145,8 @@ def find_passkeys(
         "placements": placements,
         "prefill": prefill,
         "rows": rows,
+        "share": share,
+        "bytes": bytes,
         "overrides": dict(overrides or {}),
         "seed": seed,
     }

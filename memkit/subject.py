@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from memkit.catalog import load_policy
-from memkit.errors import InputError, ModelError
+from memkit.budgets import Budget, bounded, sized
+from memkit.errors import ModelError
 from memkit.layers import AnyLayers, LayerPoliciesSpec, as_layers
-from memkit.pieces.growth import FixedGrowthSpec
-from memkit.pieces.window import SlidingWindowSpec
 from memkit.policy import Policy, PolicySpec
 from memkit.texts import default_text, read_text
 
 if TYPE_CHECKING:
     from memkit.hf import LoadedModel
 
-__all__ = ["Subject", "reading", "subject", "text_and_source", "with_rows"]
+__all__ = ["Subject", "reading", "subject", "text_and_source"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Policies of layers, each with a name of its own; the text, and where it comes from; the model that reads it."""
+    """Policies of layers, each with a name of its own; the text, and where it comes from; the model that reads it; and
+    how other policies would be given the same budget."""
 
     policies: list[tuple[str, LayerPoliciesSpec]]
     source: str
     text: str
     loaded: LoadedModel
+    also: Callable[[LayerPoliciesSpec], LayerPoliciesSpec]
 
 
 def subject(
     policies: AnyLayers | Iterable[AnyLayers],
     overrides: Mapping[str, Any] | None,
-    rows: int | None,
+    budget: Budget,
+    prompt: int,
     model: str | Path | LoadedModel | None,
     text: str | Path | None,
 ) -> Subject:
     """What `memkit.compare` says of these arguments, checked, the cheapest first, and then loaded.
 
+    prompt: tokens of which a budget's share is taken.
     Raises `InputError`, `PolicyError` and `ModelError`.
     """
     try:
@@ -53,13 +54,23 @@ def subject(
         raise ModelError(
             f"comparing needs transformers, accelerate and gguf, got: {error}; run: pip install 'memkit-attention[hf]'"
         ) from None
-    chosen = _chosen(policies, overrides, rows)
+    rows, chosen = budget.rows_of(prompt), _chosen(policies, overrides)
+    if rows is not None:
+        chosen = [sized(each, rows) for each in chosen]
     for each in chosen:
         for policy in each.policies:
             hf.check_policy(policy.build())
     source, text = text_and_source(text)
     loaded = model if isinstance(model, hf.LoadedModel) else hf.load(model)
-    return Subject(list(_labelled(chosen)), source, text, loaded)
+
+    def also(layers: LayerPoliciesSpec) -> LayerPoliciesSpec:
+        if budget.bytes is not None:
+            return _with_bytes(layers, budget.bytes, loaded)
+        return layers if rows is None else sized(layers, rows)
+
+    if budget.bytes is not None:
+        chosen = [also(each) for each in chosen]
+    return Subject(list(_labelled(chosen)), source, text, loaded, also)
 
 
 @contextmanager
@@ -76,28 +87,23 @@ def reading(loaded: LoadedModel, seed: int) -> Generator[None]:
         loaded.model.train(training)
 
 
-def with_rows(spec: PolicySpec, rows: int) -> PolicySpec:
-    """The policy with so many rows a head, slots and window together, where its rows are a number; else as it is."""
-    if isinstance(spec.window, SlidingWindowSpec):
-        least, changed = spec.sinks + 1, {"window.size": rows - spec.sinks}
-    elif isinstance(spec.growth, FixedGrowthSpec):
-        window = spec.build().window.capacity or 0
-        least, changed = window + spec.sinks + 1, {"growth.slots": rows - window}
-    else:
-        return spec
-    if rows < least:
-        raise InputError(f"rows must be at least {least} for {spec.name or 'this policy'}, got {rows}")
-    return load_policy(spec, changed)
-
-
-def _chosen(
-    policies: AnyLayers | Iterable[AnyLayers], overrides: Mapping[str, Any] | None, rows: int | None
-) -> list[LayerPoliciesSpec]:
-    """The policies asked for, one or several, with these fields changed and so many rows a head (see `compare`)."""
+def _chosen(policies: AnyLayers | Iterable[AnyLayers], overrides: Mapping[str, Any] | None) -> list[LayerPoliciesSpec]:
+    """The policies asked for, one or several, with these fields changed (see `compare`)."""
     if isinstance(policies, (str, Path, PolicySpec, Policy, LayerPoliciesSpec, Mapping)):
-        return _chosen([cast("AnyLayers", policies)], overrides, rows)
-    chosen = [as_layers(each, overrides) for each in policies]
-    return chosen if rows is None else [each.mapped(partial(with_rows, rows=rows)) for each in chosen]
+        return _chosen([cast("AnyLayers", policies)], overrides)
+    return [as_layers(each, overrides) for each in policies]
+
+
+def _with_bytes(chosen: LayerPoliciesSpec, bytes: int, loaded: LoadedModel) -> LayerPoliciesSpec:
+    """As many rows as so many bytes take, where policies have a number of rows and all stop growing; else as it is."""
+    from memkit import hf
+
+    if not bounded(chosen):
+        return chosen
+    handle = hf.attach(loaded.model, chosen, bytes=bytes)
+    handle.detach()
+    assert handle.rows is not None
+    return sized(chosen, handle.rows)
 
 
 def _labelled(chosen: list[LayerPoliciesSpec]) -> Iterator[tuple[str, LayerPoliciesSpec]]:

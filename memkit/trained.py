@@ -96,6 +96,8 @@ def compare_trained(
         "skip": skip,
         "prefill": "policy",
         "rows": None,
+        "share": None,
+        "bytes": None,
         "scored": tokens - skip,
         "decoded": decoded,
         "overrides": dict(overrides or {}),

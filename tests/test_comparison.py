@@ -14,12 +14,12 @@ from transformers import LlamaForCausalLM
 
 import memkit
 from memkit import comparison, hf
+from memkit.budgets import with_rows
 from memkit.comparison import Comparison, Measurement, compare
 from memkit.errors import InputError, ModelError, PolicyError
 from memkit.hf.names import returned_cache
 from memkit.layers import as_layers
 from memkit.rendering import render
-from memkit.subject import with_rows
 from tests.hf.tiny import randomised, tiny_config
 
 mpl.use("agg")
@@ -313,3 +313,20 @@ def test_as_many_rows_for_everybody():
         assert with_rows(memkit.load_policy(name), 300) == memkit.load_policy(name)
     with pytest.raises(InputError, match="rows must be at least 197 for caote-512, got 100"):
         with_rows(memkit.load_policy("caote-512"), 100)
+
+
+def test_budgets_of_rows_share_and_bytes(loaded: hf.LoadedModel):
+    spec = memkit.load_policy("caote-512", {"chunker.size": 8, "observe.queries": 8, "growth.slots": 20})
+    options = {"model": loaded, "tokens": 200, "skip": 160, "decoded": 1}
+    shared = compare(["full", spec], prefill="full", share=0.375, **options)
+    rows = compare(["full", spec], prefill="full", rows=60, **options)
+    assert shared.policies[1].loss == rows.policies[1].loss
+    assert (shared.policies[1].slots, shared.policies[1].window) == (36, 24)
+    assert (shared.settings["share"], shared.settings["rows"]) == (0.375, None)
+    whole, sliding = compare(["full", WINDOW], bytes=40_000, **options).policies
+    assert whole.loss == pytest.approx(rows.policies[0].loss, abs=1e-5)
+    assert 34_000 < sliding.peak_bytes <= 40_000
+    with pytest.raises(InputError, match="rows, share or bytes, got rows=60 and bytes=9; give one of them"):
+        compare([spec], rows=60, bytes=9, **options)
+    with pytest.raises(InputError, match="share is of the tokens of a prompt that is read in full"):
+        compare([spec], share=0.5, **options)

@@ -27,6 +27,7 @@ LEVELS = [
     {"engine"},
     {"reference"},
     {"attention", "costing", "holding"},
+    {"budgets"},
     {"hf", "lm", "interop"},
     {"evals"},
     {"testing", "training"},

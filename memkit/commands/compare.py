@@ -57,6 +57,13 @@ def compare_command(
     rows: Annotated[
         int | None, typer.Option(metavar="N", help="Slots and window of each head, for policies with a number of them.")
     ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="With --prefill full: that share of the prompt's tokens instead of --rows."),
+    ] = None,
+    bytes: Annotated[
+        int | None, typer.Option(metavar="N", help="As many rows as take so many bytes, instead of --rows.")
+    ] = None,
     passkey: Annotated[
         bool, typer.Option("--passkey", help="Hide a number in the text (2,048 tokens by default), and ask for it.")
     ] = False,
@@ -88,10 +95,11 @@ def compare_command(
     chosen: list[str] | None = policies or list(comparison.DEFAULT_POLICIES)
     run: Callable[..., Any] = comparison.compare
     given: dict[str, Any] = {"model": model, "text": text, "overrides": overrides}
-    of_stock: dict[str, Any] = {"prefill": reading, "rows": rows}
+    of_stock: dict[str, Any] = {"prefill": reading, "rows": rows, "share": share, "bytes": bytes}
     if model is not None and is_model(model):
+        budgets = {"--rows": rows, "--share": share, "--bytes": bytes}
         _check_trained(
-            model, {"--second": second, "--prefill full": reading == "full", "--rows": rows, "--passkey": passkey}
+            model, {"--second": second, "--prefill full": reading == "full", **budgets, "--passkey": passkey}
         )
         from memkit.trained import compare_trained as run
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from memkit.budgets import Budget
 from memkit.errors import ModelError
 from memkit.hf.attention import Prefill
 from memkit.hf.cache import named
@@ -29,7 +30,14 @@ __all__ = ["Attached", "attach", "check_free"]
 
 
 def attach(
-    model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = "policy", croppable: bool = False
+    model: Any,
+    policy: AnyLayers | LayerFunction,
+    *,
+    prefill: Prefill = "policy",
+    rows: int | None = None,
+    share: float | None = None,
+    bytes: int | None = None,
+    croppable: bool = False,
 ) -> Attached:
     """Every attention layer of `model` remembers as `policy` says, until the `with` block ends or `detach` is called.
 
@@ -64,6 +72,10 @@ def attach(
             exactly, and all that is older than the window then leaves at once (`memkit.compress`); from there on the
             policy goes on. What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in
             the first call.
+        rows: slots and window of each head, on average, put into every policy with a fixed number of slots or a sliding
+            window; others stay as they are. One of rows, share and bytes at most.
+        share: with `prefill="full"`, the same as a share of the tokens of each cache's prompt.
+        bytes: as many rows as take no more bytes for one text, however long it gets, for policies that stop growing.
         croppable: whether the newest 64 tokens of a cache may be taken back (`cache.crop(-n)`) from its first call on,
             for which it holds a second memory and these tokens. Assisted decoding announces it for the model that
             chooses; the model that assists it needs this where it is attached.
@@ -73,23 +85,26 @@ def attach(
             caps, sinks in the softmax, an own attention function, an encoder, …); a policy with learned parts, or one
             that un-rotates keys where it is not known how they were rotated.
         PolicyError: a policy that is not there or not right, a layer that is not there.
-        InputError: later, by calls that the engine cannot serve (4D masks, positions of one's own, …).
+        InputError: a budget that no policy has a use for, or that is too small; and later, by calls that the engine
+            cannot serve (4D masks, positions of one's own, …).
     """
     decoder = find_decoder(model)
     put_right(decoder.owner)
     check_free(decoder)
-    return Attached(decoder, Calls(decoder, policy, prefill, croppable))
+    return Attached(decoder, Calls(decoder, policy, prefill, Budget.of(rows, share, bytes, prefill), croppable))
 
 
 class Attached:
     """A model that is attached; a context manager, and a handle with `detach`.
 
-    model: what was given; policies: of each attention layer, by its number.
+    model: what was given; policies: of each attention layer, by its number, with the rows that a budget gives them (a
+    share's are those of each cache); rows: these, None without a budget, or where they are a share.
     """
 
     def __init__(self, decoder: Decoder, calls: Calls) -> None:
         self._decoder, self._life = decoder, Life(decoder.module.config._attn_implementation)
         self.model, self.policies = decoder.given, calls.policies
+        self.rows = calls.rows
         decoder.module.set_attn_implementation(NAME)
         for module in decoder.outer:
             hook(module, self._life, calls.before_outer, calls.after_outer)

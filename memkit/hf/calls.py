@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from memkit.budgets import Budget
 from memkit.errors import InputError, MemoryStateError, shown
 from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
 from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
@@ -19,7 +21,11 @@ from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.hf.packing import KEYWORDS, Packed, find_packed
 from memkit.hf.probe import probe
-from memkit.layers import AnyLayers, LayerFunction, layer_policies
+from memkit.hf.sizes import Sizes
+from memkit.layers import AnyLayers, LayerFunction
+
+if TYPE_CHECKING:
+    from memkit.policy import Policy
 
 __all__ = ["Calls"]
 
@@ -33,7 +39,9 @@ class Calls:
     policies, facts: of each attention layer, by its number.
     """
 
-    def __init__(self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill, croppable: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill, budget: Budget, croppable: bool
+    ) -> None:
         if prefill not in ("policy", "full"):
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
         self.prefill: Prefill = prefill
@@ -41,9 +49,9 @@ class Calls:
         self.config, self.tower = decoder.config, decoder.module is not decoder.owner.base_model
         self.facts, self.model = probe(decoder), facts_of(self.config)
         self.layers = self.config.num_hidden_layers
-        windows = [self.facts[layer].window if layer in self.facts else None for layer in range(self.layers)]
-        chosen = layer_policies(policy, self.layers, kv_heads_of(self.config), self.model, windows)
-        self.policies = {layer: chosen[layer] for layer in self.facts}
+        self.sizes = Sizes(policy, budget, self.layers, kv_heads_of(self.config), self.model, self.facts)
+        self.rows = self.sizes.rows(decoder.module.dtype)
+        self.policies = self.sizes.policies(self.rows)
         for layer, each in self.policies.items():
             check_policy(each)
             if each.needs_rotation or (prefill == "full" and asks_next(each)):
@@ -117,6 +125,11 @@ class Calls:
         _check_positions(arguments.get("position_ids"), positions, now)
         arguments["position_ids"] = positions
 
+        policies = self.policies
+        if layers is not None:
+            policies = dict(zip(self.policies, (layer.policy for layer in layers), strict=True))
+        elif self.sizes.budget.share is not None:
+            policies = self.sizes.of_prompt(columns - (0 if outer is None else outer.spare))
         cache = given
         if getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled():
             if given is not None:
@@ -125,14 +138,14 @@ class Calls:
         elif given is None:
             wanted = arguments.get("use_cache")
             if decoder.config.use_cache if wanted is None else wanted:
-                cache = MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers))
+                cache = MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers, policies))
         elif layers is None:
             # Only now that nothing is refused any more.
             there = given.layers if len(given.layers) == self.layers else DynamicCache(config=self.config).layers
-            given.layers, given.layer_class_to_replicate = self.fresh_layers(there), None
+            given.layers, given.layer_class_to_replicate = self.fresh_layers(there, policies), None
         arguments[self.cache_name] = cache
         present = packed if now is None else Present(now)
-        arguments["memkit_call"] = Call(self.policies, self.facts, self.prefill, cache, present, outer)
+        arguments["memkit_call"] = Call(policies, self.facts, self.prefill, cache, present, outer)
         return (), arguments
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
@@ -201,7 +214,7 @@ class Calls:
             here = {name: self.model.get(name) for name in other}
             raise MemoryStateError(f"{CACHE} must be of this model, {here}, got {other}; start without {CACHE}")
         for layer, policy in zip(layers, self.policies.values(), strict=True):
-            if layer.policy is not policy and layer.policy.spec != policy.spec:
+            if not self.sizes.same(layer.policy, policy):
                 raise MemoryStateError(
                     f"{CACHE} must be of the attached policy, {named(policy)}, got {named(layer.policy)}; "
                     f"start without {CACHE}"
@@ -212,11 +225,11 @@ class Calls:
                 layer.activate_past_recording()
         return layers
 
-    def fresh_layers(self, stock: list[Any]) -> list[Any]:
+    def fresh_layers(self, stock: list[Any], policies: Mapping[int, Policy]) -> list[Any]:
         """A cache's layers to begin with: ours where a layer attends, the model's own elsewhere."""
         records = self.croppable or any(getattr(each, "record_past", False) for each in stock)
         return [
-            MemoryLayer(self.policies[layer], self.model, records) if layer in self.policies else each
+            MemoryLayer(policies[layer], self.model, records) if layer in policies else each
             for layer, each in enumerate(stock)
         ]
 

@@ -36,13 +36,16 @@ class LayerFacts:
     """What a layer's attention was seen to do.
 
     kv_heads: key/value heads; window: tokens that it sees in the stock model, None for all;
-    rotation: how keys are turned, their channels taken from `offset` on; None where that is not known.
+    rotation: how keys are turned, their channels taken from `offset` on; None where that is not known;
+    heads: query heads; widths: channels of a head's keys and values.
     """
 
     kv_heads: int
     window: int | None
     rotation: Rotation | None
     offset: int
+    heads: int
+    widths: tuple[int, int]
 
     def turning_first(self, tensor: Tensor) -> Tensor:
         """Queries or keys [..., d] with the channels that turn in front: what scores they give is the same."""
@@ -51,10 +54,13 @@ class LayerFacts:
 
 @dataclass
 class _Seen:
-    """What a layer's attention function was handed: its module, keys [rows, g, d], and keywords."""
+    """What a layer's attention function was handed: its module, keys [rows, g, d], query heads, the width of values,
+    and keywords."""
 
     module: nn.Module
     keys: Tensor
+    heads: int
+    value_width: int
     keywords: dict[str, Any]
 
 
@@ -76,7 +82,7 @@ def _look(
         keywords["attention_mask"] = attention_mask
     keywords = {name: each for name, each in keywords.items() if name not in ("scaling", "dropout")}
     keywords.setdefault("is_causal", getattr(module, "is_causal", True))
-    memkit_seen[layer] = _Seen(module, key[:, :, 0].detach(), keywords)
+    memkit_seen[layer] = _Seen(module, key[:, :, 0].detach(), query.shape[1], value.shape[-1], keywords)
     return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
@@ -120,7 +126,8 @@ def probe(decoder: Decoder) -> dict[int, LayerFacts]:
     for layer, each in sorted(seen.items()):
         check_keywords(each.module, windows[layer], each.keywords)
         rotation, offset = _rotation(each.keys.unflatten(0, (TOKENS, -1)), positions, tables)
-        facts[layer] = LayerFacts(each.keys.shape[1], windows[layer], rotation, offset)
+        widths = each.keys.shape[-1], each.value_width
+        facts[layer] = LayerFacts(each.keys.shape[1], windows[layer], rotation, offset, each.heads, widths)
     return facts
 
 

@@ -159,8 +159,9 @@ def _command(comparison: Comparison) -> str:
     words += ["--tokens", str(settings["tokens"]), "--skip", str(settings["skip"])]
     if settings.get("prefill", "policy") != "policy":
         words += ["--prefill", settings["prefill"]]
-    if settings.get("rows"):
-        words += ["--rows", str(settings["rows"])]
+    for budget in ("rows", "share", "bytes"):
+        if settings.get(budget):
+            words += [f"--{budget}", str(settings[budget])]
     for field, value in settings.get("overrides", {}).items():
         words += ["--set", f"{field}={value}"]
     versions = ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
