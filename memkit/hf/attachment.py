@@ -1,6 +1,6 @@
 """Run every attention layer of a stock Hugging Face decoder on a memory policy.
 
-Three seams that transformers and torch offer carry it, and nothing is patched:
+Three seams that transformers and torch offer carry it:
 
 - the attention registry of transformers gets one more attention function, `memkit`, which calls `attend`.
   It has no mask function, so that no `[tokens, tokens]` mask is built;
@@ -8,6 +8,7 @@ Three seams that transformers and torch offer carry it, and nothing is patched:
 - a forward pre-hook on the decoder puts such a cache in, reads off the attention mask which tokens are there, sets the
   positions, and hands the lot to every layer as one keyword argument. Forward hooks note when a call ran to its end.
 
+Nothing else is patched, but that the model refuses continuous batching, which would put in attention of its own.
 What the model's attention does is asked of the model itself (`probe`). Once detached, hooks and setting are gone; the
 function stays in the registry, where nothing else names it.
 """
@@ -23,7 +24,7 @@ from memkit.hf.attention import Prefill
 from memkit.hf.cache import named
 from memkit.hf.calls import Calls
 from memkit.hf.decoder import NAME, Decoder, find_decoder
-from memkit.hf.hooks import Life, hook, put_right, unhook
+from memkit.hf.hooks import Life, allow_batches, forbid_batches, hook, put_right, unhook
 from memkit.layers import AnyLayers, LayerFunction
 
 __all__ = ["Attached", "attach", "check_free"]
@@ -106,6 +107,7 @@ class Attached:
         self.model, self.policies = decoder.given, calls.policies
         self.rows = calls.rows
         decoder.module.set_attn_implementation(NAME)
+        forbid_batches(decoder.owner, self._life)
         for module in decoder.outer:
             hook(module, self._life, calls.before_outer, calls.after_outer)
         hook(decoder.module, self._life, calls.before_decoder, calls.after_decoder)
@@ -121,6 +123,7 @@ class Attached:
             return
         self._life.over = True
         unhook([*self._decoder.outer, self._decoder.module], self._life)
+        allow_batches(self._decoder.owner)
         self._decoder.module.set_attn_implementation(self._life.implementation)
 
     def __enter__(self) -> Any:

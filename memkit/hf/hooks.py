@@ -11,14 +11,18 @@ from typing import Any
 
 from torch import nn
 
+from memkit.errors import ModelError
 from memkit.hf.decoder import NAME
 
-__all__ = ["Life", "hook", "put_right", "unhook"]
+__all__ = ["Life", "allow_batches", "forbid_batches", "hook", "put_right", "unhook"]
 
 REGISTRIES = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
 )  # fmt: skip
+
+BATCHES = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""transformers' ways into continuous batching."""
 
 
 class Life:
@@ -59,6 +63,43 @@ def hook(module: nn.Module, life: Life, before: Callable[..., Any], after: Calla
     module.register_forward_hook(_Hook(life, after), with_kwargs=True)
 
 
+class _NoBatches:
+    """Stands for a way into continuous batching, which brings keys, values and attention of its own."""
+
+    def __init__(self, life: Life) -> None:
+        self.life = life
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        if self.life.over:
+            raise ModelError(
+                "this is a copy of a model that was attached; let it read anything once, and it is a stock model again"
+            )
+        raise ModelError(
+            "continuous batching keeps keys and values of its own, in pages, which no policy sees; use model.generate "
+            "with rows padded on the left, or detach the model"
+        )
+
+    def __copy__(self) -> _NoBatches:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NoBatches:
+        return self
+
+
+def forbid_batches(module: Any, life: Life) -> None:
+    """While the attachment lasts, a model refuses continuous batching, which may put in attention of its own."""
+    for name in BATCHES:
+        if hasattr(module, name):
+            vars(module)[name] = _NoBatches(life)
+
+
+def allow_batches(module: Any) -> None:
+    """Take that back."""
+    for name in BATCHES:
+        if isinstance(vars(module).get(name), _NoBatches):
+            del vars(module)[name]
+
+
 def _ours(module: nn.Module) -> list[tuple[int, Life]]:
     hooks = [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
     return [(number, each.life) for number, each in hooks if isinstance(each, _Hook)]
@@ -79,5 +120,6 @@ def put_right(model: Any) -> None:
         for _, life in _ours(module):
             if life.over:
                 unhook([module], life)
+                allow_batches(module)
                 if getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME:
                     module.set_attn_implementation(life.implementation)

@@ -129,3 +129,22 @@ def test_lora_of_peft_trains_and_reads_as_the_merged_model(tiny: Any, ids: torch
     for name, each in adapted.named_parameters():
         if each.grad is not None:
             torch.testing.assert_close(each.grad, gradients[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_continuous_batching_is_refused_while_it_lasts(tiny: Any, ids: torch.Tensor):
+    before = state(tiny)
+    handle = hf.attach(tiny, WINDOW)
+    twin = copy.deepcopy(tiny)
+    for model in (tiny, twin):
+        for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+            with pytest.raises(memkit.ModelError, match=r"no policy sees; use model\.generate with rows padded on the"):
+                getattr(model, name)([[5, 6, 7]], max_new_tokens=2)
+    handle.detach()
+    assert state(tiny) == before
+    assert "generate_batch" not in vars(tiny)
+    with pytest.raises(memkit.ModelError, match="a copy of a model that was attached; let it read anything once"):
+        twin.generate_batch([[5, 6, 7]])
+    twin(ids)
+    assert "generate_batch" not in vars(twin)
+    assert tiny.generate_batch.__func__ is twin.generate_batch.__func__
