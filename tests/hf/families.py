@@ -50,6 +50,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What transformers calls a family's classes, and how its tiny model differs from Llama's."""
 
+UNTURNED = ("gpt2",)
+"""Those whose keys positions change otherwise than by a rotation."""
+
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 

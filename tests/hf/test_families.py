@@ -16,7 +16,7 @@ from memkit import hf
 from memkit.hf.decoder import find_decoder
 from memkit.hf.names import CACHE, returned_cache
 from memkit.hf.probe import POSITIONS, probe
-from tests.hf.families import FAMILIES, made
+from tests.hf.families import FAMILIES, UNTURNED, made
 from tests.hf.tiny import randomised, tiny_config
 
 FULL = {"default": "full", "sliding": "keep"}
@@ -55,7 +55,7 @@ def test_a_family_is_the_stock_model_under_full(name: str, ids: torch.Tensor):
             assert not torch.allclose(stock(ids).logits, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in UNTURNED])
 @torch.no_grad()
 def test_keys_turn_as_the_probe_says(name: str):
     """To other positions than those that were probed, in keys as stock attention is given them."""
@@ -97,11 +97,15 @@ def test_a_family_splits_under_a_policy_that_unrotates(name: str, ids: torch.Ten
 
 
 def test_what_positions_do_otherwise_is_not_unrotated(ids: torch.Tensor):
-    stock = made("gpt2")
+    (name,) = UNTURNED
+    stock = made(name)
     with pytest.raises(memkit.ModelError, match="of layer 0 of gpt2 are not turned by the model's rotary frequencies"):
         hf.attach(stock, UNROTATE)
     with hf.attach(stock, memkit.load_policy("streaming-4-512", {"window.size": 20})):
         close(split(stock, ids, 50), stock(ids).logits)
+
+
+TOWERS = ("llava", "gemma3")
 
 
 def tower(family: str) -> PreTrainedModel:
@@ -123,7 +127,7 @@ def tower(family: str) -> PreTrainedModel:
     return randomised(transformers.Gemma3ForConditionalGeneration(config))
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("family", TOWERS)
 @torch.no_grad()
 def test_the_text_of_a_model_of_text_and_images(family: str, ids: torch.Tensor):
     stock = tower(family)
