@@ -12,7 +12,7 @@ from torch import Tensor
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.similarity import Count, Nearest, Similarity, search, similarities
 
-__all__ = ["Assignment", "ChunkContext", "Count"]
+__all__ = ["Assignment", "ChunkContext", "Count", "picked"]
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,19 @@ class ChunkContext:
         """Offsets of the tokens that found, [b, g, max new], and of the others, [b, g, …], each in order.
 
         In rows where fewer found, others follow them; the others are None where their number differs between rows.
+        The last answer is kept: routing asks, and the fold after it.
         """
-        order = torch.argsort((~founded).long(), dim=-1, stable=True)
-        most = self.max_new_slots
-        return order[..., :most], order[..., most:] if isinstance(self.new_slots, int) else None
+        known = vars(self).get("_parted")
+        if known is None or known[0] is not founded:
+            order = torch.argsort((~founded).byte(), dim=-1, stable=True)
+            most = self.max_new_slots
+            known = founded, (order[..., :most], order[..., most:] if isinstance(self.new_slots, int) else None)
+            self.__dict__["_parted"] = known
+        return known[1]
 
     def only(self, offsets: Tensor) -> ChunkContext:
         """Some tokens, [b, g, n], with the slots as they are: for asking what they are most like, and nothing else."""
-        some = replace(self, keys=_picked(self.keys, offsets))
+        some = replace(self, keys=picked(self.keys, offsets))
         if "nearest" in vars(self):  # asked before, of all
             of_all = self.nearest
             some.__dict__["nearest"] = Nearest(
@@ -111,12 +116,15 @@ class Assignment:
     """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c].
 
     drops: whether any slot may be −1; founds: whether any token may found. Who knows better saves the fold some work.
+    parted: offsets of those that found, [b, g, n], and of the others, each in order, where equally many found in all
+    rows and heads and somebody knows.
     """
 
     slot: Tensor
     founded: Tensor
     drops: bool = True
     founds: bool = True
+    parted: tuple[Tensor, Tensor] | None = None
 
     @property
     def founders(self) -> Tensor | None:
@@ -124,9 +132,11 @@ class Assignment:
         return self.founded if self.founds else None
 
 
-def _picked(tensor: Tensor, offsets: Tensor) -> Tensor:
-    """[b, g, c, d] at offsets [b, g, n]: [b, g, n, d]."""
-    return tensor.gather(2, offsets.unsqueeze(-1).expand(*offsets.shape, tensor.shape[-1]))
+def picked(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Rows [b, g, c, d] at offsets [b, g, n]: [b, g, n, d], a tensor of its own."""
+    batch, heads, count = rows.shape[:3]
+    begin = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * count
+    return rows.flatten(0, 2).index_select(0, (offsets + begin).flatten()).view(*offsets.shape, -1)
 
 
 def as_tensor(condition: Count | bool, like: Tensor) -> Tensor:
