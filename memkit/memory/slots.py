@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots
 from memkit.memory.window import Columns
-from memkit.pieces.chunk import Assignment
+from memkit.pieces.chunk import Assignment, begins
 from memkit.policy import Policy
 
 __all__ = ["Fold", "SlotStore", "flat_slots"]
@@ -234,6 +234,4 @@ def _longer(tensor: Tensor, missing: int) -> Tensor:
 
 def flat_slots(slot: Tensor, room: int) -> Tensor:
     """Slot numbers [b, g, c] → rows of tensors seen as [b·g·m, …], m = `room`, flat; slot 0 for dropped tokens."""
-    rows, heads = slot.shape[:2]
-    base = torch.arange(rows * heads, device=slot.device).view(rows, heads, 1) * room
-    return (slot.clamp(min=0) + base).flatten()
+    return (slot.clamp(min=0) + begins(slot, room)).flatten()

@@ -12,7 +12,7 @@ from torch import Tensor
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.similarity import Count, Nearest, Similarity, search, similarities
 
-__all__ = ["Assignment", "ChunkContext", "Count", "picked"]
+__all__ = ["Assignment", "ChunkContext", "Count", "begins", "picked"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class ChunkContext:
         if self.most_new is not None:
             return self.most_new
         return self.new_slots if isinstance(self.new_slots, int) else int(self.new_slots.max())
+
+    @property
+    def has_sink_tokens(self) -> bool:
+        """Whether there may be sinks at the chunk's front; of unequal rows it is not asked."""
+        return isinstance(self.sink_tokens, Tensor) or self.sink_tokens > 0
 
     @functools.cached_property
     def nearest(self) -> Nearest:
@@ -134,9 +139,14 @@ class Assignment:
 
 def picked(rows: Tensor, offsets: Tensor) -> Tensor:
     """Rows [b, g, c, d] at offsets [b, g, n]: [b, g, n, d], a tensor of its own."""
-    batch, heads, count = rows.shape[:3]
-    begin = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * count
-    return rows.flatten(0, 2).index_select(0, (offsets + begin).flatten()).view(*offsets.shape, -1)
+    where = offsets + begins(offsets, rows.shape[2])
+    return rows.flatten(0, 2).index_select(0, where.flatten()).view(*offsets.shape, rows.shape[3])
+
+
+def begins(offsets: Tensor, count: int) -> Tensor:
+    """Where each head's rows begin in a tensor [b, g, count, …] seen as [b·g·count, …]: [b, g, 1], for offsets."""
+    batch, heads, _ = offsets.shape
+    return (torch.arange(batch * heads, device=offsets.device) * count).view(batch, heads, 1)
 
 
 def as_tensor(condition: Count | bool, like: Tensor) -> Tensor:

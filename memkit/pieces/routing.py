@@ -108,6 +108,13 @@ class Nearest(Routing):
         founders [b, g, max new]: their offsets in the chunk.
         """
         scores = asking.alike(picked(chunk.alone(), founders))
+        if (
+            self.new_slots
+            and isinstance(chunk.new_slots, int)
+            and isinstance(chunk.sink_tokens, int)
+            and not chunk.sink_tokens
+        ):
+            return scores
         nth = torch.arange(chunk.max_new_slots, device=scores.device)
         barred = (nth >= chunk.new_slots) | (founders < chunk.sink_tokens)
         if not self.new_slots:  # but for the very first slot, which all others are compared with
