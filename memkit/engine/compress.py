@@ -6,6 +6,8 @@ KVzip, 2505.23416). What rows are worth is asked of a few queries, the readers:
 - `next`: queries of the text, turned to positions behind its end, which meet every row: somebody who goes on with it;
 - `window`: the observed queries of the newest chunk, where they stand.
 
+Under `admission: expected-attention` it is asked of readers who are expected, as all of the text's queries are.
+
 From here on the memory is the policy's own, and goes on chunk by chunk.
 """
 
@@ -22,6 +24,7 @@ from memkit.catalog import as_policy
 from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.carry import close, open_store, open_timeline
 from memkit.engine.checks import check
+from memkit.engine.expected import expected_shares
 from memkit.engine.heads import by_heads
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import scaled
@@ -35,6 +38,7 @@ from memkit.memory.rows import Chunk, SlotRules, memory_keys
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.parameters import PolicyParameters
+from memkit.pieces.admission import Expectation
 from memkit.pieces.evidence import ERROR, SHARE, softmax_evidence
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
@@ -72,7 +76,8 @@ def compress(
         keys, values: [b, g, t, d], [b, g, t, v]. All rows have t tokens.
         weights, parameters, rotation, scale: as for `attend`.
         readers: queries [b, h, n, d] that say what rows are worth, turned to where they ask from; they see all of the
-            text. None: the observed queries of the newest chunk. Only for policies that observe.
+            text. None: the observed queries of the newest chunk. Only for policies that observe, and do not expect
+            readers of their own (`admission: expected-attention`).
 
     Raises `InputError` where these do not fit each other or the policy, `PolicyError` for a policy that is not there.
     """
@@ -98,6 +103,11 @@ def _check_readers(policy: Policy, queries: Tensor, readers: Tensor | None) -> N
         return
     if not policy.observes:
         raise InputError("readers are given, but this policy observes no queries; leave them out")
+    if policy.expects is not None:
+        raise InputError(
+            f"readers are given, but admission {policy.spec.admission.kind} expects them to be as the text's own "
+            "queries; leave them out"
+        )
     rows, heads, _, width = queries.shape
     shape = tuple(readers.shape) if isinstance(readers, Tensor) else type(readers).__name__
     if not isinstance(readers, Tensor) or readers.ndim != 4 or not readers.shape[2]:
@@ -184,12 +194,29 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: Tensor | None) -
     """Write into the timeline what the readers say of every row."""
     assert inputs.queries is not None
     policy, tokens, device, hidden = inputs.policy, inputs.keys.shape[2], inputs.keys.device, None
+    scales = None if inputs.parameters is None else inputs.parameters.query_scale_window
+    if policy.expects is not None:
+        share = _expected(inputs, timeline, policy.expects)
+        timeline.streams["evidence"].copy_(torch.stack((0 * share, share, torch.ones_like(share)), dim=-1))
+        return
     if readers is None:
         stand = torch.tensor(policy.observation.offsets, device=device) + max(0, tokens - policy.chunk)
         stand = stand[stand < tokens]
         readers = inputs.queries[:, :, stand]
         hidden = torch.arange(tokens, device=device) > stand[:, None]
-    scales = None if inputs.parameters is None else inputs.parameters.query_scale_window
     root, share = row_worth(scaled(readers, scales), inputs.keys, timeline.values, inputs.checked_scale, hidden)
     facts = torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1)
     timeline.streams["evidence"].copy_(facts)
+
+
+def _expected(inputs: AttendInputs, timeline: Timeline, expects: Expectation) -> Tensor:
+    """What each row is expected to get from those who go on with the text and ask as it did, [b, g, t]; sinks: 0."""
+    assert inputs.queries is not None and inputs.rotation is not None
+    sinks, wide = inputs.policy.sinks, timeline.streams["evidence"].dtype
+    first = sinks if sinks < inputs.keys.shape[2] else 0
+    positions = timeline.streams["positions"]
+    ahead = positions[:, :, -1:] + 1 - positions[:, :, first:]
+    queries = inputs.queries[:, :, first:].to(wide)
+    queries = queries if inputs.parameters is None else scaled(queries, inputs.parameters.query_scale_window)
+    turned = inputs.rotation.apply(queries, ahead)
+    return expected_shares(expects, turned, inputs.keys.to(wide), inputs.checked_scale, inputs.rotation, sinks=sinks)

@@ -124,7 +124,7 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 
 def asks_next(policy: Policy) -> bool:
     """Whether a prompt that was read in full is judged by those who go on with it."""
-    return policy.observes and policy.spec.observe.readers == "next"
+    return policy.observes and policy.expects is None and policy.spec.observe.readers == "next"
 
 
 def run(

@@ -62,8 +62,11 @@ class Observing:
         begin = last + 1 - self.chunk
         return [(query, head, at) for (at, head), query in sorted(self.heard.items()) if begin <= at <= last]
 
-    def judge(self, asked: Iterable[tuple[Tensor, Tensor, int]], slots: int, tokens: range) -> None:
-        """Each row's evidence after a chunk. asked: (softmax, values, position) over slots, then tokens up to there."""
+    def judge(
+        self, asked: Iterable[tuple[Tensor, Tensor, int]], slots: int, tokens: range, expected: list[float] | None
+    ) -> None:
+        """Each row's evidence after a chunk. asked: (softmax, values, position) over slots, then tokens up to there;
+        expected: the share of each row, where that is not what was asked for (`reference.expecting`)."""
         rows = slots + len(tokens)
         error, share = [0.0] * rows, [0.0] * rows
         count = 0
@@ -74,7 +77,8 @@ class Observing:
                 error[j] += float((shares[j] ** 2 * (values[j] - output).square().sum()).detach())
                 share[j] += float(shares[j].detach())
         for j in range(rows):
-            new = torch.tensor([error[j] / count, share[j] / count, 1.0], dtype=torch.float64)
+            paid = share[j] / count if expected is None else expected[j]
+            new = torch.tensor([error[j] / count, paid, 1.0], dtype=torch.float64)
             if j < slots:
                 self.slots[j] = self.spec.decay * self.slots[j] + new
             else:

@@ -27,7 +27,7 @@ SMALLEST = settings(max_examples=300, derandomize=True, database=None, deadline=
         (family, kind)
         for family in ("window", "growth", "admission", "routing", "merging", "rotary")
         for kind in kinds(family)
-        if kind not in ("output-error", "attention")  # they need observed queries
+        if kind not in ("output-error", "attention", "expected-attention")  # they need observed queries
     ],
 )
 def test_every_kind_is_drawn(family, kind):
