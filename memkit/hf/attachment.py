@@ -15,6 +15,7 @@ function stays in the registry, where nothing else names it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from memkit.hf.kept import MemoryCache
 from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.hf.probe import LayerFacts, probe
+from memkit.hf.rereading import asks_again, connecting_words, first_reading, twice
 from memkit.layers import AnyLayers, LayerFunction, layer_policies
 
 if TYPE_CHECKING:
@@ -44,7 +46,13 @@ OUTER = "memkit_outer"
 MOVING_FREQUENCIES = ("dynamic", "longrope")
 
 
-def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = "policy") -> Attached:
+def attach(
+    model: Any,
+    policy: AnyLayers | LayerFunction,
+    *,
+    prefill: Prefill = "policy",
+    connecting: Sequence[int] | None = None,
+) -> Attached:
     """Every attention layer of `model` remembers as `policy` says, until the `with` block ends or `detach` is called.
 
     ```python
@@ -75,7 +83,10 @@ def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = 
         prefill: `policy`: bounded from the first chunk on. `full`: the first call of a cache, the prompt, is read
             exactly, and all that is older than the window then leaves at once (`memkit.compress`); from there on the
             policy goes on. What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in
-            the first call.
+            the first call. With `repeat` or `mixed` the prompt is read twice, in one call, and only the first reading
+            stays.
+        connecting: ids of tokens that stand between a text and its second reading, as `connecting_ids(tokenizer)`
+            gives; None: none.
 
     Raises:
         ModelError: no such model, one that is attached already, or one whose attention does what no memory can (soft
@@ -87,7 +98,7 @@ def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = 
     decoder = find_decoder(model)
     put_right(decoder.owner)
     check_free(decoder)
-    return Attached(decoder, _Attachment(decoder, policy, prefill))
+    return Attached(decoder, _Attachment(decoder, policy, prefill, connecting))
 
 
 class Attached:
@@ -157,7 +168,9 @@ class _Attachment:
     policies, facts: of each attention layer, by its number.
     """
 
-    def __init__(self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill) -> None:
+    def __init__(
+        self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill, connecting: Sequence[int] | None
+    ) -> None:
         if prefill not in ("policy", "full"):
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
         self.prefill: Prefill = prefill
@@ -171,6 +184,13 @@ class _Attachment:
             check_policy(each)
             if each.needs_rotation or (prefill == "full" and asks_next(each)):
                 check_rotation(decoder, layer, self.facts[layer])
+        self.connecting = connecting_words(connecting, self.config.vocab_size)
+        self.rereads = prefill == "full" and any(asks_again(each) for each in self.policies.values())
+        if self.rereads and len(self.facts) < self.layers:
+            raise ModelError(
+                f"observe.readers repeat and mixed read a prompt twice, and {self.layers - len(self.facts)} of "
+                f"{self.layers} layers carry a state that would remember the second reading; use readers: next"
+            )
         forward = type(decoder.module).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
@@ -253,18 +273,24 @@ class _Attachment:
             given.layers, given.layer_class_to_replicate = self.fresh_layers(there), None
         arguments[self.cache_name] = cache
         present = None if now is None else Present(now)
-        arguments["memkit_call"] = Call(self.policies, self.facts, self.prefill, cache, present, outer)
+        reading = None
+        if self.rereads and not before and cache is not None:
+            longest = getattr(self.config, "max_position_embeddings", None)
+            reading = twice(arguments, self.connecting, decoder.get_input_embeddings(), longest)
+        arguments["memkit_call"] = Call(self.policies, self.facts, self.prefill, cache, present, outer, reading)
         return (), arguments
 
-    def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        """The decoder ran to its end. So did the call, unless a head is still to come."""
+    def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The decoder ran to its end. So did the call, unless a head is still to come; its output without a second
+        reading, None where there was none."""
         call: Call = kwargs["memkit_call"]
         if call.cache is None:
-            return
+            return None
         if call.outer is None:
             mark_complete(layers_in(call.cache))
         else:
             call.outer.caches.append(call.cache)
+        return None if call.reading is None else first_reading(output, call.reading)
 
     def _check_padding(self, now: Tensor | None, before: int) -> None:
         if now is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memkit.engine import attend, compress, next_readers
+from memkit.engine import attend, compress, next_readers, repeat_readers
 from memkit.engine.autocast import autocasts
 from memkit.errors import ModelError
 from memkit.hf.decoder import NAME
 from memkit.hf.keywords import check_keywords
 from memkit.hf.probe import LayerFacts
+from memkit.hf.rereading import Rereading, asks_again
+from memkit.pieces.window import SlidingWindowSpec
+from memkit.policy import PolicySpec
 
 if TYPE_CHECKING:
     from memkit.memory import Memory
@@ -77,6 +81,7 @@ class Call:
     cache: Cache | None
     present: Present | None
     outer: Outer | None
+    reading: Rereading | None = None
 
 
 def _attention(
@@ -113,7 +118,7 @@ def _attention(
     if layer is None:
         output, _ = run(policy, facts, call.prefill, None, query, key, value, scaling, lengths)
     else:
-        output = layer.read(facts, call.prefill, query, key, value, scaling, lengths)
+        output = layer.read(facts, call.prefill, query, key, value, scaling, lengths, call.reading)
     if present is not None:
         output = present.back(output)
     return output.transpose(1, 2).contiguous(), None
@@ -124,7 +129,7 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 
 def asks_next(policy: Policy) -> bool:
     """Whether a prompt that was read in full is judged by those who go on with it."""
-    return policy.observes and policy.expects is None and policy.spec.observe.readers == "next"
+    return policy.observes and policy.expects is None and policy.spec.observe.readers in ("next", "mixed")
 
 
 def run(
@@ -137,17 +142,29 @@ def run(
     value: Tensor,
     scale: float | None,
     lengths: Tensor | None,
+    reading: Rereading | None = None,
 ) -> tuple[Tensor, Memory]:
     """A layer's outputs [b, h, t, v], and its memory after this call. Tensors and lengths as for `attend`.
 
     prefill: `full`: where there is no memory yet, the tokens are read exactly and then compressed at once.
+    reading: where these are the text twice; the memory is then of the first reading alone.
     """
     rotation = facts.rotation if policy.needs_rotation else None
     if prefill == "full" and memory is None:
-        output, _ = attend("full", query, key, value, scale=scale)
-        readers = None
+        output, _ = attend(_stock(facts.window), query, key, value, scale=scale)
+        readers: list[Tensor] = []
+        if reading is not None:
+            if asks_again(policy):
+                readers.append(repeat_readers(reading.second(query)))
+            query, key, value = (reading.first(each) for each in (query, key, value))
         if asks_next(policy):
             assert facts.rotation is not None  # checked when the model was attached
-            readers = next_readers(query, facts.rotation)
-        return output, compress(policy, query, key, value, rotation=rotation, scale=scale, readers=readers)
+            readers.append(next_readers(query, facts.rotation))
+        return output, compress(policy, query, key, value, rotation=rotation, scale=scale, readers=readers or None)
     return attend(policy, query, key, value, rotation=rotation, scale=scale, memory=memory, lengths=lengths)
+
+
+@functools.lru_cache(maxsize=64)
+def _stock(window: int | None) -> PolicySpec:
+    """How the stock model's layer reads: all tokens, or the newest `window`."""
+    return PolicySpec() if window is None else PolicySpec(window=SlidingWindowSpec(size=window))

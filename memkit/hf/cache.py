@@ -17,6 +17,7 @@ from memkit.hf.names import CACHE
 if TYPE_CHECKING:
     from memkit.hf.attention import Prefill
     from memkit.hf.probe import LayerFacts
+    from memkit.hf.rereading import Rereading
     from memkit.lm import ModelMemory
     from memkit.memory import Memory
     from memkit.policy import Policy
@@ -126,10 +127,11 @@ class MemoryLayer(CarryingLayer):
         value: Tensor,
         scale: float | None,
         lengths: Tensor | None,
+        reading: Rereading | None = None,
     ) -> Tensor:
         """Outputs [b, h, t, v] of tokens that follow those it has read; arguments as for `attention.run`."""
-        output, self.memory = run(self.policy, facts, prefill, self.memory, query, key, value, scale, lengths)
-        self.columns += query.shape[2]
+        output, self.memory = run(self.policy, facts, prefill, self.memory, query, key, value, scale, lengths, reading)
+        self.columns += query.shape[2] if reading is None else reading.tokens
         return output
 
 
