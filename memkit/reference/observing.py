@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
+from memkit.pieces.routing import SegmentSpec
 from memkit.reference.assignment import Assigned, nearest_of, ratings
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token
@@ -144,8 +145,13 @@ def compete(
         home = {j: kept + i for i, j in enumerate(founders)}
         joins: list[int] = [-1] * len(candidates)
         if rules.policy.merging.joins:
-            open_to = {slot: candidates[j] for j, slot in home.items() if slot >= sinks}
-            joins = [nearest_of(rules, key.detach(), open_to) for key in keys]
+            if isinstance(rules.spec.routing, SegmentSpec):
+                # The newest slot before it that is no sink, or the first one after it.
+                newest = [max((home[i] for i in home if i <= j), default=kept - 1) for j in range(len(candidates))]
+                joins = [max(slot, sinks) for slot in newest]
+            else:
+                open_to = {slot: candidates[j] for j, slot in home.items() if slot >= sinks}
+                joins = [nearest_of(rules, key.detach(), open_to) for key in keys]
     else:
         kept, candidates, told = len(slots), fresh, of_tokens
         assert assigned is not None

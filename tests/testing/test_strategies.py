@@ -27,7 +27,6 @@ SMALLEST = settings(max_examples=300, derandomize=True, database=None, deadline=
         (family, kind)
         for family in ("window", "growth", "admission", "routing", "merging", "rotary")
         for kind in kinds(family)
-        if kind not in ("output-error", "attention", "expected-attention")  # they need observed queries
     ],
 )
 def test_every_kind_is_drawn(family, kind):
@@ -44,6 +43,11 @@ def test_awkward_policies_are_drawn():
         lambda spec: spec.routing.kind == "segment" and spec.admission.kind == "novelty",
         lambda spec: spec.routing.kind == "segment" and spec.readout.value == "birth-radius",
         lambda spec: spec.readout.value == "birth-radius" and spec.readout.bias == "count",
+        lambda spec: spec.eviction == "weakest" and spec.observe.queries > 0 and spec.merging.kind != "drop",
+        lambda spec: spec.eviction == "weakest" and spec.observe.queries == 0,
+        lambda spec: getattr(spec.merging, "weight", "") == "share" and spec.readout.bias == "mass",
+        lambda spec: getattr(spec.merging, "of", "") == "values" and spec.observe.queries == 0,
+        lambda spec: spec.heads.uneven is not None and spec.eviction == "weakest",
     ):
         find(policies(registered=False), wanted, settings=SMALLEST)
 
@@ -110,7 +114,7 @@ def test_drawn_policies_run_on_their_cases(call):
 def test_any_drawn_plan_is_followed_alike_by_engine_and_oracle(data):
     spec, case = data.draw(calls())
     policy = spec.build()
-    assume(policy.chunk)
+    assume(policy.chunk and policy.plans_ahead)
     case = replace(case, keys="integers", values="integers", dtype="float64", positions=False)
     plan = data.draw(plans(policy, case))
     made, inputs = case.inputs(policy).plan(policy), case.inputs(policy)
