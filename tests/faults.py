@@ -512,6 +512,7 @@ SEES: dict[str, Any] = {
     "routing": NearestSpec(),
     "sinks": 1,
 }
+PLANS_AHEAD: dict[str, Any] = {"observe": ObservationSpec(), "eviction": "never", "heads": HeadsSpec()}
 CONTRIBUTIONS = ((slots, "contributions"), (leaving, "contributions"), (gradients, "contributions"))
 
 FAULTS = (
@@ -582,6 +583,7 @@ FAULTS = (
         growth=GROWS,
         merging=MeanSpec(),
         sinks=0,
+        **PLANS_AHEAD,
     ),
     _in_policies(laws.same_plan_same_answer, _evidence_one_chunk_late, (observe.Observer, "observe"), **SEES),
     _in_policies(laws.causality, _asks_queries_to_come, (observe.Observer, "_at"), **SEES),
