@@ -200,16 +200,12 @@ def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new
     where = slice(0, left)
     chunk = Chunk.of(timeline.streams, where, first=True)
     chunk.memory_keys = memory_keys(rules, chunk)
-    if rules.policy.competes:
+    if rules.policy.replaces:
         replace(store, rules, compete(rules, chunk, store, 0, 0, new, sinks), chunk, 0, 0)
         return
     everyone = np.ones(len(chunk.keys), dtype=np.int64)
     leaving = LeavingChunk(everyone > 0, 0 * everyone, 0 * everyone, new * everyone, sinks * everyone)
-    assignment = place(rules, leaving, chunk, store)
-    if rules.policy.observes:
-        replace(store, rules, assignment, chunk, 0, 0)
-    else:
-        store.add(rules, assignment, chunk)
+    store.add(rules, place(rules, leaving, chunk, store), chunk)
 
 
 def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) -> None:

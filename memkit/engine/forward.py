@@ -128,27 +128,23 @@ class Pass:
         if (leaving := step.leaving) is None:
             return
         chunk = self._chunk(leaving)
-        if self.policy.competes:
-            self._compete(leaving, chunk)
+        if self.policy.replaces:
+            self._replace(leaving, chunk)
             return
         if self.plan is None:
             assignment = place(self.rules, leaving, chunk, self.store)
         else:
             assignment = follow(leaving, self.plan, self.policy.chunk, self.device)
         self.done.append((leaving, assignment))
-        if not self.policy.replaces:
-            self.store.add(self.rules, assignment, chunk)
-            return
-        live = int(leaving.slots_before.max())
-        replace(self.store, self.rules, assignment, chunk, live, live)
+        self.store.add(self.rules, assignment, chunk)
 
-    def _compete(self, leaving: LeavingChunk, chunk: Chunk) -> None:
-        """PLAN and FOLD where slots and tokens compete, for rows of the batch with equal numbers at a time."""
+    def _replace(self, leaving: LeavingChunk, chunk: Chunk) -> None:
+        """PLAN and FOLD where slots are made anew, for rows of the batch with equal numbers at a time."""
         facts = (leaving.slots_before, leaving.new_slots, leaving.sink_tokens)
         for rows in alike_rows(leaving.leaves, *facts):
             first = int(np.flatnonzero(leaving.leaves)[0]) if rows is None else int(rows[0])
             live, new, sink_tokens = (int(fact[first]) for fact in facts)
-            kept = min(live, self.policy.sinks)
+            kept = min(live, self.policy.sinks) if self.policy.competes else live
             store, some = self.store, chunk
             at = None if rows is None else on_device(rows, self.device)
             if at is not None:

@@ -65,7 +65,8 @@ def compete(
 ) -> Assignment:
     """Where the candidates go: slots kept … live − 1, and behind them the chunk's tokens; [b, g, live − kept + c].
 
-    new_slots: how many of them have a slot afterwards. For rows of the batch that have all these numbers in common.
+    kept: slots that are no candidates: sinks, or all of them where slots do not compete with tokens; new_slots: how
+    many candidates have a slot afterwards. For rows of the batch that have all these numbers in common.
     """
     policy = rules.policy
     assert chunk.memory_keys is not None and chunk.values is not None
@@ -79,6 +80,8 @@ def compete(
             evidence = torch.cat((store.evidence[:, :, kept:live], evidence), dim=2)
 
     def alone() -> Tensor:
+        if policy.keeps_keys:  # a founder's key is read as it came
+            return keys
         read = read_tokens(rules, chunk)
         return read if view is None else torch.cat((view.route[:, :, kept:], read), dim=2)
 
@@ -100,9 +103,12 @@ def compete(
 
 def assign(policy: Chooses, chunk: ChunkContext) -> Assignment:
     """Score → admit → assign: who founds a slot, and which slot the others join."""
+    drops = policy.routing.drops or not chunk.joins
+    everywhere = chunk.offsets.expand(chunk.shape)
+    nowhere = everywhere[..., :0]
     if isinstance(chunk.new_slots, int) and chunk.new_slots == chunk.keys.shape[2]:
         everyone = chunk.keys.new_ones(chunk.shape, dtype=torch.bool)
-        return Assignment((chunk.slots_before + chunk.offsets).expand(chunk.shape), everyone, drops=False)
+        return Assignment(chunk.slots_before + everywhere, everyone, drops=False, parted=(everywhere, nowhere))
     founded = _admitted(policy, chunk) if chunk.max_new_slots else None
     if chunk.joins:
         slot = policy.routing.targets(chunk, founded).expand(chunk.shape)
@@ -110,9 +116,10 @@ def assign(policy: Chooses, chunk: ChunkContext) -> Assignment:
         slot = torch.full(chunk.shape, -1, device=chunk.keys.device)
     if founded is None:
         nobody = torch.zeros(chunk.shape, dtype=torch.bool, device=chunk.keys.device)
-        return Assignment(slot, nobody, drops=policy.routing.drops or not chunk.joins, founds=False)
+        return Assignment(slot, nobody, drops, founds=False, parted=(nowhere, everywhere))
+    founders, others = chunk.parted(founded)
     slot = torch.where(founded, chunk.slots_before + founded.cumsum(-1) - 1, slot)
-    return Assignment(slot, founded, drops=policy.routing.drops or not chunk.joins)
+    return Assignment(slot, founded, drops, parted=None if others is None else (founders, others))
 
 
 def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:

@@ -1,8 +1,8 @@
 """FOLD where slots move or are weighed anew: slots compete with tokens, or weigh what their readers told.
 
 All that a row (a slot, or a token on its way into one) carries stands in one line of numbers: its sums, its statistics,
-its evidence, and its key as queries meet it, where that stays its founder's. A fold then is one sum of lines per slot:
-what is a founder's alone is 0 in the lines of those that join.
+its evidence, and its key as queries meet it, where that stays its founder's. A fold then moves the lines that stay, and
+adds the lines of those that join, in which what is a founder's alone is 0.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from memkit.memory.rows import Chunk, SlotRules, constant, contributions, read_slots
 from memkit.memory.slots import SlotStore, flat_slots
-from memkit.pieces.chunk import Assignment
+from memkit.pieces.chunk import Assignment, picked
 from memkit.pieces.evidence import JUDGED, SHARE
 from memkit.pieces.readout import TINY
-from memkit.pieces.statistics import COUNT, MASS
+from memkit.pieces.statistics import MASS
 from memkit.policy import Policy
 
 __all__ = ["replace"]
@@ -32,8 +32,8 @@ SHARE_EPS = 1e-9
 class Line:
     """Which columns of a line [d + v + s (+ 3) (+ d)] hold what.
 
-    keys, values, numbers, evidence, founders_keys: empty where a policy has no such columns. weighed: those that grow
-    with a row's weight; own: those that stay as they are when another row joins; bool, a number per column.
+    keys, values, numbers, evidence, founders_keys: empty where a policy has no such columns. weighed: the runs of
+    columns that grow with a row's weight; own: columns that stay as they are when another row joins, a bool for each.
     """
 
     keys: slice
@@ -41,7 +41,7 @@ class Line:
     numbers: slice
     evidence: slice
     founders_keys: slice
-    weighed: Tensor
+    weighed: tuple[slice, ...]
     own: Tensor
 
     @property
@@ -68,43 +68,71 @@ class Line:
         keys, values, statistics, evidence, founders_keys = (
             slice(end - len(part[0]), end) for end, part in zip(ends, parts, strict=True)
         )
-        flags = (tuple(itertools.chain.from_iterable(part[which] for part in parts)) for which in (0, 1))
-        weighed, of_founders = (constant(flag, device) for flag in flags)
-        return cls(keys, values, statistics, evidence, founders_keys, weighed, of_founders)
+        weighed, of_founders = (tuple(itertools.chain.from_iterable(part[which] for part in parts)) for which in (0, 1))
+        return cls(keys, values, statistics, evidence, founders_keys, _runs(weighed), constant(of_founders, device))
 
 
 def replace(store: SlotStore, rules: SlotRules, assignment: Assignment, chunk: Chunk, kept: int, live: int) -> None:
     """Take a chunk in. Slots 0 … kept − 1 stay; the candidates, slots kept … live − 1 and then the chunk's tokens, go
     where the assignment says: a founder takes a slot as it is; one that joins adds its sums, scaled to its weight.
+
+    Equally many candidates found in all rows and heads.
     """
     policy, width = rules.policy, rules.width
     line = Line.of(policy, width, store.sums.shape[-1] - width, store.sums.device)
     rows = _tokens(rules, chunk, assignment.founded[:, :, live - kept :], line)
     if live:
         rows = torch.cat((_slots(store, rules, live, line), rows), dim=2)
-    slot, founded = assignment.slot, assignment.founded
-    if kept:  # all rows from here on: those that stay are founders of their own slots
+    assert assignment.parted is not None
+    founders, others = assignment.parted
+    if kept:
         own = torch.arange(kept, device=rows.device).expand(*rows.shape[:2], -1)
-        slot, founded = (
-            torch.cat((own, slot), dim=2),
-            torch.cat((torch.ones_like(own, dtype=torch.bool), founded), dim=2),
-        )
-    joins, target = ~founded, flat_slots(slot, store.room)
-    stored = slot >= 0 if assignment.drops else None
-    if policy.observes:
-        rows = rows * _factors(store, policy, line, rows.detach(), target, joins, stored)
-    if policy.merging.joins:
-        rows = rows.masked_fill(joins.unsqueeze(-1) & line.own, 0)
-    if stored is not None:
-        rows = rows.masked_fill(~stored.unsqueeze(-1), 0)
+        founders = torch.cat((own, founders + kept), dim=2)
+    lines = picked(rows, founders)
+    if policy.merging.joins and others.shape[2]:
+        slot = assignment.slot.gather(2, others)
+        _join(lines, picked(rows, others + kept), slot, policy, line, slot >= 0 if assignment.drops else None)
+    if (empty := store.room - lines.shape[2]) > 0:
+        lines = torch.cat((lines, lines.new_zeros(*lines.shape[:2], empty, lines.shape[3])), dim=2)
     store.about_to_write()
-    lines = _summed(store, target, rows).view(*store.sums.shape[:3], -1)
-    store.sums, store.numbers = lines[..., : line.values.stop], lines[..., line.numbers]
-    store.evidence = lines[..., line.evidence] if policy.observes else None
-    if store.evidence is not None and torch.is_grad_enabled():  # written into later, and carries no gradient
-        store.evidence = store.evidence.detach().clone()
-    store.founders_keys = lines[..., line.founders_keys] if line.turned else None
-    store.view = None
+    store.take_lines(lines, line.values.stop, line.numbers, line.evidence, line.founders_keys if line.turned else None)
+
+
+def _join(lines: Tensor, joining: Tensor, slot: Tensor, policy: Policy, line: Line, stored: Tensor | None) -> None:
+    """Add rows [b, g, n, …] to the lines of slots [b, g, m, …] that they join, in place; stored: but for those dropped.
+
+    Where rows are observed, a slot takes over the share of all that join it; where the share is a row's weight, the row
+    and the slot that it joins are scaled to it.
+    """
+    evidence = joining[..., line.evidence], lines[..., line.evidence]
+    joining = joining.masked_fill(line.own, 0)
+    if stored is not None:
+        joining = joining.masked_fill(~stored.unsqueeze(-1), 0)
+    target = flat_slots(slot, lines.shape[2])
+    if policy.observes:
+        theirs, own = (_rate(each.detach()) for each in evidence)
+        somebody = torch.ones_like(theirs)
+        if stored is not None:
+            theirs, somebody = theirs * stored, somebody * stored
+        weight, joined = _summed(torch.stack((theirs, somebody), dim=-1), target, own)
+        if policy.merging.by_share:
+            mass = line.numbers.start + policy.statistics.index(MASS)
+            theirs = theirs / joining[..., mass].detach().clamp(min=TINY)
+            scale = torch.where(joined > 0, own / lines[..., mass].detach().clamp(min=TINY), 1).unsqueeze(-1)
+            for columns in line.weighed:
+                joining[..., columns] *= theirs.unsqueeze(-1)
+                lines[..., columns] *= scale
+        lines[..., line.evidence.start + SHARE] *= (own + weight) / own
+    flat = lines.view(-1, lines.shape[-1])
+    if flat.device.type == "cuda":  # as in `_summed`
+        flat.index_put_((target,), joining.flatten(0, 2), accumulate=True)
+    else:
+        flat.index_add_(0, target, joining.flatten(0, 2))
+
+
+def _rate(evidence: Tensor) -> Tensor:
+    """What rows weigh by their evidence [..., 3]: their mean share, and a little."""
+    return evidence[..., SHARE] / evidence[..., JUDGED].clamp(min=1) + SHARE_EPS
 
 
 def _tokens(rules: SlotRules, chunk: Chunk, founded: Tensor, line: Line) -> Tensor:
@@ -124,6 +152,8 @@ def _tokens(rules: SlotRules, chunk: Chunk, founded: Tensor, line: Line) -> Tens
 
 def _slots(store: SlotStore, rules: SlotRules, live: int, line: Line) -> Tensor:
     """The lines of the slots that there are, [b, g, live, …]."""
+    if store.lines is not None:
+        return store.lines[:, :, :live]
     parts = [store.sums, store.numbers.to(store.sums.dtype)]
     if store.evidence is not None:
         parts.append(store.evidence)
@@ -135,34 +165,22 @@ def _slots(store: SlotStore, rules: SlotRules, live: int, line: Line) -> Tensor:
     return torch.cat([part[:, :, :live] for part in parts], dim=-1)
 
 
-def _factors(
-    store: SlotStore, policy: Policy, line: Line, rows: Tensor, target: Tensor, joins: Tensor, stored: Tensor | None
-) -> Tensor:
-    """What the lines of observed rows [b, g, n, …] are multiplied by.
-
-    A founder takes over the share of all that join it; where the share is a row's weight, everyone whose slot somebody
-    joins is scaled to it. An empty row, as a batch has where slots are unequally many, is 0 whatever its factor.
-    """
-    evidence, numbers = rows[..., line.evidence], rows[..., line.numbers]
-    there = numbers[..., policy.statistics.index(COUNT)] > 0
-    rate = (evidence[..., SHARE] / evidence[..., JUDGED].clamp(min=1) + SHARE_EPS) * there
-    # Of each row's slot: the weight of all that goes there, and whether anybody joins.
-    facts = torch.stack((rate, joins.to(rate.dtype)), dim=-1)
-    if stored is not None:
-        facts = facts * stored.unsqueeze(-1)
-    total, joined = _summed(store, target, facts)[target].view(*rate.shape, 2).unbind(-1)
-    factors = torch.ones_like(rows)
-    if policy.merging.by_share:
-        mass = numbers[..., policy.statistics.index(MASS)].clamp(min=TINY)
-        factors = torch.where(line.weighed & (joined > 0).unsqueeze(-1), (rate / mass).unsqueeze(-1), 1)
-    factors[..., line.evidence.start + SHARE] = total / rate.clamp(min=TINY)
-    return factors
-
-
-def _summed(store: SlotStore, target: Tensor, rows: Tensor) -> Tensor:
-    """Lines [b, g, n, s] summed per slot, [b·g·M, s]."""
-    sums = rows.new_zeros(store.sums.shape[0] * store.sums.shape[1] * store.room, rows.shape[-1])
-    flat = rows.flatten(0, 2)
+def _summed(facts: Tensor, target: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Facts [b, g, n, k] of rows summed per slot that they go to: k tensors like one of the slots, [b, g, m]."""
+    sums, facts = facts.new_zeros(like.numel(), facts.shape[-1]), facts.flatten(0, 2)
     if sums.device.type == "cuda":  # sorts and reduces by segment: the same order every time
-        return sums.index_put((target,), flat, accumulate=True)
-    return sums.index_add(0, target, flat)
+        sums.index_put_((target,), facts, accumulate=True)
+    else:
+        sums.index_add_(0, target, facts)
+    return sums.view(*like.shape, -1).unbind(-1)
+
+
+def _runs(flags: tuple[bool, ...]) -> tuple[slice, ...]:
+    """Where flags are set: stretches of columns."""
+    found, begin = list[slice](), 0
+    for flag, group in itertools.groupby(flags):
+        end = begin + len(list(group))
+        if flag:
+            found.append(slice(begin, end))
+        begin = end
+    return tuple(found)

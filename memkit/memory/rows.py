@@ -186,7 +186,7 @@ def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor, founders_keys: T
     keys, values = sums[..., :width], sums[..., width:]
     named = by_statistic(policy, numbers)
     if policy.keeps_keys:
-        route = keys = keys.clone()  # of its own: sums may be written into
+        route = keys = keys if policy.replaces else keys.clone()  # sums may be written into, but where slots are new
     else:
         route = keys = policy.readout.key(keys, {**named, MASS: key_mass(policy, named)}, rules.key_norm)
     if founders_keys is not None:

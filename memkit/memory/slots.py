@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots
 from memkit.memory.window import Columns
-from memkit.pieces.chunk import Assignment
+from memkit.pieces.chunk import Assignment, begins
 from memkit.policy import Policy
 
 __all__ = ["Fold", "SlotStore", "flat_slots"]
@@ -46,7 +46,8 @@ class SlotStore:
     sums [b, g, M, d + v]: key sum and value sum, float32 or float64; numbers [b, g, M, s]: the policy's statistics,
     float64, or of the sums' dtype where the policy replaces slots; view: how they are read, where that is at hand;
     evidence [b, g, M, 3]: what observed queries have told of them (see `pieces.evidence`), None where none are
-    observed; founders_keys [b, g, M, d]: how queries meet their keys, where these are their founders' and known.
+    observed; founders_keys [b, g, M, d]: how queries meet their keys, where these are their founders' and known;
+    lines [b, g, M, …]: what all of these are views of, side by side, where a fold has made them anew (see `replacing`).
     in_place: whether adding may write into these tensors, or makes new ones, so that autograd can follow.
     undo: every fold so far, where asked for. before_writing: called before tensors are changed in place.
     """
@@ -59,6 +60,7 @@ class SlotStore:
     undo: list[Fold] | None = None
     founders_keys: Tensor | None = None
     before_writing: Callable[[], None] | None = None
+    lines: Tensor | None = None
 
     @classmethod
     def empty(cls, policy: Policy, shape: tuple[int, int, int, int], like: Tensor, in_place: bool) -> SlotStore:
@@ -107,8 +109,18 @@ class SlotStore:
         if missing > 0:
             self.sums, self.numbers = _longer(self.sums, missing), _longer(self.numbers, missing)
             self.evidence = None if self.evidence is None else _longer(self.evidence, missing)
-            self.founders_keys = None
-            self.view = None
+            self.view = self.founders_keys = self.lines = None
+
+    def take_lines(
+        self, lines: Tensor, sums: int, numbers: slice, evidence: slice, founders_keys: slice | None
+    ) -> None:
+        """Have these slots instead, [b, g, M, …]: sums in so many columns first, and the others where they are said."""
+        self.sums, self.numbers = lines[..., :sums], lines[..., numbers]
+        self.founders_keys = None if founders_keys is None else lines[..., founders_keys]
+        self.evidence = lines[..., evidence] if self.evidence is not None else None
+        self.lines, self.view = lines, None
+        if self.evidence is not None and torch.is_grad_enabled():  # written into later, and carries no gradient
+            self.evidence, self.lines = self.evidence.detach().clone(), None
 
     def add(self, rules: SlotRules, assignment: Assignment, chunk: Chunk) -> None:
         """FOLD: take a chunk in. Dropped tokens have slot −1."""
@@ -143,7 +155,7 @@ class SlotStore:
         self.numbers = self.numbers.index_copy(0, rows, store.numbers)
         if self.evidence is not None and store.evidence is not None:
             self.evidence = self.evidence.index_copy(0, rows, store.evidence)
-        self.view = self.founders_keys = None
+        self.view = self.founders_keys = self.lines = None
 
     def _added(self, sums: Tensor, target: Tensor, rows: Tensor) -> Tensor:
         flat, rows = sums.flatten(0, 2), rows.flatten(0, 2).to(sums.dtype)
@@ -222,6 +234,4 @@ def _longer(tensor: Tensor, missing: int) -> Tensor:
 
 def flat_slots(slot: Tensor, room: int) -> Tensor:
     """Slot numbers [b, g, c] → rows of tensors seen as [b·g·m, …], m = `room`, flat; slot 0 for dropped tokens."""
-    rows, heads = slot.shape[:2]
-    base = torch.arange(rows * heads, device=slot.device).view(rows, heads, 1) * room
-    return (slot.clamp(min=0) + base).flatten()
+    return (slot.clamp(min=0) + begins(slot, room)).flatten()

@@ -12,7 +12,7 @@ from torch import Tensor
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.similarity import Count, Nearest, Similarity, search, similarities
 
-__all__ = ["Assignment", "ChunkContext", "Count"]
+__all__ = ["Assignment", "ChunkContext", "Count", "begins", "picked"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class ChunkContext:
             return self.most_new
         return self.new_slots if isinstance(self.new_slots, int) else int(self.new_slots.max())
 
+    @property
+    def has_sink_tokens(self) -> bool:
+        """Whether there may be sinks at the chunk's front; of unequal rows it is not asked."""
+        return isinstance(self.sink_tokens, Tensor) or self.sink_tokens > 0
+
     @functools.cached_property
     def nearest(self) -> Nearest:
         """For each token the slot most like it."""
@@ -86,14 +91,19 @@ class ChunkContext:
         """Offsets of the tokens that found, [b, g, max new], and of the others, [b, g, …], each in order.
 
         In rows where fewer found, others follow them; the others are None where their number differs between rows.
+        The last answer is kept: routing asks, and the fold after it.
         """
-        order = torch.argsort((~founded).long(), dim=-1, stable=True)
-        most = self.max_new_slots
-        return order[..., :most], order[..., most:] if isinstance(self.new_slots, int) else None
+        known = vars(self).get("_parted")
+        if known is None or known[0] is not founded:
+            order = torch.argsort((~founded).byte(), dim=-1, stable=True)
+            most = self.max_new_slots
+            known = founded, (order[..., :most], order[..., most:] if isinstance(self.new_slots, int) else None)
+            self.__dict__["_parted"] = known
+        return known[1]
 
     def only(self, offsets: Tensor) -> ChunkContext:
         """Some tokens, [b, g, n], with the slots as they are: for asking what they are most like, and nothing else."""
-        some = replace(self, keys=_picked(self.keys, offsets))
+        some = replace(self, keys=picked(self.keys, offsets))
         if "nearest" in vars(self):  # asked before, of all
             of_all = self.nearest
             some.__dict__["nearest"] = Nearest(
@@ -111,12 +121,15 @@ class Assignment:
     """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c].
 
     drops: whether any slot may be −1; founds: whether any token may found. Who knows better saves the fold some work.
+    parted: offsets of those that found, [b, g, n], and of the others, each in order, where equally many found in all
+    rows and heads and somebody knows.
     """
 
     slot: Tensor
     founded: Tensor
     drops: bool = True
     founds: bool = True
+    parted: tuple[Tensor, Tensor] | None = None
 
     @property
     def founders(self) -> Tensor | None:
@@ -124,9 +137,16 @@ class Assignment:
         return self.founded if self.founds else None
 
 
-def _picked(tensor: Tensor, offsets: Tensor) -> Tensor:
-    """[b, g, c, d] at offsets [b, g, n]: [b, g, n, d]."""
-    return tensor.gather(2, offsets.unsqueeze(-1).expand(*offsets.shape, tensor.shape[-1]))
+def picked(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Rows [b, g, c, d] at offsets [b, g, n]: [b, g, n, d], a tensor of its own."""
+    where = offsets + begins(offsets, rows.shape[2])
+    return rows.flatten(0, 2).index_select(0, where.flatten()).view(*offsets.shape, rows.shape[3])
+
+
+def begins(offsets: Tensor, count: int) -> Tensor:
+    """Where each head's rows begin in a tensor [b, g, count, …] seen as [b·g·count, …]: [b, g, 1], for offsets."""
+    batch, heads, _ = offsets.shape
+    return (torch.arange(batch * heads, device=offsets.device) * count).view(batch, heads, 1)
 
 
 def as_tensor(condition: Count | bool, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from memkit.errors import PolicyError
-from memkit.pieces.chunk import ChunkContext, as_tensor, maximum
+from memkit.pieces.chunk import ChunkContext, as_tensor, maximum, picked
 from memkit.pieces.registry import FamilySpec, register
 from memkit.pieces.similarity import Similarity, best_slot
 
@@ -107,8 +107,14 @@ class Nearest(Routing):
 
         founders [b, g, max new]: their offsets in the chunk.
         """
-        alone = chunk.alone()
-        scores = asking.alike(alone.gather(2, founders.unsqueeze(-1).expand(*founders.shape, alone.shape[-1])))
+        scores = asking.alike(picked(chunk.alone(), founders))
+        if (
+            self.new_slots
+            and isinstance(chunk.new_slots, int)
+            and isinstance(chunk.sink_tokens, int)
+            and not chunk.sink_tokens
+        ):
+            return scores
         nth = torch.arange(chunk.max_new_slots, device=scores.device)
         barred = (nth >= chunk.new_slots) | (founders < chunk.sink_tokens)
         if not self.new_slots:  # but for the very first slot, which all others are compared with
