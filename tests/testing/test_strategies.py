@@ -43,11 +43,6 @@ def test_awkward_policies_are_drawn():
         lambda spec: spec.routing.kind == "segment" and spec.admission.kind == "novelty",
         lambda spec: spec.routing.kind == "segment" and spec.readout.value == "birth-radius",
         lambda spec: spec.readout.value == "birth-radius" and spec.readout.bias == "count",
-        lambda spec: spec.eviction == "weakest" and spec.observe.queries > 0 and spec.merging.kind != "drop",
-        lambda spec: spec.eviction == "weakest" and spec.observe.queries == 0,
-        lambda spec: getattr(spec.merging, "weight", "") == "share" and spec.readout.bias == "mass",
-        lambda spec: getattr(spec.merging, "of", "") == "values" and spec.observe.queries == 0,
-        lambda spec: spec.heads.uneven is not None and spec.eviction == "weakest",
     ):
         find(policies(registered=False), wanted, settings=SMALLEST)
 
