@@ -172,8 +172,8 @@ class MemoryAttention(nn.Module):
         self.rotary = rotary.build(self.head_width)
         if Need.ROTATION in self.policy.needs and self.rotary.rotation is None:
             raise InputError(
-                f"rotary {self.policy.spec.rotary.kind} un-rotates keys, but this layer rotates none (rotary.width 0); "
-                "use a policy with rotary: {kind: keep}"
+                f"{self.policy.turning}, but this layer rotates none (rotary.width 0); "
+                "use a policy with rotary: {kind: keep} and no expected-attention"
             )
         self.learned = PolicyParameters(self.policy, heads, self.head_width)
         weighed = Need.MERGE_WEIGHTS in self.policy.needs

@@ -312,7 +312,8 @@ def _measure(
     times: list[float] = []
     progress(label, 0, all_tokens)
     prompt = skip if prefill == "full" else None
-    with hf.attach(model, policies, prefill=prefill):
+    words = hf.connecting_ids(loaded.tokenizer) if prefill == "full" else None
+    with hf.attach(model, policies, prefill=prefill, connecting=words):
         model.base_model(ids[:, :SLICE], use_cache=True)  # the first call allocates; not counted
         reading = _read(loaded, ids, skip, prompt, lambda done: progress(label, done, all_tokens))
         layers = hf.memories(reading.cache)

@@ -143,12 +143,13 @@ def cost(
         routing   = 2·g·d · Σ_chunks (pairs compared)            who founds nothing against every slot
 
     for each layer and row. An admission that compares looks at all tokens of a chunk and the slots before it; their
-    routing then adds the new slots alone. Where slots compete, those that lose are compared with all that stay. What n
-    observed queries of a chunk cost counts as routing: 2·h·n·(d + 2v) for each row that its last token sees. Routing
-    costs nothing where no slot is compared (`segment`, growth `none`) and where the
-    whole chunk founds. `full` thus costs the causal half of the square. One decoded token stands at p = `tokens` and
-    pays its share, 1/C, of routing the next chunk that leaves. Left out, all linear in the tokens: projections,
-    softmax, norms, rotary, the sums themselves, and what a kernel computes only to mask it.
+    routing then adds the new slots alone. Where slots compete, those that lose are compared with all that stay. What
+    n observed queries of a chunk cost counts as routing: 2·h·n·(d + 2v) for each row that its last token sees; under
+    `admission: expected-attention` 2·h·(2d + d²) more for each such row, and 4·h·n·d² for each chunk (without
+    `covariance` 2·h·d for each row). Routing costs nothing where no slot is compared (`segment`, growth `none`) and
+    where the whole chunk founds. `full` thus costs the causal half of the square. One decoded token stands at p =
+    `tokens` and pays its share, 1/C, of routing the next chunk that leaves. Left out, all linear in the tokens:
+    projections, softmax, norms, rotary, the sums themselves, and what a kernel computes only to mask it.
 
     The exponent is the slope, by least squares in log–log, of attention + routing over a prefill at 4k, 8k … 1M tokens.
 
@@ -292,7 +293,12 @@ def _observing(course: _Course, shape: Shape, first: int, stop: int) -> int:
     left = policy.window.begin(last)
     rows = int((last - left + 1 + course.slots(left)).sum())
     per_row = 2 * policy.observation.queries * (shape.head_width + 2 * shape.value_width)
-    return shape.layers * shape.rows * shape.heads * per_row * rows
+    per_chunk = 0
+    if policy.expects is not None:
+        width = shape.head_width
+        per_row += 2 * (2 * width + width**2 if policy.expects.covariance else width)
+        per_chunk = 4 * policy.observation.queries * width**2 if policy.expects.covariance else 0
+    return shape.layers * shape.rows * shape.heads * (per_row * rows + per_chunk * len(last))
 
 
 def _routing(shape: Shape, compared: int) -> int:

@@ -191,7 +191,8 @@ def _ask(
     from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
-    with hf.attach(model, policy, prefill=prefill):
+    words = hf.connecting_ids(loaded.tokenizer) if prefill == "full" else None
+    with hf.attach(model, policy, prefill=prefill, connecting=words):
         cache = returned_cache(model.base_model(prompt, use_cache=True))
         asked = torch.cat((question, key[None, :-1]), dim=1)
         output = model.base_model(asked, use_cache=True, **with_cache(model.base_model, cache))

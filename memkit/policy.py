@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from memkit.pieces.admission import Admission, AdmissionSpec, NoAdmissionSpec, NoveltySpec
+from memkit.pieces.admission import Admission, AdmissionSpec, Expectation, NoAdmissionSpec, NoveltySpec
 from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
 from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
 from memkit.pieces.heads import HeadsSpec, share_of
@@ -114,6 +114,7 @@ class PolicySpec(NamedSpec):
             _mass_bias,
             _radius,
             _observing,
+            _expecting,
             _competing,
             _heads,
         ):
@@ -226,6 +227,22 @@ def _observing(spec: PolicySpec) -> None:
         )
 
 
+def _expecting(spec: PolicySpec) -> None:
+    policy = Policy(spec)
+    if policy.expects is None:
+        return
+    if spec.observe.readers != "next":
+        raise ValueError(
+            f"admission: {spec.admission.kind} expects readers who go on with the text, got observe.readers "
+            f"{spec.observe.readers}; leave readers out, or use admission: {{kind: attention}}"
+        )
+    if type(policy.rotary).memory_queries is not Rotary.memory_queries:
+        raise ValueError(
+            f"admission: {spec.admission.kind} expects queries at places to come, and rotary {spec.rotary.kind} turns "
+            "them back before they meet slots; use rotary: {kind: rerotate} or {kind: keep}"
+        )
+
+
 def _competing(spec: PolicySpec) -> None:
     if spec.eviction == "never" or isinstance(spec.growth, NoGrowthSpec):
         return
@@ -233,7 +250,7 @@ def _competing(spec: PolicySpec) -> None:
     if admission is None or not admission.rates_slots:
         raise ValueError(
             f"eviction: weakest needs an admission that rates slots as it rates tokens, got {spec.admission.kind}; "
-            "use admission: {kind: output-error}, attention, key-norm, key-difference or recency"
+            "use admission: {kind: output-error}, attention, expected-attention, key-norm, key-difference or recency"
         )
     if not merging.additive:
         raise ValueError(f"eviction: weakest needs an additive merge rule or drop, got {spec.merging.kind}")
@@ -309,6 +326,11 @@ class Policy:
         """Whether queries are observed: then the plan waits for what has been read."""
         return self.observation.queries > 0 and not self.sinks_only
 
+    @property
+    def expects(self) -> Expectation | None:
+        """Readers to come, whose attention is expected from the observed queries; None: what these told counts."""
+        return None if self.admission is None else self.admission.expects
+
     @functools.cached_property
     def plans_ahead(self) -> bool:
         """Whether keys alone say where tokens go, so that `memkit.plan` can be asked."""
@@ -362,7 +384,8 @@ class Policy:
     @functools.cached_property
     def needs(self) -> frozenset[Need]:
         """What it needs besides queries, keys and values: what its pieces need."""
-        return self.merging.needs | self.readout.needs | self.rotary.needs
+        turns = frozenset() if self.expects is None else frozenset({Need.ROTATION})
+        return self.merging.needs | self.readout.needs | self.rotary.needs | turns
 
     @property
     def learned(self) -> tuple[Need, ...]:
@@ -373,6 +396,13 @@ class Policy:
     def needs_rotation(self) -> bool:
         """Whether `attend` must be given `rotation`."""
         return Need.ROTATION in self.needs
+
+    @property
+    def turning(self) -> str:
+        """What of it turns back what was rotated, as messages say it, where it needs the rotation."""
+        if self.rotary.needs or self.expects is None:
+            return f"rotary {self.spec.rotary.kind} un-rotates keys"
+        return f"admission {self.spec.admission.kind} un-rotates queries"
 
     @functools.cached_property
     def head_policies(self) -> tuple[tuple[int, Policy], ...]:

@@ -16,16 +16,18 @@ import numpy as np
 import torch
 
 from memkit import Memory, PolicySpec
-from memkit.engine import carry, forward, gradients, keysets, leaving, schedule
-from memkit.memory import slots
+from memkit.engine import carry, forward, gradients, heads, keysets, leaving, observe, schedule
+from memkit.memory import replacing, slots
 from memkit.pieces import Merging, Readout, ReadoutSpec
-from memkit.pieces.admission import Admission, Novelty
+from memkit.pieces.admission import Admission, Novelty, OutputErrorSpec
 from memkit.pieces.chunk import Assignment, maximum
 from memkit.pieces.chunking import FixedChunkerSpec
 from memkit.pieces.growth import FixedGrowthSpec, Growth, SqrtGrowthSpec
+from memkit.pieces.heads import HeadsSpec
 from memkit.pieces.merging import MeanSpec, Weigh, WeightedMeanSpec
+from memkit.pieces.observation import ObservationSpec
 from memkit.pieces.rotary import RerotateSpec, Zero, ZeroSpec
-from memkit.pieces.routing import Nearest, Segment
+from memkit.pieces.routing import Nearest, NearestSpec, Segment
 from memkit.pieces.statistics import COUNT, MASS, POSITION
 from memkit.pieces.window import BlockWindow, BlockWindowSpec
 from memkit.policy import Policy
@@ -422,6 +424,51 @@ def _noisy(right):
     return attend_key_sets
 
 
+def _evidence_one_chunk_late(right):
+    def observe(self, step, rules, timeline, store):
+        evidence = timeline.streams["evidence"]
+        before = evidence.clone()
+        outputs = right(self, step, rules, timeline, store)
+        told = evidence - before
+        evidence.copy_(before + getattr(self, "late", 0))
+        self.late = told
+        return outputs
+
+    return observe
+
+
+def _asks_queries_to_come(right):
+    return lambda self, begin: right(self, begin + self.policy.chunk)
+
+
+def _evidence_left_behind(right):
+    def tokens(rules, chunk, founded, line):
+        lines = right(rules, chunk, founded, line).clone()
+        lines[..., line.evidence] = 0
+        return lines
+
+    return tokens
+
+
+def _bias_twice(right):
+    def read(rules, *sums):
+        view = right(rules, *sums)
+        return view if view.bias is None else replace(view, bias=2 * view.bias)
+
+    return read
+
+
+def _rows_of_another_head(right):
+    def by_heads(given):
+        parts = list(right(given))
+        policies = [part.policy for _, part in parts]
+        for (queries, part), policy in zip(parts, policies[::-1], strict=True):
+            part.policy = policy
+            yield queries, part
+
+    return by_heads
+
+
 @dataclass(frozen=True)
 class Fault:
     """A fault, and the law that must catch it: a piece to examine, or places to patch while policies are drawn.
@@ -457,6 +504,15 @@ def _in_policies(law: Law, wrong: Callable[[Any], Any], *places: tuple[Any, str]
 WEIGHTED = WeightedMeanSpec(weight="learned")
 WEIGHS_ALL = WeightedMeanSpec(weight="learned", weigh=Weigh(founders=True, first_chunk=True))
 GROWS = FixedGrowthSpec(slots=4)
+SEES: dict[str, Any] = {
+    "growth": FixedGrowthSpec(slots=6),
+    "observe": ObservationSpec(queries=2),
+    "admission": OutputErrorSpec(),
+    "eviction": "weakest",
+    "routing": NearestSpec(),
+    "sinks": 1,
+}
+PLANS_AHEAD: dict[str, Any] = {"observe": ObservationSpec(), "eviction": "never", "heads": HeadsSpec()}
 CONTRIBUTIONS = ((slots, "contributions"), (leaving, "contributions"), (gradients, "contributions"))
 
 FAULTS = (
@@ -527,6 +583,17 @@ FAULTS = (
         growth=GROWS,
         merging=MeanSpec(),
         sinks=0,
+        **PLANS_AHEAD,
     ),
+    _in_policies(laws.same_plan_same_answer, _evidence_one_chunk_late, (observe.Observer, "observe"), **SEES),
+    _in_policies(laws.causality, _asks_queries_to_come, (observe.Observer, "_at"), **SEES),
+    _in_policies(laws.same_plan_same_answer, _evidence_left_behind, (replacing, "_tokens"), **SEES),
+    _in_policies(
+        laws.same_plan_same_answer,
+        _bias_twice,
+        (slots, "read_slots"),
+        **SEES | {"merging": MeanSpec(), "readout": ReadoutSpec(bias="count")},
+    ),
+    _in_policies(laws.budget, _rows_of_another_head, (heads, "by_heads"), heads=HeadsSpec(ratios=(0.5, 2.0)), **SEES),
     _in_policies(laws.determinism, _noisy, (forward, "attend_key_sets")),
 )

@@ -298,6 +298,8 @@ def test_a_prompt_read_in_full(loaded: hf.LoadedModel):
     assert full.loss == pytest.approx(compare(["full"], **options).policies[0].loss, abs=1e-5)
     assert (compressed.slots, compressed.window) == (20, 24)
     assert compressed.loss != compare([spec], **options).policies[0].loss
+    again = memkit.load_policy(spec, {"observe.readers": "repeat"})
+    assert compare([again], prefill="full", **options).policies[0].loss != compressed.loss
     assert whole.settings["prefill"] == "full"
     assert "read in full" in plain(whole)
     with pytest.raises(InputError, match="prefill must be 'policy' or 'full', got 'some'"):

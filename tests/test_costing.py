@@ -118,8 +118,10 @@ def test_operations_are_those_of_counting(name: str):
     for said in cost(spec, (*AWKWARD, 600), heads=6, kv_heads=3, head_width=10, value_width=4, layers=2, rows=5):
         (seen, compared), (more, _) = totals[said.tokens : said.tokens + 2]
         assert said.prefill.attention == 2 * 5 * 2 * 6 * (10 + 4) * seen
+        asked, expects = policy.observation.queries, policy.expects is not None
+        per_row, per_chunk = 2 * asked * (10 + 2 * 4) + 2 * (20 + 100) * expects, 4 * asked * 100 * expects
         observed = sum(
-            2 * policy.observation.queries * 6 * (10 + 2 * 4) * (totals[end][0] - totals[end - 1][0])
+            6 * (per_row * (totals[end][0] - totals[end - 1][0]) + per_chunk)
             for end in (range(policy.chunk, said.tokens + 1, policy.chunk) if policy.observes else ())
         )
         assert said.prefill.routing == 2 * 5 * (2 * 3 * 10 * compared + observed)

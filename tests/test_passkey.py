@@ -11,6 +11,7 @@ import torch
 
 import memkit
 from memkit import comparison, hf, passkey
+from memkit.hf.names import returned_cache, with_cache
 from memkit.passkey import find_passkeys
 from memkit.viz.passkeys import table
 from tests.hf.tiny import randomised, tiny_config
@@ -66,6 +67,25 @@ def test_reading_in_full_forgets_nothing_before_the_end(loaded: hf.LoadedModel):
     assert full.nats != compressed.nats != window.nats
     assert full.bytes > compressed.bytes
     assert full.nats == pytest.approx(find_passkeys(["full"], model=loaded, **OPTIONS).policies[0].nats, abs=1e-4)
+
+
+def test_a_prompt_is_read_again_with_connecting_words(loaded: hf.LoadedModel):
+    few = {"tokens": 200, "placements": 1, "model": loaded, "prefill": "full"}
+    specs = [
+        memkit.load_policy(
+            "caote-512", {"chunker.size": 8, "observe.queries": 8, "growth.slots": 20, "observe.readers": readers}
+        ).named(readers)
+        for readers in ("next", "repeat", "mixed")
+    ]
+    found = find_passkeys(specs, **few).policies
+    assert len({each.nats for each in found}) == 3
+    _, prompt, question, key = passkey._hidden(loaded, comparison.default_text(), 200, 1, seed=0)[0]
+    words = Letters()("\n\nRepeat the previous text:\n\n")["input_ids"]
+    asked = torch.cat((question, key[None, :-1]), dim=1)
+    with torch.no_grad(), hf.attach(loaded.model, specs[1], prefill="full", connecting=words) as model:
+        cache = returned_cache(model(prompt))
+        logits = model(asked, **with_cache(model, cache)).logits[0, question.shape[1] - 1 :]
+    assert found[1].nats == pytest.approx(float(torch.nn.functional.cross_entropy(logits, key)), abs=1e-4)
 
 
 def test_the_table_and_the_file(loaded: hf.LoadedModel):

@@ -129,6 +129,11 @@ def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> 
             )
         return
     if rotation is None:
+        if policy.expects is not None:
+            raise InputError(
+                f"admission {policy.spec.admission.kind} turns queries to places to come and needs to know how they "
+                "were rotated; give rotation=memkit.Rotation(pairing, width, frequencies)"
+            )
         raise InputError(
             f"rotary {policy.spec.rotary.kind} must un-rotate keys and needs to know how they were rotated; "
             "give rotation=memkit.Rotation(pairing, width, frequencies)"

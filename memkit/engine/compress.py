@@ -4,13 +4,17 @@ For a prompt that is read exactly and then kept small, as tools that compress a 
 KVzip, 2505.23416). What rows are worth is asked of a few queries, the readers:
 
 - `next`: queries of the text, turned to positions behind its end, which meet every row: somebody who goes on with it;
-- `window`: the observed queries of the newest chunk, where they stand.
+- `window`: the observed queries of the newest chunk, where they stand;
+- `repeat`: queries of a second reading of the text, where they stand: somebody who may ask for any of it (KVzip).
+
+Under `admission: expected-attention` it is asked of readers who are expected, as all of the text's queries are.
 
 From here on the memory is the policy's own, and goes on chunk by chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -22,6 +26,7 @@ from memkit.catalog import as_policy
 from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.carry import close, open_store, open_timeline
 from memkit.engine.checks import check
+from memkit.engine.expected import expected_shares
 from memkit.engine.heads import by_heads
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import scaled
@@ -35,14 +40,17 @@ from memkit.memory.rows import Chunk, SlotRules, memory_keys
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.parameters import PolicyParameters
+from memkit.pieces.admission import Expectation
 from memkit.pieces.evidence import ERROR, SHARE, softmax_evidence
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
 
-__all__ = ["ASKED", "compress", "next_readers", "row_worth"]
+__all__ = ["ASKED", "compress", "next_readers", "repeat_readers", "row_worth"]
 
 ASKED = 256
 """Readers who go on: so many queries of the text's end, and as many from everywhere in it."""
+ASKED_AGAIN = 512
+"""Readers who read the text again: so many of its second reading's queries."""
 FIRST = 16
 """The first of those: earlier ones see hardly anything but sinks."""
 NEIGHBOURS = 3
@@ -62,7 +70,7 @@ def compress(
     parameters: PolicyParameters | None = None,
     rotation: Rotation | None = None,
     scale: float | None = None,
-    readers: Tensor | None = None,
+    readers: Tensor | Sequence[Tensor] | None = None,
 ) -> Memory:
     """The memory of a text that was read in full, as if all that is older than the window left it now.
 
@@ -72,7 +80,8 @@ def compress(
         keys, values: [b, g, t, d], [b, g, t, v]. All rows have t tokens.
         weights, parameters, rotation, scale: as for `attend`.
         readers: queries [b, h, n, d] that say what rows are worth, turned to where they ask from; they see all of the
-            text. None: the observed queries of the newest chunk. Only for policies that observe.
+            text. Several such tensors: the mean of what each says. None: the observed queries of the newest chunk. Only
+            for policies that observe, and do not expect readers of their own (`admission: expected-attention`).
 
     Raises `InputError` where these do not fit each other or the policy, `PolicyError` for a policy that is not there.
     """
@@ -83,21 +92,36 @@ def compress(
         as_policy(policy), queries, keys, values, weights, parameters, rotation, scale, None, None, None
     )
     inputs = check(given)
-    _check_readers(inputs.policy, queries, readers)
+    groups = [readers] if isinstance(readers, Tensor) else readers
+    groups = _checked_readers(inputs.policy, queries, groups)
     with without_autocast(keys.device) if autocasts(keys.device) else nullcontext():
         if not inputs.policy.head_policies:
-            return _compressed(inputs, readers)
-        each = [
-            _compressed(check(part), None if readers is None else readers[:, heads]) for heads, part in by_heads(given)
-        ]
+            return _compressed(inputs, groups)
+        each = [_compressed(check(part), [readers[:, heads] for readers in groups]) for heads, part in by_heads(given)]
         return HeadsMemory(inputs.policy, each)
 
 
-def _check_readers(policy: Policy, queries: Tensor, readers: Tensor | None) -> None:
-    if readers is None:
-        return
+def _checked_readers(policy: Policy, queries: Tensor, given: Sequence[Tensor] | None) -> list[Tensor]:
+    """Groups of readers; none where the newest chunk's queries are asked."""
+    if given is None:
+        return []
     if not policy.observes:
         raise InputError("readers are given, but this policy observes no queries; leave them out")
+    if policy.expects is not None:
+        raise InputError(
+            f"readers are given, but admission {policy.spec.admission.kind} expects them to be as the text's own "
+            "queries; leave them out"
+        )
+    if not isinstance(given, (list, tuple)) or not given:
+        raise InputError(
+            f"readers must be a tensor [b, h, n, d] of one query at least, or several, got {type(given).__name__}"
+        )
+    for readers in given:
+        _check_readers(queries, readers)
+    return list(given)
+
+
+def _check_readers(queries: Tensor, readers: Tensor) -> None:
     rows, heads, _, width = queries.shape
     shape = tuple(readers.shape) if isinstance(readers, Tensor) else type(readers).__name__
     if not isinstance(readers, Tensor) or readers.ndim != 4 or not readers.shape[2]:
@@ -122,6 +146,14 @@ def next_readers(queries: Tensor, rotation: Rotation) -> Tensor:
     return rotation.apply(queries[:, :, asked], tokens + ahead - asked)
 
 
+def repeat_readers(queries: Tensor) -> Tensor:
+    """Those who read the text again: at most 512 of the second reading's queries [b, h, t, d], evenly spaced, where
+    they stand, [b, h, n, d]."""
+    tokens = queries.shape[2]
+    count = min(ASKED_AGAIN, tokens)
+    return queries[:, :, (torch.arange(count, device=queries.device) + 1) * tokens // count - 1]
+
+
 def row_worth(
     readers: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -144,7 +176,7 @@ def row_worth(
     return torch.stack(roots, dim=1), torch.stack(shares, dim=1)
 
 
-def _compressed(inputs: AttendInputs, readers: Tensor | None) -> Memory:
+def _compressed(inputs: AttendInputs, readers: list[Tensor]) -> Memory:
     policy, keys = inputs.policy, inputs.keys
     rows, _, tokens, width = keys.shape
     schedule = Schedule(policy, np.zeros(rows, dtype=np.int64), inputs.row_lengths, tokens)
@@ -176,16 +208,35 @@ def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new
     store.add(rules, place(rules, leaving, chunk, store), chunk)
 
 
-def _observe(inputs: AttendInputs, timeline: Timeline, readers: Tensor | None) -> None:
-    """Write into the timeline what the readers say of every row."""
+def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) -> None:
+    """Write into the timeline what the readers say of every row: the mean over groups of them."""
     assert inputs.queries is not None
     policy, tokens, device, hidden = inputs.policy, inputs.keys.shape[2], inputs.keys.device, None
-    if readers is None:
+    scales = None if inputs.parameters is None else inputs.parameters.query_scale_window
+    if policy.expects is not None:
+        share = _expected(inputs, timeline, policy.expects)
+        timeline.streams["evidence"].copy_(torch.stack((0 * share, share, torch.ones_like(share)), dim=-1))
+        return
+    if not readers:
         stand = torch.tensor(policy.observation.offsets, device=device) + max(0, tokens - policy.chunk)
         stand = stand[stand < tokens]
-        readers = inputs.queries[:, :, stand]
+        readers = [inputs.queries[:, :, stand]]
         hidden = torch.arange(tokens, device=device) > stand[:, None]
-    scales = None if inputs.parameters is None else inputs.parameters.query_scale_window
-    root, share = row_worth(scaled(readers, scales), inputs.keys, timeline.values, inputs.checked_scale, hidden)
-    facts = torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1)
-    timeline.streams["evidence"].copy_(facts)
+    told: list[Tensor] = []
+    for group in readers:
+        root, share = row_worth(scaled(group, scales), inputs.keys, timeline.values, inputs.checked_scale, hidden)
+        told.append(torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1))
+    timeline.streams["evidence"].copy_(torch.stack(told).mean(0))
+
+
+def _expected(inputs: AttendInputs, timeline: Timeline, expects: Expectation) -> Tensor:
+    """What each row is expected to get from those who go on with the text and ask as it did, [b, g, t]; sinks: 0."""
+    assert inputs.queries is not None and inputs.rotation is not None
+    sinks, wide = inputs.policy.sinks, timeline.streams["evidence"].dtype
+    first = sinks if sinks < inputs.keys.shape[2] else 0
+    positions = timeline.streams["positions"]
+    ahead = positions[:, :, -1:] + 1 - positions[:, :, first:]
+    queries = inputs.queries[:, :, first:].to(wide)
+    queries = queries if inputs.parameters is None else scaled(queries, inputs.parameters.query_scale_window)
+    turned = inputs.rotation.apply(queries, ahead)
+    return expected_shares(expects, turned, inputs.keys.to(wide), inputs.checked_scale, inputs.rotation, sinks=sinks)

@@ -151,9 +151,7 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
         return False
     if type(policy.rotary).memory_queries is not Rotary.memory_queries:
         return False
-    if "positions" in policy.streams and (
-        not policy.rotary.rotates_slots or inputs.rotation is None or inputs.rotation.positions is not None
-    ):
+    if "positions" in policy.streams and (inputs.rotation is None or inputs.rotation.positions is not None):
         return False
     if len(memory.seen_rows) > 1 and not (memory.seen_rows == position).all():
         return False

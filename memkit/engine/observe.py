@@ -11,14 +11,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from memkit.engine.expected import expected_shares
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries, scaled
 from memkit.engine.schedule import Schedule, Step, common, on_device
 from memkit.memory.rows import SlotRules, SlotView
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
-from memkit.pieces.evidence import softmax_evidence
+from memkit.pieces.evidence import SHARE, softmax_evidence
 
 __all__ = ["Observer", "alike_rows"]
 
@@ -71,7 +73,9 @@ class Observer:
         queries, column = self._at(end - chunk), schedule.old + step.stop
         older = column - chunk - step.first  # columns of the window before the chunk
         outputs = None
-        for rows in alike_rows(complete, older, step.slots):
+        # Readers to come are not expected to be as the sinks' queries are.
+        sinks = (self.policy.sinks - (end - chunk)).clip(0, None if self.policy.expects is not None else 0)
+        for rows in alike_rows(complete, older, step.slots, sinks):
             first = int(np.flatnonzero(complete)[0]) if rows is None else int(rows[0])
             begin, slots = column - chunk - int(older[first]), int(step.slots[first])
             at = slice(None) if rows is None else on_device(rows, self.device)
@@ -83,6 +87,10 @@ class Observer:
             view = store.read(rules).first(slots) if slots else None
             scores, values = self._met(asked, held["keys"], held["values"], view, at)
             read, told = softmax_evidence(scores, values)
+            if self.policy.expects is not None:
+                assert positions is not None
+                ahead = held["positions"][:, :, -1:] + 1 - positions
+                told[..., SHARE] = self._expected(asked, ahead, held["keys"], view, at, int(sinks[first]))
             store.about_to_write()
             evidence = timeline.streams["evidence"][:, :, begin:column]
             self._add(evidence, at, told[:, :, slots:])
@@ -122,6 +130,29 @@ class Observer:
                 scores[..., :slots] += view.bias[at, :, None].to(wide)
         scores[..., -self.policy.chunk :].masked_fill_(self._later, -torch.inf)
         return scores, values
+
+    def _expected(
+        self, asked: Queries, ahead: Tensor, keys: Tensor, view: SlotView | None, at: slice | Tensor, sinks: int
+    ) -> Tensor:
+        """The share [b, g, m] that slots and window are expected to get from those who go on behind the chunk.
+
+        ahead [b, 1, n]: how far behind each observed query they begin; sinks: tokens of the chunk that are sinks.
+        """
+        expects, rotation, scale = self.policy.expects, self.inputs.rotation, self.inputs.checked_scale
+        assert expects is not None and rotation is not None
+        left_out = int((self.offsets < sinks).sum())
+        some = slice(left_out if left_out < len(self.offsets) else 0, None)
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        turned = rotation.apply(asked.windowed[:, :, some].to(wide), ahead[:, :, some])
+        met, bias, parts = keys.to(wide), None, [(asked.window_scale, keys.shape[2])]
+        if view is not None:
+            met = torch.cat((view.keys[at].to(wide), met), dim=2)
+            bias = None if view.bias is None else pad(view.bias[at].to(wide), (0, keys.shape[2]))
+            parts.insert(0, (asked.memory_scale, view.keys.shape[2]))
+        scales = [each.detach().to(wide)[:, None].expand(-1, rows) for each, rows in parts if each is not None]
+        if scales:
+            scale = scale * torch.cat(scales, dim=1)
+        return expected_shares(expects, turned, met, scale, rotation, bias=bias, sinks=self.policy.sinks)
 
     @functools.cached_property
     def _later(self) -> Tensor:

@@ -10,6 +10,7 @@ from memkit.hf.kept import MemoryCache
 from memkit.hf.loading import LoadedModel, load
 from memkit.hf.model import MemkitConfig, MemkitForCausalLM
 from memkit.hf.profiling import Measured, measure_profile
+from memkit.hf.rereading import connecting_ids
 
 __all__ = [
     "Attached",
@@ -20,6 +21,7 @@ __all__ = [
     "MemoryCache",
     "attach",
     "check_policy",
+    "connecting_ids",
     "load",
     "measure_profile",
     "memories",

@@ -15,6 +15,7 @@ function stays in the registry, where nothing else names it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +40,7 @@ def attach(
     share: float | None = None,
     bytes: int | None = None,
     croppable: bool = False,
+    connecting: Sequence[int] | None = None,
 ) -> Attached:
     """Every attention layer of `model` remembers as `policy` says, until the `with` block ends or `detach` is called.
 
@@ -72,7 +74,8 @@ def attach(
         prefill: `policy`: bounded from the first chunk on. `full`: the first call of a cache, the prompt, is read
             exactly, and all that is older than the window then leaves at once (`memkit.compress`); from there on the
             policy goes on. What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in
-            the first call.
+            the first call. With `repeat` or `mixed` the prompt is read twice, in one call, and only the first reading
+            stays.
         rows: slots and window of each head, on average, put into every policy with a fixed number of slots or a sliding
             window; others stay as they are. One of rows, share and bytes at most.
         share: with `prefill="full"`, the same as a share of the tokens of each cache's prompt.
@@ -80,6 +83,8 @@ def attach(
         croppable: whether the newest 64 tokens of a cache may be taken back (`cache.crop(-n)`) from its first call on,
             for which it holds a second memory and these tokens. Assisted decoding announces it for the model that
             chooses; the model that assists it needs this where it is attached.
+        connecting: ids of tokens that stand between a text and its second reading, as `connecting_ids(tokenizer)`
+            gives; None: none.
 
     Raises:
         ModelError: no such model, one that is attached already, or one whose attention does what no memory can (soft
@@ -92,7 +97,8 @@ def attach(
     decoder = find_decoder(model)
     put_right(decoder.owner)
     check_free(decoder)
-    return Attached(decoder, Calls(decoder, policy, prefill, Budget.of(rows, share, bytes, prefill), croppable))
+    budget = Budget.of(rows, share, bytes, prefill)
+    return Attached(decoder, Calls(decoder, policy, prefill, budget, croppable, connecting))
 
 
 class Attached:

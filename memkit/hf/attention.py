@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memkit.engine import attend, compress, next_readers
+from memkit.engine import attend, compress, next_readers, repeat_readers
 from memkit.engine.autocast import autocasts
 from memkit.errors import ModelError
 from memkit.hf.decoder import NAME
 from memkit.hf.keywords import check_keywords
 from memkit.hf.packing import Packed
 from memkit.hf.probe import LayerFacts
+from memkit.hf.rereading import Rereading, asks_again
+from memkit.pieces.window import SlidingWindowSpec
+from memkit.policy import PolicySpec
 
 if TYPE_CHECKING:
     from memkit.memory import Memory
@@ -111,13 +115,15 @@ class Reader:
     """How a layer reads.
 
     prefill: `full`: where there is no memory yet, the tokens are read exactly and then compressed at once;
-    scale: of the scores, None for 1/√d.
+    scale: of the scores, None for 1/√d; reading: where the tokens are a text twice, of which the memory takes the first
+    reading alone.
     """
 
     policy: Policy
     facts: LayerFacts
     prefill: Prefill
     scale: float | None
+    reading: Rereading | None = None
 
     def read(self, memory: Memory | None, tokens: Tokens) -> tuple[Tensor, Memory]:
         """Outputs [b, h, t, v] of tokens that follow those in the memory, and the memory after them."""
@@ -127,12 +133,17 @@ class Reader:
             query, key, value = (present.to_the_left(each) for each in (query, key, value))
         rotation = self.facts.rotation if policy.needs_rotation else None
         if self.prefill == "full" and memory is None:
-            output, _ = attend("full", query, key, value, scale=scale)
-            readers = None
+            output, _ = attend(_stock(self.facts.window), query, key, value, scale=scale)
+            readers: list[Tensor] = []
+            if (reading := self.reading) is not None:
+                if asks_again(policy):
+                    readers.append(repeat_readers(reading.second(query)))
+                query, key, value = (reading.first(each) for each in (query, key, value))
             if asks_next(policy):
                 assert self.facts.rotation is not None  # checked when the model was attached
-                readers = next_readers(query, self.facts.rotation)
-            return output, compress(policy, query, key, value, rotation=rotation, scale=scale, readers=readers)
+                readers.append(next_readers(query, self.facts.rotation))
+            given = {"rotation": rotation, "scale": scale, "readers": readers or None}
+            return output, compress(policy, query, key, value, **given)
         lengths = None if present is None else present.lengths
         output, after = attend(
             policy, query, key, value, rotation=rotation, scale=scale, memory=memory, lengths=lengths
@@ -166,6 +177,7 @@ class Call:
     cache: Any
     present: Present | Packed | None
     outer: Outer | None
+    reading: Rereading | None = None
 
 
 def _attention(
@@ -194,7 +206,8 @@ def _attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     query, key = facts.turning_first(query), facts.turning_first(key)
-    reader, tokens = Reader(policy, facts, call.prefill, scaling), Tokens(query, key, value, call.present)
+    reader = Reader(policy, facts, call.prefill, scaling, call.reading)
+    tokens = Tokens(query, key, value, call.present)
     if call.cache is None:
         output, _ = reader.read(None, tokens)
     else:
@@ -207,4 +220,10 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 
 def asks_next(policy: Policy) -> bool:
     """Whether a prompt that was read in full is judged by those who go on with it."""
-    return policy.observes and policy.spec.observe.readers == "next"
+    return policy.observes and policy.expects is None and policy.spec.observe.readers in ("next", "mixed")
+
+
+@functools.lru_cache(maxsize=64)
+def _stock(window: int | None) -> PolicySpec:
+    """How the stock model's layer reads: all tokens, or the newest `window`."""
+    return PolicySpec() if window is None else PolicySpec(window=SlidingWindowSpec(size=window))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -125,7 +126,12 @@ class MemoryLayer(CarryingLayer):
 
         spare: so many of this call's newest columns may be taken back by the next `crop`, announced or not.
         """
-        self.reader, before = reader, self.columns
+        self.reader, before = dataclasses.replace(reader, reading=None), self.columns
+        if reader.reading is not None:  # read as one: what is older than its end is not to be had back
+            output = self._read(reader, tokens)
+            kept = self.memory if spare or self.record_past else None
+            self.past = None if kept is None else Past(kept.detach(), self.columns)
+            return output
         if before and not self.record_past:
             self.past = Past(self.memory.detach(), before) if spare and self.memory is not None else None
         if before or not (spare or self.record_past):
@@ -139,7 +145,7 @@ class MemoryLayer(CarryingLayer):
 
     def _read(self, reader: Reader, tokens: Tokens) -> Tensor:
         output, self.memory = reader.read(self.memory, tokens)
-        self.columns += tokens.columns
+        self.columns += tokens.columns if reader.reading is None else reader.reading.tokens
         return output
 
     def _read_first(self, reader: Reader, tokens: Tokens, spare: int) -> tuple[Tensor, Tokens]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from memkit.budgets import Budget
-from memkit.errors import InputError, MemoryStateError, shown
+from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
 from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
 from memkit.hf.decoder import Decoder, facts_of, kv_heads_of
@@ -21,6 +21,7 @@ from memkit.hf.masks import present_tokens
 from memkit.hf.names import CACHE, cache_argument, take_cache
 from memkit.hf.packing import KEYWORDS, Packed, find_packed
 from memkit.hf.probe import probe
+from memkit.hf.rereading import asks_again, connecting_words, first_reading, twice
 from memkit.hf.sizes import Sizes
 from memkit.layers import AnyLayers, LayerFunction
 
@@ -40,7 +41,13 @@ class Calls:
     """
 
     def __init__(
-        self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill, budget: Budget, croppable: bool
+        self,
+        decoder: Decoder,
+        policy: AnyLayers | LayerFunction,
+        prefill: Prefill,
+        budget: Budget,
+        croppable: bool,
+        connecting: Sequence[int] | None,
     ) -> None:
         if prefill not in ("policy", "full"):
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
@@ -56,6 +63,13 @@ class Calls:
             check_policy(each)
             if each.needs_rotation or (prefill == "full" and asks_next(each)):
                 check_rotation(decoder, layer, self.facts[layer])
+        self.connecting = connecting_words(connecting, self.config.vocab_size)
+        self.rereads = prefill == "full" and any(asks_again(each) for each in self.policies.values())
+        if self.rereads and len(self.facts) < self.layers:
+            raise ModelError(
+                f"observe.readers repeat and mixed read a prompt twice, and {self.layers - len(self.facts)} of "
+                f"{self.layers} layers carry a state that would remember the second reading; use readers: next"
+            )
         forward = type(decoder.module).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
@@ -145,18 +159,24 @@ class Calls:
             given.layers, given.layer_class_to_replicate = self.fresh_layers(there, policies), None
         arguments[self.cache_name] = cache
         present = packed if now is None else Present(now)
-        arguments["memkit_call"] = Call(policies, self.facts, self.prefill, cache, present, outer)
+        reading = None
+        if self.rereads and not before and cache is not None:
+            longest = getattr(self.config, "max_position_embeddings", None)
+            reading = twice(arguments, self.connecting, decoder.get_input_embeddings(), longest)
+        arguments["memkit_call"] = Call(policies, self.facts, self.prefill, cache, present, outer, reading)
         return (), arguments
 
-    def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        """The decoder ran to its end. So did the call, unless a head is still to come."""
+    def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The decoder ran to its end. So did the call, unless a head is still to come; its output without a second
+        reading, None where there was none."""
         call: Call = kwargs["memkit_call"]
         if call.cache is None:
-            return
+            return None
         if call.outer is None:
             mark_complete(layers_in(call.cache))
         else:
             call.outer.caches.append(call.cache)
+        return None if call.reading is None else first_reading(output, call.reading)
 
     def _check_padding(self, now: Tensor | None, before: int) -> None:
         if now is None:

@@ -36,11 +36,11 @@ def check_rotation(decoder: Decoder, layer: int, facts: LayerFacts) -> None:
             if kind in MOVING_FREQUENCIES:
                 raise ModelError(
                     f"un-rotating keys needs fixed rotary frequencies, got rope type {kind}; "
-                    "use a policy with rotary: {kind: keep}"
+                    "use a policy with rotary: {kind: keep} and no expected-attention"
                 )
     if facts.rotation is None:
         raise ModelError(
             f"un-rotating keys needs to know how positions turn them, and those of layer {layer} of "
             f"{decoder.config.model_type} are not turned by the model's rotary frequencies alone; "
-            "use a policy with rotary: {kind: keep}"
+            "use a policy with rotary: {kind: keep} and no expected-attention"
         )

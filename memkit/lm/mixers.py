@@ -80,10 +80,11 @@ class AttentionMixerSpec(MixerSpec):
             raise ValueError(f"heads must be a multiple of a mixer's kv_heads, got {model.heads} and {self.kv_heads}")
         head_width = model.head_width or model.width // model.heads
         rotary = self.rotary or model.rotary
-        if not rotary.turned_width(head_width) and self.policy.build().needs_rotation:
+        policy = self.policy.build()
+        if not rotary.turned_width(head_width) and policy.needs_rotation:
             raise ValueError(
-                f"rotary {self.policy.rotary.kind} un-rotates keys, but this model rotates none (rotary.width 0); "
-                "use a policy with rotary: {kind: keep}"
+                f"{policy.turning}, but this model rotates none (rotary.width 0); "
+                "use a policy with rotary: {kind: keep} and no expected-attention"
             )
 
 

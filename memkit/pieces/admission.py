@@ -7,6 +7,7 @@ Sinks found in any case and are no part of the choice.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +22,8 @@ __all__ = [
     "Admission",
     "AdmissionSpec",
     "AttentionSpec",
+    "Expectation",
+    "ExpectedAttentionSpec",
     "KeyDifferenceSpec",
     "KeyNormSpec",
     "NoAdmissionSpec",
@@ -29,6 +32,17 @@ __all__ = [
     "RecencySpec",
     "StrideSpec",
 ]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What readers who are still to come are taken for: normally distributed, as queries of the text are.
+
+    future: over how many places behind the text they are spread; covariance: whether they differ from their mean.
+    """
+
+    future: int
+    covariance: bool
 
 
 class Admission(ABC):
@@ -42,6 +56,8 @@ class Admission(ABC):
     """Whether the score means something for slots too, so that they can compete with tokens (`eviction: weakest`)."""
     needs_evidence: ClassVar[bool] = False
     """Whether the score looks at what observed queries told (`chunk.evidence`)."""
+    expects: Expectation | None = None
+    """Readers of whom the share of attention is what they are expected to pay; None: what observed queries paid."""
 
     @abstractmethod
     def score(self, chunk: ChunkContext) -> Tensor:
@@ -176,6 +192,35 @@ class Attention(Admission):
         if self.pool > 1:
             score = avg_pool1d(score, self.pool, stride=1, padding=self.pool // 2)
         return score * chunk.values.norm(dim=-1) if self.value_norm else score
+
+
+@register
+class ExpectedAttentionSpec(AdmissionSpec):
+    """The rows that queries to come are expected to attend to most (Expected Attention, arXiv 2510.00636)."""
+
+    kind: Literal["expected-attention"] = "expected-attention"
+    future: int = Field(
+        default=512, ge=1, le=2**20, description="places behind the text over which the queries to come are spread"
+    )
+    covariance: bool = Field(
+        default=True, description="whether queries differ from their mean; false: the mean query stands for all"
+    )
+    value_norm: bool = Field(default=True, description="whether the share is multiplied by the value's norm")
+
+    def build(self) -> ExpectedAttention:
+        return ExpectedAttention(self)
+
+
+class ExpectedAttention(Attention):
+    """score_j = share_j (· ‖v_j‖), where share = softmax_j of log E exp(scale · q·k_j) over normally distributed q.
+
+    Mean and covariance of q are those of queries of the text, turned to the places behind it; sinks are no part of the
+    softmax. What such readers give a row is part of its evidence, and PLAN finds it there (`memkit.engine.expected`).
+    """
+
+    def __init__(self, spec: ExpectedAttentionSpec) -> None:
+        super().__init__(spec.value_norm, pool=1)
+        self.expects = Expectation(spec.future, spec.covariance)
 
 
 @register

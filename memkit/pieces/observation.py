@@ -27,10 +27,11 @@ class ObservationSpec(Spec):
     decay: float = Field(
         default=1.0, gt=0, le=1, description="γ: what evidence still counts one chunk later; 1: as much as new"
     )
-    readers: Literal["next", "window"] = Field(
+    readers: Literal["next", "window", "repeat", "mixed"] = Field(
         default="next",
         description="where a text is read in full and then compressed, who says what rows are worth: next: somebody "
-        "who goes on with the text (its queries, turned to places behind its end); window: the newest chunk's queries",
+        "who goes on with the text (its queries, turned to places behind its end); window: the newest chunk's queries; "
+        "repeat: those of a second reading of the text; mixed: half next, half repeat",
     )
 
     def build(self, chunk: int) -> Observation:

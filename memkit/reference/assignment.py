@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkit.pieces.admission import AttentionSpec, KeyDifferenceSpec, KeyNormSpec, OutputErrorSpec, RecencySpec
+from memkit.pieces.admission import (
+    AttentionSpec,
+    ExpectedAttentionSpec,
+    KeyDifferenceSpec,
+    KeyNormSpec,
+    OutputErrorSpec,
+    RecencySpec,
+)
 from memkit.pieces.chunk import ChunkContext
 from memkit.pieces.routing import NearestSpec, SegmentSpec
 from memkit.reference.rules import Rules
@@ -55,7 +62,7 @@ def admitted(
             chosen = free[len(free) - wanted :]
         case "stride":
             chosen = [free[i * len(free) // wanted] for i in range(wanted)]
-        case "output-error" | "attention" | "key-norm" | "key-difference":
+        case "output-error" | "attention" | "expected-attention" | "key-norm" | "key-difference":
             fresh = [rules.alone(t, weight, True) for t, weight in zip(chunk, rules.weights(chunk), strict=True)]
             scores = ratings(rules, fresh, [token.memory_key for token in chunk], evidence or [])
             chosen = [free[i] for i in in_order([-scores[j] for j in free])[:wanted]]
@@ -137,6 +144,9 @@ def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tenso
             pooled = [sum(shares[max(0, j - reach) : j + reach + 1]) / pool for j in range(len(shares))]
             norms = [float(row.answer.norm().detach()) if value_norm else 1.0 for row in rows]
             return [share * norm for share, norm in zip(pooled, norms, strict=True)]
+        case ExpectedAttentionSpec(kind="expected-attention", value_norm=value_norm):
+            norms = [float(row.answer.norm().detach()) if value_norm else 1.0 for row in rows]
+            return [float(each[1]) * norm for each, norm in zip(told, norms, strict=True)]
         case KeyNormSpec(kind="key-norm"):
             return [-float(key.norm().detach()) for key in keys]
         case KeyDifferenceSpec(kind="key-difference"):

@@ -8,10 +8,11 @@ from torch import Tensor
 from memkit.engine.inputs import AttendInputs
 from memkit.pieces.needs import Need
 from memkit.reference.assignment import Assigned, assign
+from memkit.reference.expecting import but_sinks, expected
 from memkit.reference.observing import Observing, compete, mean
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token
-from memkit.reference.words import stacked
+from memkit.reference.words import definitely, stacked
 
 __all__ = ["Head"]
 
@@ -147,11 +148,29 @@ class Head:
         """After a chunk's last token its observed queries judge every row."""
         if self.observing is None or (position + 1) % self.rules.chunk:
             return
-        first = self.rules.sees_from(position)
+        first, asked = self.rules.sees_from(position), self.observing.asked(position)
         self.observing.judge(
-            [(*self.shares(query, head, at), at) for query, head, at in self.observing.asked(position)],
+            [(*self.shares(query, head, at), at) for query, head, at in asked],
             len(self.slots),
             range(first, position + 1),
+            None if self.rules.policy.expects is None else self.expected(asked, position),
+        )
+
+    def expected(self, asked: list[tuple[Tensor, int, int]], last: int) -> list[float]:
+        """What slots and window are expected to get from those who go on behind the token at `last`.
+
+        asked: observed queries (query, head, position).
+        """
+        places, origin = definitely(self.places), self.origin
+        window = self.keys[self.rules.sees_from(last) - origin : last + 1 - origin]
+        keys, _, biases = self.memory()
+        return expected(
+            self.rules,
+            but_sinks([((query, head, places[at - origin]), at) for query, head, at in asked], self.rules.spec.sinks),
+            places[last - origin] + 1,
+            torch.cat((keys, window)).detach(),
+            torch.cat((biases, biases.new_zeros(len(window)))).detach(),
+            len(keys),
         )
 
     def shares(self, query: Tensor, head: int, position: int) -> tuple[Tensor, Tensor]:

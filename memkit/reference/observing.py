@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
+from memkit.pieces.routing import SegmentSpec
 from memkit.reference.assignment import Assigned, nearest_of, ratings
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token
@@ -62,8 +63,11 @@ class Observing:
         begin = last + 1 - self.chunk
         return [(query, head, at) for (at, head), query in sorted(self.heard.items()) if begin <= at <= last]
 
-    def judge(self, asked: Iterable[tuple[Tensor, Tensor, int]], slots: int, tokens: range) -> None:
-        """Each row's evidence after a chunk. asked: (softmax, values, position) over slots, then tokens up to there."""
+    def judge(
+        self, asked: Iterable[tuple[Tensor, Tensor, int]], slots: int, tokens: range, expected: list[float] | None
+    ) -> None:
+        """Each row's evidence after a chunk. asked: (softmax, values, position) over slots, then tokens up to there;
+        expected: the share of each row, where that is not what was asked for (`reference.expecting`)."""
         rows = slots + len(tokens)
         error, share = [0.0] * rows, [0.0] * rows
         count = 0
@@ -74,7 +78,8 @@ class Observing:
                 error[j] += float((shares[j] ** 2 * (values[j] - output).square().sum()).detach())
                 share[j] += float(shares[j].detach())
         for j in range(rows):
-            new = torch.tensor([error[j] / count, share[j] / count, 1.0], dtype=torch.float64)
+            paid = share[j] / count if expected is None else expected[j]
+            new = torch.tensor([error[j] / count, paid, 1.0], dtype=torch.float64)
             if j < slots:
                 self.slots[j] = self.spec.decay * self.slots[j] + new
             else:
@@ -140,8 +145,13 @@ def compete(
         home = {j: kept + i for i, j in enumerate(founders)}
         joins: list[int] = [-1] * len(candidates)
         if rules.policy.merging.joins:
-            open_to = {slot: candidates[j] for j, slot in home.items() if slot >= sinks}
-            joins = [nearest_of(rules, key.detach(), open_to) for key in keys]
+            if isinstance(rules.spec.routing, SegmentSpec):
+                # The newest slot before it that is no sink, or the first one after it.
+                newest = [max((home[i] for i in home if i <= j), default=kept - 1) for j in range(len(candidates))]
+                joins = [max(slot, sinks) for slot in newest]
+            else:
+                open_to = {slot: candidates[j] for j, slot in home.items() if slot >= sinks}
+                joins = [nearest_of(rules, key.detach(), open_to) for key in keys]
     else:
         kept, candidates, told = len(slots), fresh, of_tokens
         assert assigned is not None

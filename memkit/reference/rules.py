@@ -65,7 +65,7 @@ class Rules:
     def slots(self, left: int) -> int:
         """Slots once `left` tokens have left the window.
 
-        m ← m + min(C, max(0, B − m)) as the chunk at b leaves, B = min(max(S, budget(n)), b + C);
+        m ← m + min(C, max(0, B − m)) as the chunk at b leaves, B = min(share(max(S, budget(n))), b + C);
         n = b + W·C tokens seen, or b + C absorbed.
         """
         growth, size, after = self.spec.growth, self.chunk, self.slots_after_chunks
@@ -75,10 +75,15 @@ class Rules:
         while (len(after) - 1) * size < left:
             begin, slots = (len(after) - 1) * size, after[-1]
             counted = begin + ((self.policy.window.capacity or 0) if growth.counts == "seen" else size)
-            allowed = min(max(self.spec.sinks, self.budget(counted)), begin + size)
+            allowed = min(self.share(max(self.spec.sinks, self.budget(counted))), begin + size)
             granted = min(size, max(0, allowed - slots))
             after.append(slots + (size if begin == 0 and growth.first_chunk == "whole" else granted))
         return after[left // size] if left else 0
+
+    def share(self, slots: int) -> int:
+        """A head's, where growth allows `slots`: the sinks, and its ratio times the others, one at least."""
+        others = slots - self.spec.sinks
+        return slots if others <= 0 else self.spec.sinks + max(1, math.floor(self.spec.heads.ratio * others + 0.5))
 
     def budget(self, tokens: int) -> int:
         """Slots allowed after so many tokens: min(cap, max(floor, ⌊f(n)⌋ rounded down))."""
@@ -144,8 +149,11 @@ class Rules:
             weight = one
         for_key, for_value = weight if weigh.keys else one, weight if weigh.values else one
         mass = weight if weigh.keys or weigh.values else one
+        over = mass
+        if self.policy.merging.of == "values":  # a key is its founder's alone, as it came
+            for_key = over = one
         if self.sinks_are_tokens:
-            key, for_key, for_value, mass = token.key, one, one, one
+            key, for_key, for_value, mass, over = token.key, one, one, one, one
         else:
             key = token.memory_key
         radius = token.value.norm() * (one if first else for_value)
@@ -158,7 +166,7 @@ class Rules:
             radius=radius if founds else torch.zeros_like(radius),
             key_norm=for_key * key.norm(),
             value_norm=for_value * token.value.norm(),
-            position=torch.zeros_like(mass) if token.place is None else mass * token.place,
+            position=torch.zeros_like(mass) if token.place is None else over * token.place,
             founder_mass=mass if founds else torch.zeros_like(mass),
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from memkit.pieces.registry import Spec
 from memkit.policy import Policy, PolicySpec
 from memkit.testing.given import GivenAdmissionSpec, GivenMergingSpec, GivenRoutingSpec
 
@@ -102,7 +103,7 @@ def _policy_code(spec: PolicySpec) -> Code:
             imports |= {*given.imports, "from memkit.testing import as_spec"}
             families.append(f"    {name}=as_spec({given.expression}),\n")
             continue
-        if name != "sinks":
+        if isinstance(piece, Spec):
             if not type(piece).__module__.startswith("memkit.pieces."):
                 imports.add(f"import {type(piece).__module__}  # registers {piece.kind}")
             given = piece.model_dump(mode="json", exclude_defaults=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from memkit.catalog import load_policy
 from memkit.errors import PolicyError
+from memkit.pieces.admission import ExpectedAttentionSpec
 from memkit.pieces.growth import GrowthSpec, PowerGrowthSpec
 from memkit.policy import Policy, PolicySpec
 
@@ -25,7 +26,8 @@ def least_policy(chunk: int, slots: int, **families: Any) -> Policy:
 def scaled_down(spec: PolicySpec, chunk: int = 4) -> PolicySpec:
     """The policy with chunks of `chunk` tokens, and budgets that stand to them as they did before.
 
-    f(n) becomes s·f(n/s) with s = chunk / C: as many slots per chunk as before, after as many chunks. Sinks and the
+    f(n) becomes s·f(n/s) with s = chunk / C: as many slots per chunk as before, after as many chunks; so do the places
+    over which readers to come are spread. Sinks and the
     fields of pieces that are not memkit's own stay. Where the result would not be valid, chunks are doubled until it
     is; a policy whose chunks are no longer than `chunk` is returned as it is.
     """
@@ -42,6 +44,8 @@ def _changes(spec: PolicySpec, chunk: int, scale: float) -> dict[str, Any]:
     changed: dict[str, Any] = {"chunker.size": chunk}
     if spec.window.kind == "sliding":
         changed["window.size"] = 2 * chunk
+    if isinstance(spec.admission, ExpectedAttentionSpec):
+        changed["admission.future"] = max(int(spec.admission.future * scale), 1)
     growth = spec.growth
     if isinstance(growth, GrowthSpec) and type(growth).__module__ == GrowthSpec.__module__:
         exponent = growth.exponent if isinstance(growth, PowerGrowthSpec) else 0.5

@@ -3,8 +3,8 @@
 Sizes are small, so that a counter-example is readable and every boundary is near: chunks of 1 to 8 tokens, up to three
 chunks of window, up to ten sinks. Policies are built to be valid, not drawn and thrown away.
 
-Those that see their readers (`observe`, and what needs it), that merge values alone, or whose slots compete (`eviction:
-weakest`) are not drawn: the laws begin with a plan made from keys alone, and with sums of what tokens bring.
+A third sees its readers (`observe`), in half of those that may slots compete with tokens (`eviction: weakest`), and a
+fifth has heads with unequal numbers of slots. Of what is read (`readers`) only bounded reading is meant.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from pydantic.fields import FieldInfo
 
 from memkit.errors import PolicyError
 from memkit.pieces.growth import NoGrowthSpec
+from memkit.pieces.heads import HeadsSpec
 from memkit.pieces.merging import Merging, Weigh
+from memkit.pieces.observation import ObservationSpec
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import FamilySpec, Spec, kinds
+from memkit.pieces.rotary import Rotary
 from memkit.pieces.storage import StorageSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec
 from memkit.policy import PolicySpec
@@ -33,6 +36,12 @@ FAMILIES = ("chunker", "window", "growth", "admission", "routing", "merging", "r
 
 NUMBERS = (1.0, 2.0, 0.5, 0.25, 3.0, 0.1, 0.75)
 """Floats to choose from where a spec asks for one: short to read, and not all exact in binary."""
+
+JUDGING = ("output-error", "attention", "expected-attention")
+"""Kinds of admission that ask what observed queries told."""
+
+RATIOS = ((0.5, 1.5), (1.5, 0.5), (2.0, 1.0), (0.5,))
+"""How heads share slots: the shares of two, or that of each."""
 
 SIZES: dict[str, st.SearchStrategy[Any]] = {
     "chunker.fixed.size": st.integers(1, 8),
@@ -47,6 +56,8 @@ SIZES: dict[str, st.SearchStrategy[Any]] = {
     "growth.saturating.limit": st.integers(1, 16),
     "growth.linear.fraction": st.sampled_from((1.0, 0.5, 0.25, 0.1, 0.3)),
     "rotary.zero.width": st.integers(0, 3),
+    "admission.expected-attention.future": st.integers(1, 5),
+    "admission.attention.pool": st.sampled_from((1, 3, 5)),
 }
 """Fields whose small values are not the lowest allowed ones; by family and field, or family, kind and field."""
 
@@ -77,7 +88,7 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     def piece(family: str) -> Any:
         return fixed[family] if family in fixed else draw(specs(family, registered=registered))
 
-    chunker, merging, rotary = piece("chunker"), _of_tokens_alone(piece("merging")), piece("rotary")
+    chunker, merging, rotary = piece("chunker"), piece("merging"), piece("rotary")
     reads: ReadoutSpec | None = fixed.get("readout")
     if reads is not None and reads.build().divides_by_mass and hasattr(merging, "weigh"):
         merging = merging.model_copy(update={"weigh": Weigh()})
@@ -89,6 +100,7 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     families: dict[str, Any] = {"chunker": chunker, "merging": merging, "rotary": rotary, "sinks": sinks}
     families["storage"] = StorageSpec(dtype=draw(st.sampled_from(("model", "float32"))))
     if not remembers:
+        families["merging"] = merging = _without_share(merging)
         readout = _readout_for(draw, fixed, merging, by_runs=False)
         window = piece("window")
         return PolicySpec(**families, window=window, growth=NoGrowthSpec(), readout=readout)
@@ -96,7 +108,18 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     window = piece("window")
     if isinstance(window, (AllWindowSpec, SlidingWindowSpec)):
         window = draw(specs("window", "block"))
-    routing, admission = piece("routing"), _without_readers(draw, piece("admission"))
+    routing, admission = piece("routing"), piece("admission")
+    observe = fixed["observe"] if "observe" in fixed else draw(_observations(merging.build().additive))
+    if observes := observe.queries > 0:
+        families["observe"] = observe
+        if merging.build().by_share:
+            merging = merging.model_copy(update={"weigh": Weigh()})
+    else:
+        merging = _without_share(merging)
+    families["merging"] = merging
+    if observes and "admission" not in fixed and (kind := draw(st.sampled_from((None, *JUDGING)))) is not None:
+        admission = draw(specs("admission", kind))
+    admission = _that_may_be(draw, admission, observes, rotary)
     # Without an admission the routing must found, and does so by runs.
     founds, radius = routing.build().founds, reads is not None and reads.value == "birth-radius"
     if admission.build() is None and (radius or not founds):
@@ -112,6 +135,9 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
         growth = growth.model_copy(update={"first_chunk": "whole"})
         families["sinks"] = sinks = min(sinks, chunker.build().size - 1)
     families |= {"window": window, "routing": routing, "admission": admission}
+    families |= _sharing(draw, admission, merging, routing) | {
+        name: fixed[name] for name in ("eviction", "heads") if name in fixed
+    }
     families["readout"] = _readout_for(draw, fixed, merging, by_runs)
     if merging.build().joins and growth.floor <= sinks:
         # Raise the floor above the sinks only where the schedule would not get there by itself.
@@ -124,17 +150,38 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     return PolicySpec(**families, growth=growth)
 
 
-def _without_readers(draw: st.DrawFn, admission: Any) -> Any:
-    """An admission that needs no observed queries: those tell of what was read, and no plan can be made before that."""
+@st.composite
+def _observations(draw: st.DrawFn, may: bool) -> ObservationSpec:
+    """Queries observed, in a third of the policies that may."""
+    if not may or draw(st.integers(0, 2)):
+        return ObservationSpec()
+    return ObservationSpec(queries=draw(st.integers(1, 4)), decay=draw(st.sampled_from((1.0, 0.5, 0.9))))
+
+
+def _that_may_be(draw: st.DrawFn, admission: Any, observes: bool, rotary: Any) -> Any:
+    """The admission, or novelty where it needs what nobody observes, or expects queries that meet slots turned back."""
     built = admission.build()
-    return draw(specs("admission", "novelty")) if built is not None and built.needs_evidence else admission
+    turned = type(rotary.build()).memory_queries is not Rotary.memory_queries
+    if built is None or not built.needs_evidence or (observes and not (built.expects is not None and turned)):
+        return admission
+    return draw(specs("admission", "novelty"))
 
 
-def _of_tokens_alone(merging: Any) -> Any:
-    """A merge rule that asks no observed queries, and merges keys as it merges values."""
-    changes = {"weight": "key-norm"} if merging.build().by_share else {}
-    changes |= {"of": "both"} if merging.build().of != "both" else {}
-    return merging.model_copy(update=changes)
+def _without_share(merging: Any) -> Any:
+    """A merge rule that asks no observed queries."""
+    return merging.model_copy(update={"weight": "key-norm"}) if merging.build().by_share else merging
+
+
+def _sharing(draw: st.DrawFn, admission: Any, merging: Any, routing: Any) -> dict[str, Any]:
+    """Whether slots compete, where they may, and how heads share them."""
+    found: dict[str, Any] = {}
+    built, rule = admission.build(), merging.build()
+    new = getattr(routing, "new_slots", True)
+    if built is not None and built.rates_slots and rule.additive and (new or not rule.joins):
+        found["eviction"] = draw(st.sampled_from(("never", "weakest", "weakest")))
+    if draw(st.integers(0, 4)) == 4:
+        found["heads"] = HeadsSpec(ratios=draw(st.sampled_from(RATIOS)))
+    return found
 
 
 @st.composite
@@ -160,7 +207,8 @@ def _readout_for(draw: st.DrawFn, fixed: dict[str, Any], merging: Any, by_runs: 
     if by_runs and changes.get("value", readout.value) == "birth-radius":
         changes["value"] = "count-mean"
     rule = merging.build()
-    if readout.bias == "mass" and (not rule.additive or type(rule).weight is not Merging.weight):
+    weighs_itself = type(rule).weight is not Merging.weight and not rule.by_share
+    if readout.bias == "mass" and (not rule.additive or weighs_itself):
         changes["bias"] = "count"  # a gradient would flow through it
     return readout.model_copy(update=changes)
 

@@ -175,6 +175,7 @@ class _Log(Admission):
         self.inner, self.tokens_read = inner, 0
         self.decisions: list[Decision] = []
         self.compares, self.rates_slots = inner.compares, inner.rates_slots  # pyright: ignore[reportAttributeAccessIssue]
+        self.expects = inner.expects
         self.needs_evidence = inner.needs_evidence  # pyright: ignore[reportAttributeAccessIssue]
         self.chunk = 0
 

@@ -86,7 +86,9 @@ def test_stock_models_block_runs_and_names_what_there_is(tmp_path: Path, monkeyp
     from memkit import hf
 
     text = (ROOT / "docs" / "stock-models.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:untrained|streaming|caote|h2o|tova|keydiff|knorm|full)[a-z0-9-]*)`", text))
+    named = set(
+        re.findall(r"`((?:untrained|streaming|caote|h2o|tova|snapkv|expected|keydiff|knorm|full)[a-z0-9-]*)`", text)
+    )
     assert named >= {"untrained-observed", "untrained-observed-sqrt", "keydiff-512"}
     for name in named:
         memkit.load_policy(name)

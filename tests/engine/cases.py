@@ -14,6 +14,7 @@ import memkit
 from memkit.engine.checks import check
 from memkit.engine.inputs import AttendInputs
 from memkit.pieces import Need
+from memkit.pieces.admission import ExpectedAttentionSpec
 from memkit.pieces.growth import GrowthSpec, PowerGrowthSpec
 from memkit.pieces.window import SlidingWindowSpec
 
@@ -29,6 +30,8 @@ def scaled(spec: memkit.PolicySpec, chunk: int = CHUNK) -> memkit.PolicySpec:
     if isinstance(spec.window, SlidingWindowSpec):
         changed["window.size"] = 2 * chunk
     growth, scale = spec.growth, chunk / spec.chunker.build().size
+    if isinstance(spec.admission, ExpectedAttentionSpec):
+        changed["admission.future"] = int(spec.admission.future * scale) // 8
     if isinstance(growth, GrowthSpec):
         # f(n) becomes scale · f(n / scale): the same number of slots per chunk as before, after as many chunks.
         exponent = growth.exponent if isinstance(growth, PowerGrowthSpec) else 0.5

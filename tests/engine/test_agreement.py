@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import memkit
+from memkit.pieces.admission import ExpectedAttentionSpec
 from tests.engine.cases import (
     Case,
     assert_close,
@@ -67,6 +68,10 @@ def test_shipped_sizes(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_scaled_policy_differs_in_sizes_alone(name: str):
     spec, shrunk = memkit.load_policy(name), scaled(memkit.load_policy(name))
+    if isinstance(spec.admission, ExpectedAttentionSpec):
+        assert isinstance(shrunk.admission, ExpectedAttentionSpec)
+        assert 1 <= shrunk.admission.future < spec.admission.future
+        shrunk = memkit.load_policy(shrunk, {"admission.future": spec.admission.future})
     for family in ("admission", "routing", "merging", "readout", "rotary", "sinks"):
         assert getattr(shrunk, family) == getattr(spec, family)
     assert (shrunk.growth.kind, shrunk.window.kind) == (spec.growth.kind, spec.window.kind)

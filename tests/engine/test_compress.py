@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import memkit
-from memkit.engine import next_readers
+from memkit.engine import next_readers, repeat_readers
 from memkit.memory.rows import SlotRules, read_slots
 from memkit.pieces.statistics import POSITION
 from tests.engine.cases import CHUNK, assert_close, make_case, small, tolerance
@@ -137,7 +137,9 @@ def test_those_who_go_on_stand_behind_the_text():
         ("untrained-observed", torch.randn(2, 4, 5, 7).double(), "readers must be floats"),
         ("untrained-observed", torch.ones(2, 4, 5, 8).long(), "readers must be floats"),
         ("untrained-observed", torch.randn(2, 4, 0, 8).double(), "of one query at least"),
-        ("untrained-observed", 3, "of one query at least, got int"),
+        ("untrained-observed", 3, "of one query at least, or several, got int"),
+        ("untrained-observed", [], "of one query at least, or several, got list"),
+        ("untrained-observed", [torch.randn(2, 4, 5, 8).double(), torch.randn(2, 4, 5, 7)], "readers must be floats"),
         ("untrained-kvm-fixed", torch.randn(2, 4, 5, 8).double(), "observes no queries"),
     ],
 )
@@ -152,6 +154,30 @@ def test_all_tensors_are_needed(missing: str):
     case = make_case(small("untrained-observed"), 40)
     with pytest.raises(memkit.InputError, match=f"{missing} must be a tensor"):
         memkit.compress(case.spec, **case.tensors | {missing: None}, rotation=case.rotation)
+
+
+@torch.no_grad()
+def test_several_readers_tell_the_mean_of_what_each_tells():
+    case = make_case(small("untrained-observed"), CHUNK)  # all of it stays in the window
+    groups = [torch.randn(2, 4, n, 8, generator=torch.Generator().manual_seed(n)).double() for n in (5, 9)]
+    evidence = [
+        memkit.compress(case.spec, **case.tensors, rotation=case.rotation, readers=readers).window.last(CHUNK)[
+            "evidence"
+        ]
+        for readers in (*groups, groups, tuple(groups[:1]))
+    ]
+    assert (evidence[0] - evidence[1]).abs().max() > 1e-3
+    assert_close(evidence[2], (evidence[0] + evidence[1]) / 2, LIMIT, "evidence")
+    assert torch.equal(evidence[3], evidence[0])
+
+
+def test_the_second_readings_queries_are_evenly_spaced():
+    queries = torch.arange(1300.0)[None, None, :, None]
+    asked = repeat_readers(queries)[0, 0, :, 0]
+    assert len(asked) == 512
+    assert asked[-1] == 1299
+    assert set(asked.diff().tolist()) == {2.0, 3.0}
+    assert torch.equal(repeat_readers(queries[:, :, :7]), queries[:, :, :7])
 
 
 @torch.no_grad()

@@ -111,6 +111,22 @@ SPECS = {
     "dropping": policy(merging={"kind": "drop"}, readout={}),
     "attention": policy(admission={"kind": "attention"}),
     "attention-pooled": policy(admission={"kind": "attention", "value_norm": True, "pool": 3}),
+    "expected": policy(
+        admission={"kind": "expected-attention", "future": 5},
+        merging={"kind": "drop"},
+        readout={},
+        rotary={"kind": "keep"},
+    ),
+    "expected-merging": policy(
+        admission={"kind": "expected-attention", "future": 3, "value_norm": False},
+        readout={"bias": "mass", "temperatures": True},
+    ),
+    "expected-mean-query": policy(
+        admission={"kind": "expected-attention", "future": 2, "covariance": False},
+        observe={"queries": CHUNK},
+        sinks=CHUNK + 3,
+        growth={"kind": "sqrt", "factor": 2.0, "floor": 16},
+    ),
     "both": policy(merging={"kind": "weighted-mean", "weight": "share"}),
     "plain-mean": policy(merging={"kind": "mean"}, readout={"bias": "count"}),
     "mean-of-values": policy(merging={"kind": "mean", "of": "values"}),
@@ -240,6 +256,15 @@ def test_bytes_are_as_cost_says(name: str):
     ("changes", "message"),
     [
         ({"observe": {}}, "observe.queries is 0"),
+        ({"admission": {"kind": "expected-attention"}, "observe": {}}, "observe.queries is 0"),
+        (
+            {"admission": {"kind": "expected-attention"}, "observe": {"queries": 3, "readers": "window"}},
+            "expects readers who go on with the text, got observe.readers window; leave readers out",
+        ),
+        (
+            {"admission": {"kind": "expected-attention"}, "rotary": {"kind": "unrotate"}},
+            "rotary unrotate turns them back before they meet slots; use rotary: {kind: rerotate}",
+        ),
         ({"growth": {"kind": "none"}}, "with growth none there is nothing to judge"),
         ({"admission": {"kind": "novelty"}}, "rates slots"),
         (
@@ -265,6 +290,29 @@ def test_a_plan_of_keys_alone_is_refused():
     case = make_case(policy(), 20)
     with pytest.raises(memkit.InputError, match="a plan is made from keys alone"):
         case.plan()
+
+
+def test_expecting_readers_needs_the_rotation():
+    spec = SPECS["expected"]
+    case = make_case(spec, 20)
+    with pytest.raises(memkit.InputError, match="admission expected-attention turns queries to places to come"):
+        memkit.attend(spec, **case.tensors)
+    with pytest.raises(memkit.InputError, match="admission expected-attention un-rotates queries, but this layer"):
+        memkit.MemoryAttention(spec, width=16, heads=2, rotary={"width": 0})
+    with pytest.raises(memkit.InputError, match="expects them to be as the text's own queries; leave them out"):
+        memkit.compress(spec, **case.tensors, rotation=case.rotation, readers=case.tensors["queries"])
+
+
+def test_what_expecting_readers_costs_is_counted():
+    shape = {"heads": 4, "kv_heads": 2, "head_width": 8, "value_width": 6}
+    spec = memkit.load_policy(SPECS["expected"], {"rotary": {"kind": "rerotate"}})
+    mean = memkit.load_policy(spec, {"admission.covariance": False})
+    plain = memkit.load_policy(spec, {"admission": {"kind": "attention"}})
+    chunks = 9
+    every, of_mean, asked = (memkit.cost(each, chunks * CHUNK, **shape).prefill.routing for each in (spec, mean, plain))
+    rows = (of_mean - asked) // (2 * 4 * 8)
+    assert rows > chunks * CHUNK
+    assert every - asked == 2 * 4 * (2 * 8 + 8**2) * rows + 4 * 4 * 3 * 8**2 * chunks
 
 
 def test_count_bias_as_it_was_written_before():

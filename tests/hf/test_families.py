@@ -195,6 +195,9 @@ def test_hybrids_keep_their_other_layers(family: str, ids: torch.Tensor):
             stock(ids, attention_mask=mask)
     with hf.attach(stock, memkit.load_policy("window-512", {"window.size": 20})):
         assert not torch.allclose(stock(ids).logits, expected, atol=1e-3)
+    repeat = memkit.load_policy("caote-512", {"observe.readers": "repeat"})
+    with pytest.raises(memkit.ModelError, match="1 of 2 layers carry a state that would remember the second reading"):
+        hf.attach(stock, repeat, prefill="full")
 
 
 def sizes(family: str, **changes: Any) -> Callable[[], PreTrainedModel]:

@@ -27,7 +27,6 @@ SMALLEST = settings(max_examples=300, derandomize=True, database=None, deadline=
         (family, kind)
         for family in ("window", "growth", "admission", "routing", "merging", "rotary")
         for kind in kinds(family)
-        if kind not in ("output-error", "attention")  # they need observed queries
     ],
 )
 def test_every_kind_is_drawn(family, kind):
@@ -110,7 +109,7 @@ def test_drawn_policies_run_on_their_cases(call):
 def test_any_drawn_plan_is_followed_alike_by_engine_and_oracle(data):
     spec, case = data.draw(calls())
     policy = spec.build()
-    assume(policy.chunk)
+    assume(policy.chunk and policy.plans_ahead)
     case = replace(case, keys="integers", values="integers", dtype="float64", positions=False)
     plan = data.draw(plans(policy, case))
     made, inputs = case.inputs(policy).plan(policy), case.inputs(policy)

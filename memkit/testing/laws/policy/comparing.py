@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from memkit.memory import Memory
+from memkit.memory import HeadsMemory, Memory
 from memkit.policy import Policy
 from memkit.testing.agreement import Results, agree, eps_of, identical, size
 from memkit.testing.cases import Case, Inputs
@@ -21,6 +21,7 @@ __all__ = [
     "equal_plans",
     "has_margin",
     "in_pieces",
+    "policy_of_head",
     "results_of",
     "with_gradients",
 ]
@@ -30,20 +31,47 @@ Way = Callable[[Inputs], tuple[Tensor, Memory]]
 
 
 def contents(memory: Memory, only: int | None = None) -> Results:
-    """What a memory holds, row by row: sums and numbers of live slots, and the window.
+    """What a memory holds, row by row: sums, numbers and evidence of live slots, and the window.
 
-    With `only`, that row's alone, named as the first.
+    With `only`, that row's alone, named as the first. Where heads have unequally many slots, 0 stands past a head's.
     """
     found: Results = {}
+    parts = memory.parts if isinstance(memory, HeadsMemory) else (memory,)
     rows = range(len(memory.seen_rows)) if only is None else [only]
     for name_of_row, row in enumerate(rows):
-        slots, held = int(memory.slots[row]), int(memory.held_rows[row])
-        tensors = {"sums": memory.sums[row, :, :slots], "numbers": memory.store.numbers[row, :, :slots]}
-        for name, stream in memory.window.last(held).items():
-            # Positions are the row's own, and no head's.
-            tensors[f"window_{name}"] = stream[row, 0] if name == "positions" else stream[row]
-        found |= {f"{name} of row {name_of_row}": tensor for name, tensor in tensors.items()}
+        each = [_of_row(part, row) for part in parts]
+        for name in each[0]:
+            tensors = [part[name] for part in each]
+            found[f"{name} of row {name_of_row}"] = tensors[0] if name == "window_positions" else _side_by_side(tensors)
     return found
+
+
+def _of_row(memory: Memory, row: int) -> Results:
+    slots, held = int(memory.slots[row]), int(memory.held_rows[row])
+    tensors = {"sums": memory.sums[row, :, :slots], "numbers": memory.store.numbers[row, :, :slots]}
+    if memory.store.evidence is not None:
+        tensors["evidence"] = memory.store.evidence[row, :, :slots]
+    for name, stream in memory.window.last(held).items():
+        # Positions are the row's own, and no head's.
+        tensors[f"window_{name}"] = stream[row, 0] if name == "positions" else stream[row]
+    return tensors
+
+
+def _side_by_side(heads: list[Tensor]) -> Tensor:
+    """[g, n, …] of some heads each, n of each its own: all heads, with 0 up to the largest n."""
+    most = max(tensor.shape[1] for tensor in heads)
+    filled = [torch.cat((each, each.new_zeros(len(each), most - each.shape[1], *each.shape[2:])), 1) for each in heads]
+    return torch.cat(filled)
+
+
+def policy_of_head(policy: Policy, head: int) -> Policy:
+    """What one key/value head follows."""
+    begin = 0
+    for heads, of_heads in policy.head_policies:
+        if begin <= head < begin + heads:
+            return of_heads
+        begin += heads
+    return policy
 
 
 def in_pieces(policy: Policy, inputs: Inputs, cuts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, Tensor, Memory]]:
@@ -101,6 +129,7 @@ def compare(
         "gradient": (1 + score) * max(1.0, values) * max(1.0, queries, keys) * many,
         "sums": sums * max(keys, values),
         "numbers": sums * max(keys, values, inputs.keys.shape[2]),
+        **dict.fromkeys(("evidence", "window_evidence"), (1 + score) * max(1.0, values**2) * many),
     }
     eps = eps_of(inputs.keys.dtype)
     moved = None if again is None else (lambda change: again(inputs.mapped(change)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
@@ -39,15 +41,18 @@ def tokens_left(policy: Policy, seen: int) -> int:
 
 
 def slots_allowed(policy: Policy, left: int) -> tuple[int, int]:
-    """Slots once `left` tokens have left, and the most that the budget allows, from the definition."""
+    """Slots of a head once `left` tokens have left, and the most that the budget allows, from the definition."""
     if policy.growth is None:
         return min(policy.sinks, left), policy.sinks
-    growth, size = policy.growth.spec, policy.chunk
+    growth, size, ratio = policy.growth.spec, policy.chunk, policy.spec.heads.ratio
     slots = most = 0
     for begin in range(0, left, size):
         seen = begin + (policy.window.capacity or 0)
         allowed = policy.growth.budget(seen if growth.counts == "seen" else begin + size)
-        allowed = min(max(policy.sinks, allowed), begin + size)
+        allowed = max(policy.sinks, allowed)
+        if allowed > policy.sinks:  # a head's share, rounded to the nearest, of what is no sink: one at least
+            allowed = policy.sinks + max(1, math.floor(ratio * (allowed - policy.sinks) + 0.5))
+        allowed = min(allowed, begin + size)
         whole = begin == 0 and growth.first_chunk == "whole"
         slots += size if whole else min(size, max(0, allowed - slots))
         most = max(most, allowed, size if growth.first_chunk == "whole" else 0)
@@ -91,4 +96,6 @@ def sums_of_tokens(policy: Policy, inputs: Inputs, row: int, founded: Tensor) ->
         founded[None],
         torch.arange(tokens) < policy.chunk,
     )
+    if policy.merging.of == "values":  # a slot's key is its founder's, just as that brought it
+        for_keys = founded[None].double()
     return keys * for_keys[0].unsqueeze(-1), values * for_values[0].unsqueeze(-1), mass[0]

@@ -11,7 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from memkit.catalog import as_policy
 from memkit.pieces.admission import NoveltySpec
 from memkit.pieces.growth import LinearGrowthSpec, NoGrowthSpec
+from memkit.pieces.heads import HeadsSpec
 from memkit.pieces.merging import MeanSpec
+from memkit.pieces.observation import ObservationSpec
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.rotary import KeepSpec
 from memkit.pieces.routing import NearestSpec
@@ -23,6 +25,10 @@ from memkit.testing.law import law
 from memkit.testing.laws.policy.comparing import compare, in_pieces
 
 __all__ = ["limits"]
+
+
+ALONE = {"observe": ObservationSpec(), "eviction": "never", "heads": HeadsSpec()}
+"""Of those that have no slots to judge or to share."""
 
 
 @law("limits", "policy")
@@ -37,14 +43,15 @@ def limits(policy: Policy, case: Case) -> None:
     if isinstance(spec.growth, NoGrowthSpec):
         full, window = spec.model_copy(update={"window": BlockWindowSpec(chunks=2)}), spec
     else:
-        full, window = spec, spec.model_copy(update={"growth": NoGrowthSpec()})
-    founds = full.routing.build().founds
+        full, window = spec, spec.model_copy(update={"growth": NoGrowthSpec(), **ALONE})
+    founds, admission = full.routing.build().founds, full.admission.build()
+    judges = admission is not None and admission.needs_evidence
     full = PolicySpec(
         chunker=full.chunker,
         window=full.window,
         sinks=full.sinks,
         growth=LinearGrowthSpec(fraction=1.0, counts=getattr(full.growth, "counts", "seen")),
-        admission=full.admission if founds else NoveltySpec(),
+        admission=full.admission if founds and not judges else NoveltySpec(),
         routing=full.routing if founds else NearestSpec(similarity=getattr(full.routing, "similarity", "dot")),
         merging=MeanSpec(),
         readout=ReadoutSpec(bias="none" if full.readout.bias == "none" else "count"),
