@@ -39,6 +39,7 @@ class Rules:
         self.spec = inputs.policy.spec
         self.scale = inputs.checked_scale
         self.chunk = inputs.policy.chunk
+        self.cut_by_caller = self.spec.chunker.kind == "boundaries"
         self.slots_after_chunks = [0]
         self.sinks_are_tokens = self.spec.growth.kind == "none"
         learned = inputs.parameters
@@ -79,6 +80,20 @@ class Rules:
             granted = min(size, max(0, allowed - slots))
             after.append(slots + (size if begin == 0 and growth.first_chunk == "whole" else granted))
         return after[left // size] if left else 0
+
+    def granted(self, slots: int, begin: int, end: int, arrives: int) -> int:
+        """How many of tokens begin … end − 1 found a slot as they leave together, where there are `slots`.
+
+        They leave because the token `arrives` begins a chunk; where the caller says where chunks end.
+        """
+        growth = self.spec.growth
+        if self.sinks_are_tokens:
+            return max(0, min(self.spec.sinks, end) - begin)
+        assert isinstance(growth, GrowthSpec)
+        if begin == 0 and growth.first_chunk == "whole":
+            return end
+        allowed = min(max(self.spec.sinks, self.budget(arrives if growth.counts == "seen" else end)), end)
+        return min(end - begin, max(0, allowed - slots))
 
     def budget(self, tokens: int) -> int:
         """Slots allowed after so many tokens: min(cap, max(floor, ⌊f(n)⌋ rounded down))."""
@@ -139,7 +154,7 @@ class Rules:
         Founders weigh 1 unless `weigh` says otherwise; in the first chunk the radius stays that of the plain value.
         """
         one, weigh = torch.ones_like(weight), self.policy.merging.weighs
-        first = token.position < self.chunk
+        first = token.first
         if founds and not (weigh.first_chunk if first else weigh.founders):
             weight = one
         for_key, for_value = weight if weigh.keys else one, weight if weigh.values else one

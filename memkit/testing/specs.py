@@ -36,6 +36,7 @@ NUMBERS = (1.0, 2.0, 0.5, 0.25, 3.0, 0.1, 0.75)
 
 SIZES: dict[str, st.SearchStrategy[Any]] = {
     "chunker.fixed.size": st.integers(1, 8),
+    "chunker.boundaries.most": st.integers(1, 8),
     "window.block.chunks": st.integers(1, 3),
     "window.sliding.size": st.integers(1, 8),
     "growth.floor": st.sampled_from((0, 0, 1, 2, 5)),
@@ -91,6 +92,8 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     if not remembers:
         readout = _readout_for(draw, fixed, merging, by_runs=False)
         window = piece("window")
+        if chunker.build().given and window.kind != "block":  # it cuts nothing else
+            window = draw(specs("window", "block"))
         return PolicySpec(**families, window=window, growth=NoGrowthSpec(), readout=readout)
 
     window = piece("window")
@@ -110,7 +113,8 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     ):
         # The first chunk must leave a slot to join: see the policy's rule.
         growth = growth.model_copy(update={"first_chunk": "whole"})
-        families["sinks"] = sinks = min(sinks, chunker.build().size - 1)
+        least = 1 if chunker.build().given else chunker.build().size
+        families["sinks"] = sinks = min(sinks, least - 1)
     families |= {"window": window, "routing": routing, "admission": admission}
     families["readout"] = _readout_for(draw, fixed, merging, by_runs)
     if merging.build().joins and growth.floor <= sinks:

@@ -24,8 +24,8 @@ def budget(policy: Policy, case: Case) -> None:
     inputs = case.inputs(policy)
     for stop, _, memory in in_pieces(policy, inputs, case.cuts()):
         for row, seen in enumerate(memory.seen.tolist()):
-            left = tokens_left(policy, seen)
-            allowed, most = slots_allowed(policy, left)
+            left = tokens_left(policy, inputs, row, seen)
+            allowed, most = slots_allowed(policy, inputs, row, left)
             slots = int(memory.slots[row])
             if slots != allowed:
                 raise Broken(
@@ -36,7 +36,10 @@ def budget(policy: Policy, case: Case) -> None:
             filled = memory.counts[row]
             if filled.shape[-1] and (bool((filled[:, :slots] < 1).any()) or bool((filled[:, slots:] != 0).any())):
                 raise Broken(f"row {row}: {slots} slots hold these counts of tokens:\n{show(filled)}")
-        budgets = [slots_allowed(policy, tokens_left(policy, seen))[1] for seen in memory.seen.tolist()]
+        budgets = [
+            slots_allowed(policy, inputs, row, tokens_left(policy, inputs, row, seen))[1]
+            for row, seen in enumerate(memory.seen.tolist())
+        ]
         room, bound = memory.sums.shape[2], 2 * max(budgets)
         if room > bound + policy.chunk:
             raise Broken(f"room for {room} slots after {stop} tokens; the bound is {bound} + {policy.chunk}")

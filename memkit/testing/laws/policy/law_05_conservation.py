@@ -9,7 +9,7 @@ from memkit.memory import Memory
 from memkit.pieces.statistics import MASS
 from memkit.policy import Policy
 from memkit.testing.agreement import agree, show, size
-from memkit.testing.cases import Case
+from memkit.testing.cases import Case, Inputs
 from memkit.testing.law import Broken, law
 from memkit.testing.laws.policy.definitions import SUMS_EPS, sums_eps, sums_of_tokens, tokens_left
 
@@ -26,12 +26,12 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
     policy = as_policy(policy)
     inputs = case.inputs(policy)
     if not policy.plans_ahead:
-        _counts(policy, case, inputs.attend(policy)[1])
+        _counts(policy, case, inputs, inputs.attend(policy)[1])
         return
     plan = inputs.plan(policy)
     memory = inputs.attend(policy, plan=plan)[1]
     for row, length in enumerate(case.lengths):
-        left = tokens_left(policy, length)
+        left = tokens_left(policy, inputs, row, length)
         left = left if not policy.sinks_only else min(left, policy.sinks)
         taken = plan.slot[row, :, :left] >= 0
         founded = plan.founded[row, :, :left]
@@ -65,11 +65,11 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
         )
 
 
-def _counts(policy: Policy, case: Case, memory: Memory) -> None:
+def _counts(policy: Policy, case: Case, inputs: Inputs, memory: Memory) -> None:
     """Where slots compete: no token is counted twice, and none is lost unless it may be dropped."""
     may_drop = _may_drop(policy)
     for row, length in enumerate(case.lengths):
-        left, counts = tokens_left(policy, length), memory.counts[row].sum(-1)
+        left, counts = tokens_left(policy, inputs, row, length), memory.counts[row].sum(-1)
         if bool((counts > left).any()) or (not may_drop and bool((counts < left).any())):
             raise Broken(f"row {row}: {left} tokens left the window, the slots count {counts.tolist()}")
 
