@@ -125,8 +125,8 @@ class PolicySpec(NamedSpec):
 def _boundaries_need_chunks(spec: PolicySpec) -> None:
     if spec.chunker.build().given and not isinstance(spec.window, BlockWindowSpec):
         raise ValueError(
-            f"chunker: {spec.chunker.kind} says where chunks end, and a window of kind {spec.window.kind} has no chunks; "
-            "use window: {kind: block, chunks: 2}, or leave chunker out"
+            f"chunker: {spec.chunker.kind} says where chunks end, and a window of kind {spec.window.kind} has no "
+            "chunks; use window: {kind: block, chunks: 2}, or leave chunker out"
         )
 
 
@@ -265,8 +265,9 @@ class Policy:
     """A policy's pieces, and what follows from them alone. Never changes, so that threads and copies may share it.
 
     chunk: tokens that leave together (0 where nothing leaves), at most where takes_boundaries: the caller says where
-    chunks end; sinks_only: growth is none, so that slots are sinks and nothing else, each a plain token, which queries meet as they meet the window; head_ratios: how many times the
-    growth's slots each head gets, where heads differ (then each `head_policies` tells what one of them does).
+    chunks end; sinks_only: growth is none, so that slots are sinks and nothing else, each a plain token, which queries
+    meet as they meet the window; head_ratios: how many times the growth's slots each head gets, where heads differ
+    (then each `head_policies` tells what one of them does).
     """
 
     def __init__(self, spec: PolicySpec) -> None:

@@ -77,9 +77,8 @@ class Course(ABC):
                 found.append(int(self.slots(left)[row]))
             rows.append(found or [int(self.slots(left)[row])])
         longest = max((len(row) for row in rows), default=0) if most else 0
-        return np.array([(row + row[-1:] * longest)[:longest] for row in rows], dtype=np.int64).reshape(
-            len(rows), longest
-        )
+        table = [(row + row[-1:] * longest)[:longest] for row in rows]
+        return np.array(table, dtype=np.int64).reshape(len(rows), longest)
 
 
 class _Even(Course):

@@ -44,8 +44,8 @@ class LeavingChunk:
 class Step:
     """Queries start … stop − 1 of this call, during which no chunk leaves any window; before it, those `leaving` do.
 
-    leaving: chunks of different lengths, at most one of each row; active [b]: rows with a token in this step; first [b]: the first column each row sees exactly (at the step's first
-    query); slots [b]: slots each row reads.
+    leaving: chunks of different lengths, at most one of each row; active [b]: rows with a token in this step; first
+    [b]: the first column each row sees exactly (at the step's first query); slots [b]: slots each row reads.
     """
 
     start: int

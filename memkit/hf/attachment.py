@@ -15,6 +15,7 @@ function stays in the registry, where nothing else names it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
+from memkit.hf.boundaries import boundary_ids, ends_of_chunks
 from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
 from memkit.hf.decoder import NAME, Decoder, facts_of, find_decoder, kv_heads_of
 from memkit.hf.hooks import Life, hook, put_right, unhook
@@ -44,7 +46,13 @@ OUTER = "memkit_outer"
 MOVING_FREQUENCIES = ("dynamic", "longrope")
 
 
-def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = "policy") -> Attached:
+def attach(
+    model: Any,
+    policy: AnyLayers | LayerFunction,
+    *,
+    prefill: Prefill = "policy",
+    boundaries: Collection[int] | None = None,
+) -> Attached:
     """Every attention layer of `model` remembers as `policy` says, until the `with` block ends or `detach` is called.
 
     ```python
@@ -76,6 +84,8 @@ def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = 
             exactly, and all that is older than the window then leaves at once (`memkit.compress`); from there on the
             policy goes on. What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in
             the first call.
+        boundaries: token ids that are the last of their chunk (ends of sentences, of messages), for policies with
+            `chunker: boundaries`. Calls must then give `input_ids`.
 
     Raises:
         ModelError: no such model, one that is attached already, or one whose attention does what no memory can (soft
@@ -87,7 +97,7 @@ def attach(model: Any, policy: AnyLayers | LayerFunction, *, prefill: Prefill = 
     decoder = find_decoder(model)
     put_right(decoder.owner)
     check_free(decoder)
-    return Attached(decoder, _Attachment(decoder, policy, prefill))
+    return Attached(decoder, _Attachment(decoder, policy, prefill, boundaries))
 
 
 class Attached:
@@ -157,7 +167,13 @@ class _Attachment:
     policies, facts: of each attention layer, by its number.
     """
 
-    def __init__(self, decoder: Decoder, policy: AnyLayers | LayerFunction, prefill: Prefill) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        policy: AnyLayers | LayerFunction,
+        prefill: Prefill,
+        boundaries: Collection[int] | None,
+    ) -> None:
         if prefill not in ("policy", "full"):
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
         self.prefill: Prefill = prefill
@@ -171,6 +187,8 @@ class _Attachment:
             check_policy(each)
             if each.needs_rotation or (prefill == "full" and asks_next(each)):
                 check_rotation(decoder, layer, self.facts[layer])
+        cut = any(each.takes_boundaries for each in self.policies.values())
+        self.boundaries = boundary_ids(boundaries, self.config, cut, prefill)
         forward = type(decoder.module).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
@@ -190,7 +208,8 @@ class _Attachment:
         takes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values())
         if takes and OUTER not in kwargs and (self.tower or known.get("labels") is None):
             kinds = known.get("token_type_ids")
-            return args, kwargs | {OUTER: Outer(mask, kinds is not None and bool((kinds != 0).any()))}
+            images = kinds is not None and bool((kinds != 0).any())
+            return args, kwargs | {OUTER: Outer(mask, images, known.get("input_ids"))}
         return None
 
     def after_outer(self, _model: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
@@ -210,6 +229,7 @@ class _Attachment:
             raise InputError("a memory is causal, got is_causal False; leave it out")
         tokens = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         rows, columns = tokens.shape[:2]
+        ids = arguments.get("input_ids")
 
         given, layers = take_cache(arguments), None
         outer: Outer | None = arguments.pop(OUTER, None)
@@ -253,7 +273,13 @@ class _Attachment:
             given.layers, given.layer_class_to_replicate = self.fresh_layers(there), None
         arguments[self.cache_name] = cache
         present = None if now is None else Present(now)
-        arguments["memkit_call"] = Call(self.policies, self.facts, self.prefill, cache, present, outer)
+        ends = None
+        if self.boundaries is not None:
+            ends = ends_of_chunks(self.boundaries, ids if ids is not None or outer is None else outer.ids, tokens)
+        if ends is not None and present is not None:
+            ends = present.flags_to_the_left(ends)
+        facts = (self.policies, self.facts, self.prefill)
+        arguments["memkit_call"] = Call(*facts, cache, present, outer, boundaries=ends)
         return (), arguments
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:

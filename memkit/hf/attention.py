@@ -46,6 +46,10 @@ class Present:
         """[b, h, t, d] with each row's tokens where they stood."""
         return tensor if self.order is None else self._at(tensor, self.order.argsort(dim=1))
 
+    def flags_to_the_left(self, flags: Tensor) -> Tensor:
+        """[b, t] bool with those of each row's tokens first."""
+        return flags if self.order is None else flags.gather(1, self.order.to(flags.device))
+
     @staticmethod
     def _at(tensor: Tensor, columns: Tensor) -> Tensor:
         return tensor.gather(
@@ -59,11 +63,13 @@ class Outer:
 
     mask: its attention mask, which a model of text and images may not hand on as it is;
     images: whether some of its tokens are marked as an image's;
+    ids: its token ids, which a model of text and images hands on as embeddings;
     caches: those of the decoder's calls in it, whole once it has run to its end.
     """
 
     mask: Tensor | None
     images: bool
+    ids: Tensor | None = None
     caches: list[Cache] = field(default_factory=list)
 
 
@@ -77,6 +83,8 @@ class Call:
     cache: Cache | None
     present: Present | None
     outer: Outer | None
+    boundaries: Tensor | None = None
+    """[b, t] bool on the CPU: which tokens are the last of their chunk, each row's moved to the left; None: none is."""
 
 
 def _attention(
@@ -110,10 +118,11 @@ def _attention(
     if present is not None:
         query, key, value = (present.to_the_left(each) for each in (query, key, value))
     lengths = None if present is None else present.lengths
+    boundaries = call.boundaries if policy.takes_boundaries else None
     if layer is None:
-        output, _ = run(policy, facts, call.prefill, None, query, key, value, scaling, lengths)
+        output, _ = run(policy, facts, call.prefill, None, query, key, value, scaling, lengths, boundaries)
     else:
-        output = layer.read(facts, call.prefill, query, key, value, scaling, lengths)
+        output = layer.read(facts, call.prefill, query, key, value, scaling, lengths, boundaries)
     if present is not None:
         output = present.back(output)
     return output.transpose(1, 2).contiguous(), None
@@ -137,8 +146,9 @@ def run(
     value: Tensor,
     scale: float | None,
     lengths: Tensor | None,
+    boundaries: Tensor | None,
 ) -> tuple[Tensor, Memory]:
-    """A layer's outputs [b, h, t, v], and its memory after this call. Tensors and lengths as for `attend`.
+    """A layer's outputs [b, h, t, v], and its memory after this call. Tensors, lengths, boundaries as for `attend`.
 
     prefill: `full`: where there is no memory yet, the tokens are read exactly and then compressed at once.
     """
@@ -150,4 +160,5 @@ def run(
             assert facts.rotation is not None  # checked when the model was attached
             readers = next_readers(query, facts.rotation)
         return output, compress(policy, query, key, value, rotation=rotation, scale=scale, readers=readers)
-    return attend(policy, query, key, value, rotation=rotation, scale=scale, memory=memory, lengths=lengths)
+    rest = {"rotation": rotation, "scale": scale, "memory": memory, "lengths": lengths, "boundaries": boundaries}
+    return attend(policy, query, key, value, **rest)

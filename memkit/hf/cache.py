@@ -126,9 +126,11 @@ class MemoryLayer(CarryingLayer):
         value: Tensor,
         scale: float | None,
         lengths: Tensor | None,
+        boundaries: Tensor | None,
     ) -> Tensor:
         """Outputs [b, h, t, v] of tokens that follow those it has read; arguments as for `attention.run`."""
-        output, self.memory = run(self.policy, facts, prefill, self.memory, query, key, value, scale, lengths)
+        given = (query, key, value, scale, lengths, boundaries)
+        output, self.memory = run(self.policy, facts, prefill, self.memory, *given)
         self.columns += query.shape[2]
         return output
 

@@ -33,9 +33,10 @@ def blank(
     rotation: Rotation | None,
     device: str = "meta",
 ) -> Memory:
-    """The memory after a prefill of `tokens` tokens in every row, none of them a boundary; on the device `meta` it takes no room at all.
+    """The memory after a prefill of `tokens` tokens in every row; on the device `meta` it takes no room at all.
 
-    heads, kv_heads: query heads, and key/value heads; rotation: as the calls that go on with it will give it.
+    None of the tokens is a boundary. heads, kv_heads: query heads, and key/value heads; rotation: as the calls that go
+    on with it will give it.
     """
     held = tokens - int(policy.window.begin(tokens - 1))
     room, slots, wide = room_for(policy, held), policy.slots_after(tokens), torch.promote_types(dtype, torch.float32)

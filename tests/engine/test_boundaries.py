@@ -105,7 +105,8 @@ def test_memory_that_sees_its_readers_is_as_the_oracle_says(name: str):
         assert memory.cuts == known.cuts
         assert torch.equal(memory.counts, known.counts)
         observed, theirs = memory.observed, known.observed
-        assert observed is not None and theirs is not None
+        assert observed is not None
+        assert theirs is not None
         for row, (begins, tokens) in enumerate(zip(known.cuts.begins, RAGGED.lengths, strict=True)):
             going = 0 if known.cuts.opens(known.seen_rows, MOST)[row] else tokens - begins[-1]
             assert_close(
@@ -170,7 +171,8 @@ def test_a_memory_carries_its_chunks_wherever_it_goes(tmp_path: Path):
         assert each.cuts == memory.cuts, way
         assert torch.equal(rest.attend(policy, memory=each)[0], expected), way
     turned = memory.reorder([2, 0])
-    assert turned.cuts is not None and memory.cuts is not None
+    assert turned.cuts is not None
+    assert memory.cuts is not None
     assert turned.cuts.begins == (memory.cuts.begins[2], memory.cuts.begins[0])
     assert turned.slots.tolist() == memory.slots[[2, 0]].tolist()
 
@@ -186,10 +188,10 @@ def test_slots_are_granted_by_what_has_left_and_by_who_arrives():
             window={"kind": "block", "chunks": 1},
             growth={"kind": "linear", "fraction": 0.5, "floor": 1, "counts": counts, "first_chunk": "budget"},
         ).build()
-        output, memory, slots[counts] = None, None, []
+        memory, slots[counts] = None, []
         for token in range(12):
             here = tokens[:, :, token : token + 1]
-            output, memory = memkit.attend(
+            _, memory = memkit.attend(
                 policy, here, here, here, memory=memory, boundaries=boundaries[:, token : token + 1]
             )
             slots[counts].append(int(memory.slots))
@@ -246,7 +248,7 @@ def test_a_policy_that_cuts_by_itself_takes_no_boundaries():
 
 @pytest.mark.parametrize("window", [{"kind": "all"}, {"kind": "sliding", "size": 8}])
 def test_a_window_without_chunks_is_refused(window: dict[str, Any]):
-    with pytest.raises(memkit.PolicyError, match="has no chunks; use window: {kind: block, chunks: 2}"):
+    with pytest.raises(memkit.PolicyError, match=r"has no chunks; use window: \{kind: block, chunks: 2\}"):
         memkit.PolicySpec(chunker={"kind": "boundaries"}, window=window)
 
 
@@ -255,5 +257,5 @@ def test_a_budget_must_do_for_the_shortest_chunks():
         "window": {"kind": "block", "chunks": 1}, "sinks": 2, "growth": {"kind": "linear", "fraction": 0.5},
     }  # fmt: skip
     memkit.PolicySpec(chunker={"kind": "fixed", "size": 8}, **fields)
-    with pytest.raises(memkit.PolicyError, match="raise growth.floor above 2"):
+    with pytest.raises(memkit.PolicyError, match=r"raise growth\.floor above 2"):
         memkit.PolicySpec(chunker={"kind": "boundaries", "most": 8}, **fields)
