@@ -348,7 +348,7 @@ def _heads_mixed_up(right):
 
 
 def _one_slot_more(right):
-    return lambda self, begin: right(self, begin) + (self.growth is not None)
+    return lambda self, *chunk: right(self, *chunk) + (self.growth is not None)
 
 
 def _padding_counted(right):
@@ -356,7 +356,7 @@ def _padding_counted(right):
 
 
 def _one_chunk_late(right):
-    return lambda self, leaves, left: None if self.tokens == 1 else right(self, leaves, left)
+    return lambda self, leaves, left: iter(()) if self.tokens == 1 else right(self, leaves, left)
 
 
 def _window_too_long(right):

@@ -39,15 +39,11 @@ class Reader(Protocol):
     """What generates: a model that reads token ids, goes on from a memory, and has a head."""
 
     spec: ModelSpec
+    takes_boundaries: bool
 
     @property
     def head(self) -> nn.Linear:
         """States [b, width] → logits [b, vocabulary]."""
-        ...
-
-    @property
-    def takes_boundaries(self) -> bool:
-        """Whether any layer lets the caller say where chunks end."""
         ...
 
     def read(

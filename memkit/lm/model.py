@@ -76,10 +76,13 @@ class MemoryLM(nn.Module):
         self.activation_checkpointing = False
         self.embedding = nn.Embedding(spec.vocabulary, spec.width)
         self.embedding_norm = nn.LayerNorm(spec.width)
-        self.blocks = nn.ModuleList(Block(mixer, spec, layer) for layer, mixer in enumerate(spec.mixers))
+        blocks = [Block(mixer, spec, layer) for layer, mixer in enumerate(spec.mixers)]
+        self.blocks = nn.ModuleList(blocks)
         self.head_norm = nn.LayerNorm(spec.width)
         self.head = Linear(spec.width, spec.vocabulary)
         mixers = spec.mixers
+        self.takes_boundaries = any(block.mixer.takes_boundaries for block in blocks)
+        """Whether any layer lets the caller say where chunks end."""
         self._first_of_kind = [mixers.index(mixer) for mixer in mixers]
         if not self.head.weight.is_meta:
             self.initialise()
@@ -257,11 +260,6 @@ class MemoryLM(nn.Module):
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(f"{file}: not this model's weights: {' '.join(str(error).split())[:300]}") from None
         return made.requires_grad_().eval()
-
-    @property
-    def takes_boundaries(self) -> bool:
-        """Whether any layer lets the caller say where chunks end."""
-        return any(isinstance(block, Block) and block.mixer.takes_boundaries for block in self.blocks)
 
     def _span(self, ids: Tensor, memory: ModelMemory | None, lengths: Tensor | None, boundaries: Tensor | None) -> Span:
         """The call's tokens, checked."""

@@ -64,8 +64,11 @@ class Cuts:
 
     def of_rows(self, rows: Sequence[int]) -> Cuts:
         """Those of some rows, in this order."""
-        begins, ended, slots = ([each[row] for row in rows] for each in (self.begins, self.ended, self.slots))
-        return Cuts(tuple(begins), tuple(ended), tuple(slots))
+        return Cuts(
+            tuple(self.begins[row] for row in rows),
+            tuple(self.ended[row] for row in rows),
+            tuple(self.slots[row] for row in rows),
+        )
 
     def tensors(self, chunks: int) -> dict[str, Tensor]:
         """As a file holds them: begins [b, chunks] with −1 where there is none, ended [b] bool, slots [b]."""

@@ -6,6 +6,7 @@ put together by hand is refused before a call can stumble over it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zlib
@@ -124,6 +125,9 @@ def _wrong_heads(part: Contents, first: Contents, heads: int) -> str | None:
         return f"keys must be of {heads} heads, got {part.tensors['keys'].shape[1]}"
     if not torch.equal(part.tensors["seen"], first.tensors["seen"]):
         return "heads must have seen the same tokens"
+    for name in ("chunk_begins", "chunk_ended"):
+        if name in first.tensors and not torch.equal(part.tensors[name], first.tensors[name]):
+            return f"{name} must be the same in all heads"
     if part.tensors["keys"].dtype != first.tensors["keys"].dtype:
         return "heads must be of one dtype"
     return None
@@ -242,8 +246,7 @@ def _wrong_cuts(policy: Policy, cuts: Cuts, seen: np.ndarray, room: int) -> str 
     assert isinstance(window, BlockWindow)
     for row, (begins, ended, slots) in enumerate(zip(cuts.begins, cuts.ended, cuts.slots, strict=True)):
         tokens = int(seen[row])
-        ends = [*begins[1:], tokens]
-        lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        lengths = [end - begin for begin, end in itertools.pairwise((*begins, tokens))]
         few = len(begins) < window.chunks and begins[:1] not in ((), (0,))
         missing = (tokens > 0) != bool(begins) or (ended and not begins) or few
         if missing or any(not 0 < length <= policy.chunk for length in lengths) or (begins and begins[0] < 0):

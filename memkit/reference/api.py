@@ -138,8 +138,11 @@ def written(rules: Rules, inputs: AttendInputs, heads: list[list[Head]]) -> Memo
         observed = torch.stack([heard(row, int(seen[r])) for r, row in enumerate(heads)]).to(keys.dtype)
     cuts = None
     if rules.cut_by_caller:
-        begins, ended = (tuple(each) for each in ((tuple(h.chunks) for h in first), (h.ended for h in first)))
-        cuts = Cuts(begins, ended, tuple(len(head.slots) for head in first))
+        cuts = Cuts(
+            tuple(tuple(head.chunks) for head in first),
+            tuple(head.ended for head in first),
+            tuple(len(head.slots) for head in first),
+        )
     return Memory(rules.policy, seen, Window(streams, keep), store, next_positions, observed, cuts=cuts)
 
 

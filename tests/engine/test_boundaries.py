@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def test_memory_that_sees_its_readers_is_as_the_oracle_says(name: str):
         assert memory.cuts == known.cuts
         assert torch.equal(memory.counts, known.counts)
         observed, theirs = memory.observed, known.observed
+        assert known.cuts is not None
         assert observed is not None
         assert theirs is not None
         for row, (begins, tokens) in enumerate(zip(known.cuts.begins, RAGGED.lengths, strict=True)):
@@ -259,3 +261,73 @@ def test_a_budget_must_do_for_the_shortest_chunks():
     memkit.PolicySpec(chunker={"kind": "fixed", "size": 8}, **fields)
     with pytest.raises(memkit.PolicyError, match=r"raise growth\.floor above 2"):
         memkit.PolicySpec(chunker={"kind": "boundaries", "most": 8}, **fields)
+
+
+@torch.no_grad()
+def test_heads_with_unequal_numbers_of_slots_have_the_same_chunks(tmp_path: Path):
+    fields = COMPETING | {"heads": {"ratios": [0.5, 1.5]}}
+    policy = memkit.PolicySpec(**fields).build()
+    inputs = RAGGED.inputs(policy)
+    output, memory = inputs.attend(policy)
+    for head, (_, part) in enumerate(policy.head_policies):
+        alone, own = inputs.head(head).attend(part)
+        assert_close(output[:, 2 * head : 2 * head + 2], alone, tolerance(torch.float64), f"head {head}")
+        assert memory.parts[head].cuts == own.cuts  # type: ignore[attr-defined]
+    pieces, after = in_pieces(policy, inputs, RAGGED)
+    assert_close(pieces, output, tolerance(torch.float64), "pieces")
+    assert after.held_rows.tolist() == memory.held_rows.tolist()
+    memory.save(tmp_path / "memory.safetensors")
+    assert memkit.Memory.load(tmp_path / "memory.safetensors", policy).cuts == memory.cuts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("cuts", "said"),
+    [
+        ({"begins": ((7, 7), (0, 2))}, "chunk_begins must be chunks of 1 to 8 tokens in order, up to the 12 seen"),
+        ({"begins": ((0, 3), (2, 8))}, "chunk_begins must be chunks of 1 to 8 tokens"),
+        ({"begins": ((), (2, 8))}, "chunk_begins must be chunks"),
+        ({"begins": ((8,), (2, 8))}, "chunk_begins must be chunks"),
+        ({"slots": (9, 2)}, "chunk_slots must lie between 2 and 3 after 3 tokens have left, got 9 in row 0"),
+        ({"slots": (0, 2)}, "chunk_slots must lie between 2 and"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, cuts: dict[str, Any], said: str):
+    policy = memkit.PolicySpec(**OBSERVED | {"rotary": {"kind": "keep"}}).build()
+    tokens, boundaries = torch.randn(2, 1, 12, 4), torch.zeros(2, 12, dtype=torch.bool)
+    boundaries[0, [2, 7]] = boundaries[1, [1, 7]] = True
+    memory = memkit.attend(policy, tokens, tokens, tokens, boundaries=boundaries)[1]
+    assert memory.cuts is not None
+    assert memory.cuts.begins == ((3, 8), (2, 8))
+    memory.cuts = dataclasses.replace(memory.cuts, **cuts)
+    memory.save(tmp_path / "memory.safetensors")
+    with pytest.raises(memkit.MemoryStateError, match=said):
+        memkit.Memory.load(tmp_path / "memory.safetensors", policy)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SEEING)
+def test_costs_are_those_of_chunks_of_most_tokens(name: str):
+    policy = memkit.PolicySpec(**SEEING[name]).build()
+    tokens = 61
+    entry = memkit.cost(policy, tokens, heads=2, kv_heads=1, head_width=8)
+    shapes = [(1, heads, tokens, 8) for heads in (2, 1, 1)]
+    rotation = memkit.Rotation("adjacent", 8, torch.ones(4))
+    memory = memkit.attend(policy, *[torch.randn(shape) for shape in shapes], rotation=rotation)[1]
+    assert entry.bytes == memory.bytes
+    assert entry.slots == int(memory.slots)
+
+
+@torch.no_grad()
+def test_a_text_compressed_at_once_goes_on_with_boundaries():
+    policy = memkit.PolicySpec(**COMPETING | {"rotary": {"kind": "keep"}}).build()
+    tokens = torch.randn(1, 1, 41, 4)
+    part, rest = tokens[:, :, :30], tokens[:, :, 30:]
+    memory = memkit.compress(policy, part, part, part)
+    assert memory.cuts is not None
+    assert memory.cuts.begins == ((16, 24),)
+    ends = torch.zeros(1, 11, dtype=torch.bool)
+    ends[0, 3] = True
+    memory = memkit.attend(policy, rest, rest, rest, memory=memory, boundaries=ends)[1]
+    assert memory.cuts is not None
+    assert memory.cuts.begins == ((32, 34),), "24-31 are 8 tokens; 32 and 33 end with a boundary"
