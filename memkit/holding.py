@@ -1,4 +1,7 @@
-"""How many bytes memories hold: the engine runs on tensors without numbers, and what it keeps is counted."""
+"""How many bytes memories hold: the engine decodes a few tokens, and what it keeps is counted.
+
+Large memories are tensors without numbers. Small ones are real: each operation without numbers takes longer.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy
 
 __all__ = ["Held", "Shape", "held_bytes"]
+
+SMALL = 2**24
+"""Bytes up to which a memory is made for its size alone."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def held_bytes(parts: Sequence[tuple[Policy, Shape]], tokens: int) -> Held:
     slots = window = 0
     courses: list[dict[int, int]] = []
     for policy, shape in parts:
-        memory = _blank(policy, shape, tokens, "meta")
+        memory = _blank(policy, shape, tokens, "cpu" if _largest(policy, shape, tokens) <= SMALL else "meta")
         of_slots = sum(tensor.untyped_storage().nbytes() for tensor in memory.store.tensors())
         slots += shape.layers * of_slots
         window += shape.layers * (memory.bytes - of_slots)
@@ -70,6 +76,13 @@ def held_bytes(parts: Sequence[tuple[Policy, Shape]], tokens: int) -> Held:
         last = [course.get(seen, held) for course, held in zip(courses, last, strict=True)]
         most = max(most, sum(last))
     return Held(slots, window, most)
+
+
+def _largest(policy: Policy, shape: Shape, tokens: int) -> int:
+    """Bytes of one layer's memory, or a little more."""
+    seen = tokens - int(policy.window.begin(tokens - 1))
+    a_row = 8 * (shape.head_width + shape.value_width)
+    return shape.rows * shape.kv_heads * a_row * (policy.slots_after(tokens) + seen)
 
 
 def _blank(policy: Policy, shape: Shape, tokens: int, device: str) -> Memory:

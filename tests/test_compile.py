@@ -57,7 +57,7 @@ def _breaks(module: nn.Module, given: Tensor) -> Counter[str]:
         ),
     ],
 )
-@pytest.mark.parametrize("kind", ["layer", "model"])
+@pytest.mark.parametrize("kind", ["layer", pytest.param("model", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(backend: str, kind: str) -> None:
     module = _layer() if kind == "layer" else _model()
     given = torch.randn(2, 50, 32) if kind == "layer" else torch.randint(0, 256, (2, 50))

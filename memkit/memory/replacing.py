@@ -1,8 +1,8 @@
 """FOLD where slots move or are weighed anew: slots compete with tokens, or weigh what their readers told.
 
 All that a row (a slot, or a token on its way into one) carries stands in one line of numbers: its sums, its statistics,
-its evidence, and its key as queries meet it, where that stays its founder's. A fold then is one sum of lines per slot:
-what is a founder's alone is 0 in the lines of those that join.
+its evidence, and its key as queries meet it, where that stays its founder's. A fold then moves the lines that stay, and
+adds the lines of those that join, in which what is a founder's alone is 0.
 """
 
 from __future__ import annotations
