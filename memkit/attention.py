@@ -179,15 +179,22 @@ class MemoryAttention(nn.Module):
         weighed = Need.MERGE_WEIGHTS in self.policy.needs
         self.gate = nn.Linear(width, self.kv_heads, bias=False) if weighed else None
         self.listener: Callable[[dict[str, Any]], None] | None = None
-        """Told what each call asks `attend`, memory and lengths apart; for those who measure."""
+        """Told what each call asks `attend`, memory, lengths and boundaries apart; for those who measure."""
 
-    def forward(self, x: Tensor, memory: Memory | None = None, lengths: Lengths | None = None) -> tuple[Tensor, Memory]:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Memory | None = None,
+        lengths: Lengths | None = None,
+        boundaries: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
         """x [b, t, width] → y [b, t, width] and the memory to go on with.
 
         memory: what an earlier call returned (without gradients this call takes it over, see `memkit.attend`);
-        lengths [b]: valid tokens of this call per row, the rest padding on the right, whose y is 0.
+        lengths [b]: valid tokens of this call per row, the rest padding on the right, whose y is 0;
+        boundaries [b, t] bool: which tokens are the last of their chunk, only with `chunker: boundaries`.
         """
-        return self.remember(x, self.query(x), self.key(x), self.value(x), memory, lengths)
+        return self.remember(x, self.query(x), self.key(x), self.value(x), memory, lengths, boundaries)
 
     def remember(
         self,
@@ -197,6 +204,7 @@ class MemoryAttention(nn.Module):
         values: Tensor,
         memory: Memory | None = None,
         lengths: Lengths | None = None,
+        boundaries: Tensor | None = None,
     ) -> tuple[Tensor, Memory]:
         """What follows the projections, for layers that do something of their own to them.
 
@@ -225,7 +233,7 @@ class MemoryAttention(nn.Module):
         }
         if self.listener is not None:
             self.listener(given)
-        output, memory = attend(self.policy, **given, memory=memory, lengths=lengths)
+        output, memory = attend(self.policy, **given, memory=memory, lengths=lengths, boundaries=boundaries)
         return self.output(rearrange(output, "b h t d -> b t (h d)")), memory
 
     def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, float | None]:

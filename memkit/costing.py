@@ -151,6 +151,9 @@ def cost(
     `tokens` and pays its share, 1/C, of routing the next chunk that leaves. Left out, all linear in the tokens:
     projections, softmax, norms, rotary, the sums themselves, and what a kernel computes only to mask it.
 
+    Where the caller says where chunks end (`chunker: boundaries`), all this is of chunks of `most` tokens, as if nobody
+    had said so: no window is longer.
+
     The exponent is the slope, by least squares in log–log, of attention + routing over a prefill at 4k, 8k … 1M tokens.
 
     Raises `InputError` for numbers that do not fit, `PolicyError` as `load_policy` does.

@@ -25,7 +25,7 @@ from memkit.pieces.rotary import KeepSpec, Rotary, RotarySpec
 from memkit.pieces.routing import Discard, NearestSpec, Routing, RoutingSpec
 from memkit.pieces.statistics import COUNT, MASS, Statistic
 from memkit.pieces.storage import StorageSpec
-from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec, WindowSpec
+from memkit.pieces.window import AllWindowSpec, BlockWindowSpec, SlidingWindowSpec, WindowSpec
 
 __all__ = ["Policy", "PolicySpec"]
 
@@ -107,6 +107,7 @@ class PolicySpec(NamedSpec):
     @model_validator(mode="after")
     def _consistent(self) -> PolicySpec:
         for rule in (
+            _boundaries_need_chunks,
             _growth_needs_a_window,
             _founding,
             _joining,
@@ -120,6 +121,14 @@ class PolicySpec(NamedSpec):
         ):
             rule(self)
         return self
+
+
+def _boundaries_need_chunks(spec: PolicySpec) -> None:
+    if spec.chunker.build().given and not isinstance(spec.window, BlockWindowSpec):
+        raise ValueError(
+            f"chunker: {spec.chunker.kind} says where chunks end, and a window of kind {spec.window.kind} has no "
+            "chunks; use window: {kind: block, chunks: 2}, or leave chunker out"
+        )
 
 
 def _growth_needs_a_window(spec: PolicySpec) -> None:
@@ -153,9 +162,12 @@ def _joining(spec: PolicySpec) -> None:
     if not isinstance(spec.growth, GrowthSpec) or not merging.joins:
         return
     policy = Policy(spec)
-    # Chunks of sinks alone found whole; the budget then decides about the first chunk that has another token.
-    index = spec.sinks // policy.chunk
-    slots = policy._slots_after_next(index, index * policy.chunk)
+    # Chunks of sinks alone found whole; the budget then decides about the first chunk that has another token, which is
+    # the smallest there can be where the caller says where chunks end.
+    chunk = 1 if policy.takes_boundaries else policy.chunk
+    begin = spec.sinks // chunk * chunk
+    window = (policy.window.capacity or 0) // policy.chunk * chunk
+    slots = policy.slots_with_chunk(begin, begin, begin + chunk, begin + window)
     if slots <= spec.sinks:
         raise ValueError(
             f"growth: a budget that can equal its sinks needs merging drop, for a token would have no slot to join; "
@@ -163,7 +175,7 @@ def _joining(spec: PolicySpec) -> None:
             f"raise growth.floor above {spec.sinks}, or write merging: {{kind: drop}}"
         )
     if isinstance(spec.routing, NearestSpec) and not spec.routing.new_slots:
-        whole = spec.growth.first_chunk == "whole" and policy.chunk > spec.sinks
+        whole = spec.growth.first_chunk == "whole" and chunk > spec.sinks
         if not whole and not (spec.sinks == 0 and isinstance(spec.admission, NoveltySpec)):
             raise ValueError(
                 "routing.new_slots: false leaves the first chunk without a slot to join unless it founds whole "
@@ -269,9 +281,10 @@ def _heads(spec: PolicySpec) -> None:
 class Policy:
     """A policy's pieces, and what follows from them alone. Never changes, so that threads and copies may share it.
 
-    chunk: tokens that leave together (0 where nothing leaves); sinks_only: growth is none, so that slots are sinks and
-    nothing else, each a plain token, which queries meet as they meet the window; head_ratios: how many times the
-    growth's slots each head gets, where heads differ (then each `head_policies` tells what one of them does).
+    chunk: tokens that leave together (0 where nothing leaves), at most where takes_boundaries: the caller says where
+    chunks end; sinks_only: growth is none, so that slots are sinks and nothing else, each a plain token, which queries
+    meet as they meet the window; head_ratios: how many times the growth's slots each head gets, where heads differ
+    (then each `head_policies` tells what one of them does).
     """
 
     def __init__(self, spec: PolicySpec) -> None:
@@ -279,11 +292,12 @@ class Policy:
         self.chunker = spec.chunker.build()
         self.window = spec.window.build(self.chunker.size)
         self.chunk = self.window.unit or 0
+        self.takes_boundaries = self.chunker.given
         self.sinks = spec.sinks
         self.growth = spec.growth.build()
         self.head_ratios = spec.heads.uneven
         self.sinks_only = self.growth is None
-        self.observation = spec.observe.build(self.chunker.size)
+        self.observation = spec.observe.build(self.chunker.size, self.takes_boundaries)
         self.storage = spec.storage.build()
         self.admission: Admission | None = None
         self.routing: Routing = Discard()
@@ -416,15 +430,19 @@ class Policy:
         built = {ratio: self.spec.with_ratios(ratio).build() for _, ratio in runs}
         return tuple((heads, built[ratio]) for heads, ratio in runs)
 
-    def budget(self, begin: int) -> int:
-        """Slots allowed once the chunk that starts at token `begin` has left the window, sinks counted."""
-        leaving = begin + self.chunk
+    def budget(self, begin: int, end: int | None = None, arrives: int | None = None) -> int:
+        """Slots allowed once the tokens begin … end − 1 have left the window, as one chunk, sinks counted.
+
+        They leave when the token `arrives` does. Left out: those of a chunk of most tokens, before others as long.
+        """
+        end = begin + self.chunk if end is None else end
         if self.growth is None:
-            return min(self.sinks, leaving)
-        seen = self.growth.spec.counts == "seen"
-        tokens = begin + (self.window.capacity or 0) if seen else leaving
+            return min(self.sinks, end)
+        tokens = end
+        if self.growth.spec.counts == "seen":
+            tokens = begin + (self.window.capacity or 0) if arrives is None else arrives
         budget = self.growth.budget(tokens)
-        return min(share_of(self.spec.heads.ratio, max(self.sinks, budget), self.sinks), leaving)
+        return min(share_of(self.spec.heads.ratio, max(self.sinks, budget), self.sinks), end)
 
     def slots_after_chunk(self, index: int) -> int:
         """Slots once chunks 0 … index have left the window; chunk −1 stands for none.
@@ -441,13 +459,17 @@ class Policy:
 
     def _slots_after_next(self, index: int, slots: int) -> int:
         """Slots once chunk `index` has left, where there are `slots` before."""
-        assert self.growth is not None
-        if index == 0 and self.growth.spec.first_chunk == "whole":
-            return slots + self.chunk
-        return slots + min(self.chunk, max(0, self.budget(index * self.chunk) - slots))
+        return self.slots_with_chunk(slots, index * self.chunk, (index + 1) * self.chunk, None)
+
+    def slots_with_chunk(self, slots: int, begin: int, end: int, arrives: int | None) -> int:
+        """Slots once tokens begin … end − 1 have left as one chunk, where there are `slots` before; see `budget`."""
+        if self.growth is not None and begin == 0 and self.growth.spec.first_chunk == "whole":
+            return slots + end
+        return slots + min(end - begin, max(0, self.budget(begin, end, arrives) - slots))
 
     def slots_after(self, tokens: int) -> int:
-        """Slots there are to read after `tokens` tokens of one row."""
+        """Slots there are to read after `tokens` tokens of one row; where the caller says where chunks end, as long as
+        none is said to."""
         if tokens <= 0 or not self.chunk:
             return 0
         return self.slots_after_chunk(int(self.window.begin(tokens - 1)) // self.chunk - 1)

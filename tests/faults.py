@@ -350,7 +350,7 @@ def _heads_mixed_up(right):
 
 
 def _one_slot_more(right):
-    return lambda self, begin: right(self, begin) + (self.growth is not None)
+    return lambda self, *chunk: right(self, *chunk) + (self.growth is not None)
 
 
 def _padding_counted(right):
@@ -358,7 +358,7 @@ def _padding_counted(right):
 
 
 def _one_chunk_late(right):
-    return lambda self, leaves, left: None if self.tokens == 1 else right(self, leaves, left)
+    return lambda self, leaves, left: iter(()) if self.tokens == 1 else right(self, leaves, left)
 
 
 def _window_too_long(right):
@@ -544,7 +544,15 @@ FAULTS = (
     Fault(laws.values_keep_their_size, ReadsSums),
     Fault(laws.finite_reading, DividesByZero),
     _in_policies(laws.conservation_in_memory, _weights_twice, *CONTRIBUTIONS, merging=WEIGHTED),
-    _in_policies(laws.same_plan_same_answer, _no_gradient_of_weights, *CONTRIBUTIONS, merging=WEIGHS_ALL, growth=GROWS),
+    _in_policies(
+        laws.same_plan_same_answer,
+        _no_gradient_of_weights,
+        *CONTRIBUTIONS,
+        chunker=FixedChunkerSpec(size=2),
+        window=BlockWindowSpec(chunks=1),
+        merging=WEIGHS_ALL,
+        growth=GROWS,
+    ),
     _in_policies(laws.sinks, _sink_overwritten, (forward, "place"), growth=GROWS, sinks=1),
     _in_policies(laws.conservation_in_memory, _last_token_lost, (forward, "place"), growth=GROWS),
     _in_policies(laws.batch_invariance, _heads_mixed_up, (slots, "flat_slots"), growth=GROWS),

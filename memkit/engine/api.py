@@ -39,6 +39,7 @@ def attend(
     scale: float | None = None,
     memory: Memory | None = None,
     lengths: Lengths | None = None,
+    boundaries: Tensor | None = None,
     plan: Plan | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Memory]:
@@ -61,6 +62,8 @@ def attend(
             handle raises when used again, `memory.fork()` copies. With gradients it is left as it is, and they flow
             through.
         lengths: valid tokens of this call per row, [b], 0 … t; the rest is padding on the right, whose outputs are 0.
+        boundaries: bool [b, t]: which of this call's tokens are the last of their chunk, only with `chunker:
+            boundaries`; None: none. The host waits for them where they are on a GPU.
         plan: follow this plan instead of making one.
         backend: "torch", which "auto" is; "reference" is the oracle, token by token in float64.
 
@@ -73,7 +76,9 @@ def attend(
         PolicyError: a policy that is not there or not right.
     """
     found: Any = policy  # becomes a Policy in `_attend`, outside of graphs
-    given = AttendInputs(found, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan)
+    given = AttendInputs(
+        found, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan, boundaries
+    )
     return (_attend_outside_graphs if torch.compiler.is_compiling() else _attend)(given, backend)
 
 
@@ -113,7 +118,8 @@ def plan(
     rotation: Rotation | None = None,
     memory: Memory | None = None,
     lengths: Lengths | None = None,
+    boundaries: Tensor | None = None,
 ) -> Plan:
     """Where each token that leaves the window in such a call goes. Arguments as for `attend`; memory is only read."""
-    given = (weights, parameters, rotation, None, memory, lengths, None)
+    given = (weights, parameters, rotation, None, memory, lengths, None, boundaries)
     return forward.plan(check(AttendInputs(as_policy(policy), None, keys, None, *given)))

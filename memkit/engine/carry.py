@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.schedule import Schedule, on_device
-from memkit.memory import Memory, held
+from memkit.memory import Memory
 from memkit.memory.held import HeldSlots
 from memkit.memory.memory import DecodeBuffer
 from memkit.memory.rows import SlotRules, parameter_versions
@@ -100,6 +100,7 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         if timeline.in_place and opened is memory.store:
             # Decoding makes room for an eighth more, if the schedule will ever grant so many.
             ahead = policy.slots_after(2 * (int(schedule.after.max()) + policy.chunk))
+            ahead = max(ahead, room) if policy.takes_boundaries else ahead
             room = min(room * 9 // 8, ahead)
         store.grow(room)
     return store
@@ -115,7 +116,7 @@ def close(
 ) -> Memory:
     """The memory after the call."""
     policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
-    keep = int(held(policy, schedule.after).max(initial=0))
+    keep, cuts = schedule.keep, schedule.course.cuts
     made_with = parameter_versions(inputs.parameters)
 
     def slots_at_rest() -> HeldSlots:
@@ -135,17 +136,19 @@ def close(
         ends = None if inputs.even else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
         window = timeline.window(keep, room, ends)
         at_rest = slots_at_rest() if once else store.compact()
-        return Memory(policy, schedule.after, window, at_rest, next_positions)
+        return Memory(policy, schedule.after, window, at_rest, next_positions, cuts=cuts)
     assert before is not None
     window, buffer = Window(before.window.streams, before.window.end + tokens), before.buffer
     if buffer is not None and policy.holds_once:
         slots = slots_at_rest()
-        buffer = _refilled(before, buffer, slots, window, keep)
+        buffer = _refilled(before, buffer, slots, window, keep, cuts is None or cuts.alike)
         if buffer is not None:
-            buffer = dataclasses.replace(buffer, until=decodes_until(policy, int(schedule.after[0]), window))
-        return Memory(policy, schedule.after, window, slots, next_positions, buffer=buffer)
+            begun = int(schedule.course.newest()[0])
+            until = decodes_until(policy, int(schedule.after[0]) - begun, window)
+            buffer = dataclasses.replace(buffer, until=until)
+        return Memory(policy, schedule.after, window, slots, next_positions, buffer=buffer, cuts=cuts)
     if once:
-        return Memory(policy, schedule.after, window, slots_at_rest(), next_positions)
+        return Memory(policy, schedule.after, window, slots_at_rest(), next_positions, cuts=cuts)
     compact = store.compact()
     # Where the next token can take the short cut, slots are held once; where folds read all anew, too.
     uneven = not (schedule.after == schedule.after[0]).all()
@@ -153,14 +156,16 @@ def close(
     if store.view is not None and apart and not policy.replaces:
         compact.view = store.view
         compact.view.made_with = made_with
-    return Memory(policy, schedule.after, window, compact, next_positions)
+    return Memory(policy, schedule.after, window, compact, next_positions, cuts=cuts)
 
 
-def _refilled(before: Memory, buffer: DecodeBuffer, slots: HeldSlots, window: Window, keep: int) -> DecodeBuffer | None:
+def _refilled(
+    before: Memory, buffer: DecodeBuffer, slots: HeldSlots, window: Window, keep: int, alike: bool
+) -> DecodeBuffer | None:
     """The buffer with these slots before the last `keep` tokens of the window; None where they do not fit it any more,
-    and the window then stands for itself."""
+    or rows are not alike, and the window then stands for itself."""
     before.about_to_write()
-    if buffer.slots != slots.room or buffer.query_scale is not None or not buffer.slots:
+    if not alike or buffer.slots != slots.room or buffer.query_scale is not None or not buffer.slots:
         window.streams = {name: stream.clone() for name, stream in window.streams.items()}
         return None
     if slots is not before.store:
@@ -174,12 +179,12 @@ def _refilled(before: Memory, buffer: DecodeBuffer, slots: HeldSlots, window: Wi
     return buffer
 
 
-def decodes_until(policy: Policy, seen: int, window: Window) -> int:
-    """The window's end until which single tokens are decoded with nothing else to do, `seen` tokens from the start."""
+def decodes_until(policy: Policy, begun: int, window: Window) -> int:
+    """The window's end until which single tokens are decoded with nothing else to do; begun: tokens of their chunk."""
     if not policy.chunk:
         return window.room
     # The first token of a chunk pushes one out; the last, after which its queries are observed, goes the long way.
-    left = -seen % policy.chunk
+    left = -begun % policy.chunk
     return min(window.room, window.end + max(0, left - policy.observes))
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memkit.engine.course import course_of
 from memkit.engine.inputs import AttendInputs, Lengths, Plan
 from memkit.engine.read import default_scale
 from memkit.errors import InputError, shown
-from memkit.memory import Memory, held
+from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.heads import AUTO
 from memkit.pieces.needs import Need
@@ -29,6 +30,7 @@ def check(given: AttendInputs) -> AttendInputs:
     policy, queries, keys, values, weights = given.policy, given.queries, given.keys, given.values, given.weights
     _check_tensors(queries, keys, values)
     lengths = _check_lengths(keys, given.lengths)
+    boundaries = _check_boundaries(policy, keys, given.boundaries)
     _check_weights(policy, keys, weights, lengths)
     _check_rotation(policy, keys, given.rotation)
     _check_parameters(policy, queries, keys, given.parameters)
@@ -50,7 +52,7 @@ def check(given: AttendInputs) -> AttendInputs:
             "leave plan out, and read memory.counts to see what became of the slots"
         )
     if given.plan is not None:
-        _check_plan(policy, keys, given.plan, given.memory, lengths)
+        _check_plan(policy, keys, given.plan, given.memory, lengths, boundaries)
     if given.scale is not None and not is_finite(given.scale):
         raise InputError(f"scale must be a finite number, got {shown(given.scale)}")
     scale = default_scale(keys.shape[-1]) if given.scale is None else given.scale
@@ -58,7 +60,9 @@ def check(given: AttendInputs) -> AttendInputs:
     wanted = any(tensor is not None and tensor.requires_grad for tensor in sources)
     wanted = wanted or (given.memory is not None and given.memory.requires_grad)
     differentiable = queries is not None and torch.is_grad_enabled() and wanted
-    return dataclasses.replace(given, scale=float(scale), row_lengths=lengths, differentiable=differentiable)
+    return dataclasses.replace(
+        given, scale=float(scale), row_lengths=lengths, row_boundaries=boundaries, differentiable=differentiable
+    )
 
 
 def _check_tensors(queries: Tensor | None, keys: Tensor, values: Tensor | None) -> None:
@@ -180,6 +184,27 @@ def _check_lengths(keys: Tensor, lengths: Lengths | None) -> np.ndarray:
     return whole_numbers("lengths", lengths, 0, tokens, count=rows, limits=limits).numpy()
 
 
+def _check_boundaries(policy: Policy, keys: Tensor, boundaries: Tensor | None) -> np.ndarray | None:
+    """Boundaries [b, t] on the host; None where no token is said to be one."""
+    if boundaries is None:
+        return None
+    if not policy.takes_boundaries:
+        raise InputError(
+            f"boundaries are given, but chunker {policy.spec.chunker.kind} cuts by itself; "
+            "leave them out, or use chunker: {kind: boundaries, most: 256}"
+        )
+    expected = (keys.shape[0], keys.shape[2])
+    if not isinstance(boundaries, Tensor) or boundaries.dtype != torch.bool or tuple(boundaries.shape) != expected:
+        got = f"{boundaries.dtype} {tuple(boundaries.shape)}" if isinstance(boundaries, Tensor) else shown(boundaries)
+        raise InputError(f"boundaries must be a tensor of bool [b, t] = {expected}, got {got}")
+    if boundaries.is_meta:
+        raise InputError(
+            "boundaries must be numbers that the host can look at, got a tensor on meta; give a CPU tensor"
+        )
+    found = boundaries.cpu().numpy()
+    return found if found.any() else None
+
+
 def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: Memory) -> None:
     if not isinstance(memory, Memory):
         raise InputError(f"memory must be a memkit.Memory or None, got {type(memory).__name__}")
@@ -214,7 +239,14 @@ def _check_heads(policy: Policy, keys: Tensor, queries: Tensor | None, plan: Pla
         )
 
 
-def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None, lengths: np.ndarray) -> None:
+def _check_plan(
+    policy: Policy,
+    keys: Tensor,
+    plan: Plan,
+    memory: Memory | None,
+    lengths: np.ndarray,
+    boundaries: np.ndarray | None,
+) -> None:
     rows, heads = keys.shape[:2]
     if not isinstance(plan, Plan):
         raise InputError(f"plan must be what memkit.plan returned, got {shown(plan)}")
@@ -224,8 +256,8 @@ def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None,
             f"{(rows, heads)}; make it with memkit.plan on these keys"
         )
     before = np.zeros(rows, dtype=np.int64) if memory is None else memory.seen_rows
-    after = before + lengths
-    begin, end = before - held(policy, before), after - held(policy, after)
+    course = course_of(policy, before, lengths, None if memory is None else memory.cuts, boundaries)
+    begin, end = course.left_before, course.left_after
     missing = (begin < end) & ((plan.begin > begin) | (plan.begin + plan.length < end))
     if missing.any():
         row = int(missing.argmax())
@@ -239,7 +271,7 @@ def _check_plan(policy: Policy, keys: Tensor, plan: Plan, memory: Memory | None,
         return
     position = plan.begin[:, None] + np.arange(plan.slot.shape[2])
     leaves = (position >= begin[:, None]) & (position < end[:, None])
-    slots = np.array([policy.slots_after(int(tokens)) for tokens in after], dtype=np.int64)
+    slots = course.slots(end)
     placed = plan.slot.numpy()
     if (leaves[:, None] & ((placed < -1) | (placed >= slots[:, None, None]))).any():
         raise InputError(

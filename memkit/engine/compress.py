@@ -204,7 +204,7 @@ def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new
         replace(store, rules, compete(rules, chunk, store, 0, 0, new, sinks), chunk, 0, 0)
         return
     everyone = np.ones(len(chunk.keys), dtype=np.int64)
-    leaving = LeavingChunk(everyone > 0, 0 * everyone, 0 * everyone, new * everyone, sinks * everyone)
+    leaving = LeavingChunk(left, everyone > 0, 0 * everyone, 0 * everyone, new * everyone, sinks * everyone)
     store.add(rules, place(rules, leaving, chunk, store), chunk)
 
 

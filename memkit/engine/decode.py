@@ -29,7 +29,6 @@ from memkit.memory.rows import SlotRules, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
 from memkit.pieces.rotary import Rotary
-from memkit.policy import Policy
 
 __all__ = ["decode", "decode_again"]
 
@@ -52,6 +51,8 @@ def decode_again(given: AttendInputs) -> tuple[Tensor, Memory] | None:
     """`decode` of a call that looks like the one before it, which has been checked; None where it does not."""
     memory = given.memory
     if not isinstance(memory, Memory) or given.lengths is not None or given.plan is not None or not ENABLED:
+        return None
+    if given.boundaries is not None or (memory.cuts is not None and any(memory.cuts.ended)):
         return None
     buffer = memory.buffer
     if buffer is None or memory.taken or memory.lost or memory.window.end >= buffer.until or torch.is_grad_enabled():
@@ -115,7 +116,8 @@ def _one_more(memory: Memory, given: AttendInputs) -> tuple[Tensor, Memory]:
         None if buffer.bias is None else buffer.bias.narrow(3, begin, columns),
         scale=given.scale,
     )
-    return output.reshape(rows, heads, 1, -1), memory.one_token_later(following)
+    ending = None if given.row_boundaries is None else given.row_boundaries[:, 0]
+    return output.reshape(rows, heads, 1, -1), memory.one_token_later(following, ending)
 
 
 def _append(memory: Memory, weights: Tensor | None) -> Tensor | None:
@@ -135,8 +137,8 @@ def _append(memory: Memory, weights: Tensor | None) -> Tensor | None:
 def _wait(memory: Memory, queries: Tensor) -> None:
     """Keep the token's query if it is one that is observed."""
     policy, observed = memory.policy, memory.observed
-    offset = int(memory.seen_rows[0]) % policy.chunk
-    offsets = policy.observation.offsets
+    offset = _begun(memory) % policy.chunk
+    offsets = policy.observation.waits
     if observed is not None and offset in offsets:
         observed[:, :, offsets.index(offset)] = queries[:, :, 0]
 
@@ -147,7 +149,9 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
     plain = inputs.keys.shape[2] == 1 and inputs.plan is None and not memory.keys.requires_grad
     if not plain or not memory.window.fits(1) or memory.store.requires_grad:
         return False
-    if position == 0 or _leaves(policy, position) or (policy.observes and _leaves(policy, position + 1)):
+    if position == 0 or _leaves(memory, position) or (policy.observes and _ends(inputs, memory, position)):
+        return False
+    if memory.cuts is not None and not memory.cuts.alike:
         return False
     if type(policy.rotary).memory_queries is not Rotary.memory_queries:
         return False
@@ -165,12 +169,27 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
     return inputs.queries.shape[1] == inputs.keys.shape[1] and bool(window.detach().all())
 
 
-def _leaves(policy: Policy, position: int) -> bool:
-    """Whether the token at `position` pushes a chunk, or a sink, out of the window."""
-    band = policy.window.band
+def _leaves(memory: Memory, position: int) -> bool:
+    """Whether the token at `position` may push a chunk, or a sink, out of the window."""
+    policy, band = memory.policy, memory.policy.window.band
     if band is not None:
         return band <= position < band + policy.sinks
+    if memory.cuts is not None:
+        return bool(memory.cuts.opens(memory.seen_rows, policy.chunk).any())
     return policy.chunk > 0 and position % policy.chunk == 0
+
+
+def _ends(inputs: AttendInputs, memory: Memory, position: int) -> bool:
+    """Whether the token at `position` is the last of its chunk, in any row."""
+    chunk = memory.policy.chunk
+    if memory.cuts is None:
+        return (position + 1) % chunk == 0
+    return inputs.row_boundaries is not None or bool((position + 1 - memory.cuts.newest >= chunk).any())
+
+
+def _begun(memory: Memory) -> int:
+    """Tokens since the newest chunk began, for rows alike; or since a chunk of the same length did."""
+    return int(memory.seen_rows[0]) - (0 if memory.cuts is None else int(memory.cuts.newest[0]))
 
 
 def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ...]) -> Memory:
@@ -203,7 +222,7 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
     if band is not None and seen < band:
         until, band = min(room, end + band - seen), 0
     elif band is None and policy.chunk:
-        until = decodes_until(policy, seen, moved.window)
+        until = decodes_until(policy, _begun(memory), moved.window)
     scale = None if inputs.parameters is None else inputs.parameters.query_scale_window
     moved.buffer = DecodeBuffer(
         slots=slots,

@@ -78,7 +78,8 @@ class Pass:
         self.inputs, self.policy, self.device, self.scale = inputs, inputs.policy, inputs.keys.device, inputs.scale
         rows, _, tokens, width = inputs.keys.shape
         seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
-        self.schedule = Schedule(inputs.policy, seen, inputs.row_lengths, tokens)
+        cuts = None if inputs.memory is None else inputs.memory.cuts
+        self.schedule = Schedule(inputs.policy, seen, inputs.row_lengths, tokens, cuts, inputs.row_boundaries)
         self.rules = SlotRules(
             inputs.policy, width, inputs.keys.dtype, inputs.key_norm, inputs.rotation, inputs.values is not None
         )
@@ -124,19 +125,18 @@ class Pass:
         return output, lse
 
     def absorb(self, step: Step) -> None:
-        """PLAN and FOLD the chunk that leaves before a step, if one does."""
-        if (leaving := step.leaving) is None:
-            return
-        chunk = self._chunk(leaving)
-        if self.policy.replaces:
-            self._replace(leaving, chunk)
-            return
-        if self.plan is None:
-            assignment = place(self.rules, leaving, chunk, self.store)
-        else:
-            assignment = follow(leaving, self.plan, self.policy.chunk, self.device)
-        self.done.append((leaving, assignment))
-        self.store.add(self.rules, assignment, chunk)
+        """PLAN and FOLD the chunks that leave before a step, those of one length at a time."""
+        for leaving in step.leaving:
+            chunk = self._chunk(leaving)
+            if self.policy.replaces:
+                self._replace(leaving, chunk)
+                continue
+            if self.plan is None:
+                assignment = place(self.rules, leaving, chunk, self.store)
+            else:
+                assignment = follow(leaving, self.plan, self.device)
+            self.done.append((leaving, assignment))
+            self.store.add(self.rules, assignment, chunk)
 
     def _replace(self, leaving: LeavingChunk, chunk: Chunk) -> None:
         """PLAN and FOLD where slots are made anew, for rows of the batch with equal numbers at a time."""
@@ -217,7 +217,7 @@ class Pass:
 
     def _chunk(self, leaving: LeavingChunk) -> Chunk:
         """The tokens that leave. Rows that keep theirs get some tokens too, which the plan then drops."""
-        where = span(leaving, leaving.begin + self.schedule.shift, self.policy.chunk, self.device)
+        where = span(leaving, leaving.begin + self.schedule.shift, self.device)
         return self.leaving.chunk(where, shared(leaving.begin == 0, leaving.leaves, self.device) != 0)
 
     def queries(self) -> Queries:

@@ -101,10 +101,11 @@ class Walk:
                         grads.windowed[:, :, span] += scaled(asked, queries.window_scale)
                         grads.keys[:, :, slice(*key_set.columns)] += keys
                         grads.values[:, :, slice(*key_set.columns)] += values
-            if step.leaving is not None and self.folds:
-                fold = self.folds.pop()
-                self._unfold(fold, reading, grads)
-                self._restore(fold)
+            for _ in step.leaving:
+                if self.folds:
+                    fold = self.folds.pop()
+                    self._unfold(fold, reading, grads)
+                    self._restore(fold)
         if self.kept.started is not None:
             sums, numbers, *norm = _through_reading(self.rules, *self.kept.started, reading)
             grads.sums += sums

@@ -78,4 +78,4 @@ def _one_more_token(given: AttendInputs) -> bool:
     assert queries is not None and given.values is not None
     heads = len(given.policy.head_ratios or ())
     alike = keys.shape[2] == 1 and keys.shape[1] == given.values.shape[1] == heads and queries.shape[1] % heads == 0
-    return alike and given.lengths is None and given.plan is None and memory.lost is None
+    return alike and all(each is None for each in (given.lengths, given.plan, given.boundaries, memory.lost))

@@ -27,7 +27,8 @@ Lengths = Tensor | Sequence[int]
 class AttendInputs:
     """The arguments of a call, as `memkit.attend` takes them; queries and values are None where only a plan is wanted.
 
-    Known once they are checked: row_lengths [b]: valid tokens of each row; scale: a number; differentiable: whether
+    Known once they are checked: row_lengths [b]: valid tokens of each row; row_boundaries [b, t] bool: which are the
+    last of their chunk, None where none is said to be; scale: a number; differentiable: whether
     gradients are wanted.
     """
 
@@ -42,7 +43,9 @@ class AttendInputs:
     memory: Memory | None
     lengths: Lengths | None
     plan: Plan | None
+    boundaries: Tensor | None = None
     row_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    row_boundaries: np.ndarray | None = None
     differentiable: bool = False
 
     @property

@@ -73,5 +73,5 @@ class LeavingTokens:
         if self.schedule.left_before.all():
             return False
         device = self.timeline.keys.device
-        shift = on_device(self.schedule.shift, device)[:, None, None]
-        return torch.arange(block.start, block.stop, device=device) - shift < self.rules.policy.chunk
+        end = on_device(self.schedule.shift + self.schedule.course.first_end(), device)[:, None, None]
+        return torch.arange(block.start, block.stop, device=device) < end

@@ -5,7 +5,6 @@ Queries of the incomplete chunk wait in the memory, so that a text may be split 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,32 +30,33 @@ class Observer:
     def __init__(self, inputs: AttendInputs, schedule: Schedule) -> None:
         assert inputs.queries is not None
         self.inputs, self.policy, self.schedule, self.device = inputs, inputs.policy, schedule, inputs.keys.device
-        self.offsets = np.array(self.policy.observation.offsets, dtype=np.int64)
+        self.waits = np.array(self.policy.observation.waits, dtype=np.int64)
         waiting = None if inputs.memory is None else inputs.memory.observed
         new = inputs.queries.detach()
         self.queries = new if waiting is None else torch.cat((waiting, new), dim=2)
         self.waited = 0 if waiting is None else waiting.shape[2]
+        self.later: dict[int, Tensor] = {}
 
-    def _at(self, chunk_begin: np.ndarray) -> Tensor:
-        """The observed queries [b, h, n, d] of the chunks that begin there; any where one has not come yet."""
+    def _at(self, chunk_begin: np.ndarray, offsets: np.ndarray) -> Tensor:
+        """The queries [b, h, n, d] at offsets, of those that wait, in the chunks that begin there; any where one has
+        not come yet."""
         if not self.queries.shape[2]:
             rows, heads, _, width = self.queries.shape
-            return self.queries.new_zeros(rows, heads, len(self.offsets), width)
-        positions = chunk_begin[:, None] + self.offsets
+            return self.queries.new_zeros(rows, heads, len(offsets), width)
+        positions = chunk_begin[:, None] + offsets
         new = positions - self.schedule.seen[:, None]
         first = common(new[:, 0], np.ones(len(new), dtype=bool))
-        if first is not None and first >= 0 and len(self.offsets) == self.policy.chunk:
+        if first is not None and first >= 0 and len(offsets) == self.policy.chunk:
             span = slice(first + self.waited, first + self.waited + self.policy.chunk)
             if span.stop <= self.queries.shape[2]:
                 return self.queries[:, :, span]
-        where = np.where(new >= 0, new + self.waited, np.arange(len(self.offsets)))
+        where = np.where(new >= 0, new + self.waited, np.searchsorted(self.waits, offsets))
         index = on_device(where.clip(max=self.queries.shape[2] - 1), self.device)[:, None, :, None]
         return self.queries.gather(2, index.expand(-1, self.queries.shape[1], -1, self.queries.shape[3]))
 
     def waiting(self) -> Tensor:
         """The observed queries of each row's incomplete chunk, [b, h, n, d], for the memory."""
-        after = self.schedule.after
-        return self._at(after // self.policy.chunk * self.policy.chunk).clone()
+        return self._at(self.schedule.course.newest(), self.waits).clone()
 
     @torch.no_grad()
     def observe(self, step: Step, rules: SlotRules, timeline: Timeline, store: SlotStore) -> Tensor | None:
@@ -65,39 +65,42 @@ class Observer:
         Where the step's queries are just those that are observed, what they read is known by then: outputs
         [b, h, n, v]; else None.
         """
-        schedule, chunk = self.schedule, self.policy.chunk
+        schedule, column = self.schedule, self.schedule.old + step.stop
         end = schedule.seen + step.stop
-        complete = step.active & (schedule.lengths >= step.stop) & (end % chunk == 0)
+        ended, chunk_begin = schedule.course.ends(end)
+        complete = step.active & (schedule.lengths >= step.stop) & ended
         if not complete.any():
             return None
-        queries, column = self._at(end - chunk), schedule.old + step.stop
-        older = column - chunk - step.first  # columns of the window before the chunk
-        outputs = None
+        outputs, sizes = None, end - chunk_begin
+        older = column - sizes - step.first  # columns of the window before the chunk
         # Readers to come are not expected to be as the sinks' queries are.
-        sinks = (self.policy.sinks - (end - chunk)).clip(0, None if self.policy.expects is not None else 0)
-        for rows in alike_rows(complete, older, step.slots, sinks):
+        sinks = (self.policy.sinks - chunk_begin).clip(0, None if self.policy.expects is not None else 0)
+        for rows in alike_rows(complete, older, step.slots, sizes, sinks):
             first = int(np.flatnonzero(complete)[0]) if rows is None else int(rows[0])
-            begin, slots = column - chunk - int(older[first]), int(step.slots[first])
+            chunk, begin, slots = int(sizes[first]), int(step.first[first]), int(step.slots[first])
+            offsets = np.array(self.policy.observation.offsets_in(chunk), dtype=np.int64)
+            queries = self._at(chunk_begin, offsets)
             at = slice(None) if rows is None else on_device(rows, self.device)
             held = {name: stream[at, :, begin:column] for name, stream in timeline.streams.items()}
             positions = held.get("positions")
             if positions is not None:
-                positions = positions[:, :, int(older[first]) :][:, :, on_device(self.offsets, self.device)]
+                positions = positions[:, :, int(older[first]) :][:, :, on_device(offsets, self.device)]
             asked = Queries.of(self.policy, queries[at], self.inputs.parameters, self.inputs.rotation, positions)
             view = store.read(rules).first(slots) if slots else None
-            scores, values = self._met(asked, held["keys"], held["values"], view, at)
+            scores, values = self._met(asked, held["keys"], held["values"], view, at, chunk)
             read, told = softmax_evidence(scores, values)
             if self.policy.expects is not None:
                 assert positions is not None
                 ahead = held["positions"][:, :, -1:] + 1 - positions
-                told[..., SHARE] = self._expected(asked, ahead, held["keys"], view, at, int(sinks[first]))
+                left_out = int((offsets < sinks[first]).sum())
+                told[..., SHARE] = self._expected(asked, ahead, held["keys"], view, at, left_out)
             store.about_to_write()
             evidence = timeline.streams["evidence"][:, :, begin:column]
             self._add(evidence, at, told[:, :, slots:])
             if slots:
                 assert store.evidence is not None
                 self._add(store.evidence[:, :, :slots], at, told[:, :, :slots])
-            if rows is None and step.stop - step.start == chunk == len(self.offsets):
+            if rows is None and step.stop - step.start == chunk == len(offsets):
                 outputs = read.reshape(*queries.shape[:3], -1)
         return outputs
 
@@ -109,11 +112,12 @@ class Observer:
             evidence[at] = self.policy.observation.added(evidence[at], told)
 
     def _met(
-        self, asked: Queries, keys: Tensor, values: Tensor, view: SlotView | None, at: slice | Tensor
+        self, asked: Queries, keys: Tensor, values: Tensor, view: SlotView | None, at: slice | Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         """Scores [b, g, r·n, m] of the observed queries against slots and window, and the values [b, g, m, v] there.
 
-        Keys and values of the window [b, g, w, …] end with the chunk's own; `view` is of all rows of the batch.
+        Keys and values of the window [b, g, w, …] end with the chunk's own, `chunk` of them; `view` is of all rows of
+        the batch.
         """
         wide = torch.promote_types(keys.dtype, torch.float32)
         if view is None:
@@ -128,20 +132,19 @@ class Observer:
                 scores = torch.cat((of_slots, self._scores(asked.windowed, asked.window_scale, keys)), dim=-1)
             if view.bias is not None:
                 scores[..., :slots] += view.bias[at, :, None].to(wide)
-        scores[..., -self.policy.chunk :].masked_fill_(self._later, -torch.inf)
+        scores[..., -chunk:].masked_fill_(self._later(chunk), -torch.inf)
         return scores, values
 
     def _expected(
-        self, asked: Queries, ahead: Tensor, keys: Tensor, view: SlotView | None, at: slice | Tensor, sinks: int
+        self, asked: Queries, ahead: Tensor, keys: Tensor, view: SlotView | None, at: slice | Tensor, left_out: int
     ) -> Tensor:
         """The share [b, g, m] that slots and window are expected to get from those who go on behind the chunk.
 
-        ahead [b, 1, n]: how far behind each observed query they begin; sinks: tokens of the chunk that are sinks.
+        ahead [b, 1, n]: how far behind each observed query they begin; left_out: the first queries, which are sinks'.
         """
         expects, rotation, scale = self.policy.expects, self.inputs.rotation, self.inputs.checked_scale
         assert expects is not None and rotation is not None
-        left_out = int((self.offsets < sinks).sum())
-        some = slice(left_out if left_out < len(self.offsets) else 0, None)
+        some = slice(left_out if left_out < ahead.shape[2] else 0, None)
         wide = torch.promote_types(keys.dtype, torch.float32)
         turned = rotation.apply(asked.windowed[:, :, some].to(wide), ahead[:, :, some])
         met, bias, parts = keys.to(wide), None, [(asked.window_scale, keys.shape[2])]
@@ -154,11 +157,17 @@ class Observer:
             scale = scale * torch.cat(scales, dim=1)
         return expected_shares(expects, turned, met, scale, rotation, bias=bias, sinks=self.policy.sinks)
 
-    @functools.cached_property
-    def _later(self) -> Tensor:
+    def _later(self, chunk: int) -> Tensor:
         """Which of a chunk's tokens come after each observed query, for all query heads of a group, [r·n, c]."""
+        known = self.later.get(chunk)
+        if known is None:
+            known = self.later[chunk] = self._later_in(chunk)
+        return known
+
+    def _later_in(self, chunk: int) -> Tensor:
         assert self.inputs.queries is not None
-        later = torch.arange(self.policy.chunk, device=self.device) > on_device(self.offsets, self.device)[:, None]
+        offsets = np.array(self.policy.observation.offsets_in(chunk), dtype=np.int64)
+        later = torch.arange(chunk, device=self.device) > on_device(offsets, self.device)[:, None]
         return later.repeat(self.inputs.queries.shape[1] // self.inputs.keys.shape[1], 1)
 
     def _scores(self, queries: Tensor, scale: Tensor | None, keys: Tensor) -> Tensor:

@@ -139,40 +139,36 @@ def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
     return order.argsort(dim=-1) < chunk.new_slots
 
 
-def follow(leaving: LeavingChunk, plan: Plan, size: int, device: torch.device) -> Assignment:
+def follow(leaving: LeavingChunk, plan: Plan, device: torch.device) -> Assignment:
     """Each token's slot as a given plan says."""
-    where = span(leaving, leaving.begin - plan.begin, size, device)
+    where = span(leaving, leaving.begin - plan.begin, device)
     slot, founded = (columns(tensor, where) for tensor in (plan.slot, plan.founded))
     return _only(leaving, Assignment(slot, founded))
 
 
 def record(schedule: Schedule, heads: int, device: torch.device, done: list[tuple[LeavingChunk, Assignment]]) -> Plan:
     """What has been assigned, as a plan."""
-    policy = schedule.policy
     slot = torch.full((len(schedule.seen), heads, schedule.most_leaving), -1, device=device)
     founded = torch.zeros_like(slot, dtype=torch.bool)
     for leaving, assignment in done:
         rows = on_device(np.flatnonzero(leaving.leaves), device)
         begin = on_device((leaving.begin - schedule.left_before)[leaving.leaves], device)
-        where = begin[:, None] + torch.arange(policy.chunk, device=device)
+        where = begin[:, None] + torch.arange(leaving.size, device=device)
         where = where[:, None].expand(-1, heads, -1)
         slot[rows] = slot[rows].scatter(2, where, assignment.slot[rows])
         founded[rows] = founded[rows].scatter(2, where, assignment.founded[rows])
-    chunk = policy.chunk or 1
-    left = schedule.left_before[:, None] + chunk * (1 + np.arange(schedule.most_leaving // chunk))
-    left = np.minimum(left, schedule.left_after[:, None])
-    counts = [[policy.slots_after_chunk(tokens // chunk - 1) for tokens in row] for row in left.tolist()]
     return Plan(
         slot=slot,
         founded=founded,
         begin=schedule.left_before,
         length=schedule.left_after - schedule.left_before,
-        slots=np.array(counts, dtype=np.int64).reshape(left.shape),
+        slots=schedule.course.counts(schedule.most_leaving),
     )
 
 
-def span(leaving: LeavingChunk, begin: np.ndarray, size: int, device: torch.device) -> Columns:
-    """The chunk's `size` columns from `begin` [b] on: one slice where the leaving rows agree, else numbers [b, c]."""
+def span(leaving: LeavingChunk, begin: np.ndarray, device: torch.device) -> Columns:
+    """The chunk's columns from `begin` [b] on: one slice where the leaving rows agree, else numbers [b, c]."""
+    size = leaving.size
     if (first := common(begin, leaving.leaves)) is not None:
         return slice(first, first + size)
     return on_device(np.where(leaving.leaves, begin, 0), device)[:, None] + torch.arange(size, device=device)

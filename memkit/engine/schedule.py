@@ -7,13 +7,15 @@ token p of row r is at column p + shift[r], and appending is the same slice for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.memory import held
+from memkit.engine.course import Course, Rows, course_of
+from memkit.memory.cuts import Cuts
 from memkit.policy import Policy
 
 __all__ = ["BAND_STEP", "LeavingChunk", "Schedule", "Step", "common", "on_device"]
@@ -21,18 +23,16 @@ __all__ = ["BAND_STEP", "LeavingChunk", "Schedule", "Step", "common", "on_device
 BAND_STEP = 128
 """Queries read together under a sliding window: the part of the band that needs a mask is this wide."""
 
-Rows = np.ndarray
-"""One whole number (or bool) per row of the batch."""
-
 
 @dataclass(frozen=True)
 class LeavingChunk:
     """A chunk that leaves the window of some rows.
 
-    leaves [b]: which rows; begin [b]: the chunk's first position; slots_before [b]: slots there are before it;
-    new_slots [b]: its tokens that found; sink_tokens [b]: how many of those are sinks.
+    size: its tokens; leaves [b]: which rows; begin [b]: the chunk's first position; slots_before [b]: slots there are
+    before it; new_slots [b]: its tokens that found; sink_tokens [b]: how many of those are sinks.
     """
 
+    size: int
     leaves: Rows
     begin: Rows
     slots_before: Rows
@@ -42,15 +42,15 @@ class LeavingChunk:
 
 @dataclass(frozen=True)
 class Step:
-    """Queries start … stop − 1 of this call, during which no chunk leaves any window; before it, `leaving` does.
+    """Queries start … stop − 1 of this call, during which no chunk leaves any window; before it, those `leaving` do.
 
-    active [b]: rows with a token in this step; first [b]: the first column each row sees exactly (at the step's first
-    query); slots [b]: slots each row reads.
+    leaving: chunks of different lengths, at most one of each row; active [b]: rows with a token in this step; first
+    [b]: the first column each row sees exactly (at the step's first query); slots [b]: slots each row reads.
     """
 
     start: int
     stop: int
-    leaving: LeavingChunk | None
+    leaving: tuple[LeavingChunk, ...]
     active: Rows
     first: Rows
     slots: Rows
@@ -62,16 +62,26 @@ class Step:
 
 
 class Schedule:
-    """The steps of a call of `tokens` columns, of which `lengths[r]` are row r's, after `seen[r]` tokens."""
+    """The steps of a call of `tokens` columns, of which `lengths[r]` are row r's, after `seen[r]` tokens.
 
-    def __init__(self, policy: Policy, seen: Rows, lengths: Rows, tokens: int) -> None:
+    cuts, boundaries: as for `course_of`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        seen: Rows,
+        lengths: Rows,
+        tokens: int,
+        cuts: Cuts | None = None,
+        boundaries: Rows | None = None,
+    ) -> None:
         self.policy, self.seen, self.lengths, self.tokens = policy, seen, lengths, tokens
-        self.held = held(policy, seen)
-        self.old = int(self.held.max(initial=0))
+        self.course: Course = course_of(policy, seen, lengths, cuts, boundaries)
+        self.left_before, self.left_after = self.course.left_before, self.course.left_after
+        self.old = int((seen - self.left_before).max(initial=0))
         self.shift = self.old - seen
         self.after = seen + lengths
-        self.left_before = seen - self.held
-        self.left_after = self.after - held(policy, self.after)
         self.steps = list(self._steps())
 
     @property
@@ -87,17 +97,21 @@ class Schedule:
     @property
     def slots_after(self) -> Rows:
         """Slots of each row after the call."""
-        return np.array([self.policy.slots_after(int(tokens)) for tokens in self.after], dtype=np.int64)
+        return self.course.slots(self.left_after)
+
+    @property
+    def keep(self) -> int:
+        """Tokens in the longest window after the call."""
+        return int((self.after - self.left_after).max(initial=0))
 
     def _steps(self):
         left = self.left_before.copy()
         for start, stop in zip((bounds := self._bounds())[:-1], bounds[1:], strict=True):
             active = self.lengths > start
-            begin = self.policy.window.begin(self.seen + start)
-            leaving = self._leaving(active & (begin > left), left)
+            begin = self.course.begin(start)
+            leaving = tuple(self._leaving(active & (begin > left), left))
             left = np.where(active, begin, left)
-            slots = np.array([self._slots(int(tokens)) for tokens in left], dtype=np.int64)
-            yield Step(start, stop, leaving, active, begin + self.shift, slots)
+            yield Step(start, stop, leaving, active, begin + self.shift, self.course.slots(left))
 
     def _bounds(self) -> list[int]:
         """Where steps begin and end, counted in this call's tokens."""
@@ -109,26 +123,22 @@ class Schedule:
             arrivals = np.unique(np.arange(band, band + self.policy.sinks + 1)[None] - self.seen[:, None])
             bounds.update(range(0, self.tokens, min(BAND_STEP, band)))
         else:
-            phases = np.unique(-self.seen % self.policy.chunk)
-            arrivals = np.concatenate([np.arange(phase, self.tokens, self.policy.chunk) for phase in phases])
+            arrivals = self.course.arrivals()
         bounds.update(int(arrival) for arrival in arrivals if 0 < arrival < max(bounds))
         return sorted(bound for bound in bounds if bound <= int(self.lengths.max(initial=0)))
 
-    def _slots(self, left: int) -> int:
-        """Slots of a row once `left` of its tokens have left the window."""
-        return self.policy.slots_after_chunk(left // self.policy.chunk - 1) if self.policy.chunk else 0
-
-    def _leaving(self, leaves: Rows, left: Rows) -> LeavingChunk | None:
-        policy, chunk = self.policy, self.policy.chunk
+    def _leaving(self, leaves: Rows, left: Rows) -> Iterator[LeavingChunk]:
+        """The chunks that begin at `left` and leave these rows, one for each length there is."""
+        policy = self.policy
         if not leaves.any():
-            return None
-        before = np.array([self._slots(int(tokens)) for tokens in left], dtype=np.int64)
-        after = np.array([self._slots(int(tokens) + chunk) for tokens in left], dtype=np.int64)
+            return
+        sizes = self.course.sizes(left)
+        before, after = self.course.slots(left), self.course.slots(left + np.where(leaves, sizes, 0))
         if not policy.merging.joins and not policy.competes:  # a chunk of which nothing is kept changes nothing
             leaves = leaves & (after > before)
-            if not leaves.any():
-                return None
-        return LeavingChunk(leaves, left.copy(), before, after - before, np.clip(policy.sinks - left, 0, chunk))
+        for size in np.unique(sizes[leaves]).tolist():
+            here = leaves & (sizes == size)
+            yield LeavingChunk(size, here, left.copy(), before, after - before, np.clip(policy.sinks - left, 0, size))
 
 
 def common(numbers: Rows, among: Rows) -> int | None:

@@ -15,7 +15,7 @@ function stays in the registry, where nothing else names it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -41,6 +41,7 @@ def attach(
     bytes: int | None = None,
     croppable: bool = False,
     connecting: Sequence[int] | None = None,
+    boundaries: Collection[int] | None = None,
 ) -> Attached:
     """Every attention layer of `model` remembers as `policy` says, until the `with` block ends or `detach` is called.
 
@@ -85,6 +86,8 @@ def attach(
             chooses; the model that assists it needs this where it is attached.
         connecting: ids of tokens that stand between a text and its second reading, as `connecting_ids(tokenizer)`
             gives; None: none.
+        boundaries: token ids that are the last of their chunk (ends of sentences, of messages), for policies with
+            `chunker: boundaries`. Calls must then give `input_ids`.
 
     Raises:
         ModelError: no such model, one that is attached already, or one whose attention does what no memory can (soft
@@ -98,7 +101,7 @@ def attach(
     put_right(decoder.owner)
     check_free(decoder)
     budget = Budget.of(rows, share, bytes, prefill)
-    return Attached(decoder, Calls(decoder, policy, prefill, budget, croppable, connecting))
+    return Attached(decoder, Calls(decoder, policy, prefill, budget, croppable, connecting, boundaries))
 
 
 class Attached:

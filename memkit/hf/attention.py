@@ -60,12 +60,14 @@ class Present:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a layer reads: queries [b, h, t, d], keys [b, g, t, d], values [b, g, t, v]; present: None where all are."""
+    """What a layer reads: queries [b, h, t, d], keys [b, g, t, d], values [b, g, t, v]; present: None where all are;
+    boundaries: which are the last of their chunk, [b, t] bool on the CPU, None: none is."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     present: Present | Packed | None
+    boundaries: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -78,7 +80,8 @@ class Tokens:
     def part(self, begin: int, end: int) -> Tokens:
         """Some columns of them."""
         present = None if self._there is None else Present(self._there[:, begin:end])
-        return Tokens(*self._mapped(lambda tensor: tensor[:, :, begin:end]), present)
+        boundaries = None if self.boundaries is None else self.boundaries[:, begin:end]
+        return Tokens(*self._mapped(lambda tensor: tensor[:, :, begin:end]), present, boundaries)
 
     def then(self, after: Tokens) -> Tokens:
         """These and the ones after them, as one."""
@@ -87,7 +90,10 @@ class Tokens:
             present = Present(torch.cat([each._filled for each in (self, after)], dim=1))
         pairs = zip((self.query, self.key, self.value), (after.query, after.key, after.value), strict=True)
         query, key, value = (torch.cat(pair, dim=2) for pair in pairs)
-        return Tokens(query, key, value, present)
+        boundaries = None
+        if self.boundaries is not None or after.boundaries is not None:
+            boundaries = torch.cat([each._ends for each in (self, after)], dim=1)
+        return Tokens(query, key, value, present, boundaries)
 
     @property
     def _there(self) -> Tensor | None:
@@ -100,14 +106,20 @@ class Tokens:
         there, shape = self._there, (len(self.query), self.columns)
         return torch.ones(shape, dtype=torch.bool, device=self.query.device) if there is None else there
 
+    @property
+    def _ends(self) -> Tensor:
+        shape = (len(self.query), self.columns)
+        return torch.zeros(shape, dtype=torch.bool) if self.boundaries is None else self.boundaries
+
     def rows(self, rows: Tensor) -> Tokens:
         """Some rows of them, by number."""
         present = None if self._there is None else Present(self._there[rows.to(self._there.device)])
-        return Tokens(*self._mapped(lambda tensor: tensor.index_select(0, rows.to(tensor.device))), present)
+        boundaries = None if self.boundaries is None else self.boundaries[rows.cpu()]
+        return Tokens(*self._mapped(lambda tensor: tensor.index_select(0, rows.to(tensor.device))), present, boundaries)
 
     def detach(self) -> Tokens:
         """The same without their history."""
-        return Tokens(*self._mapped(Tensor.detach), self.present)
+        return Tokens(*self._mapped(Tensor.detach), self.present, self.boundaries)
 
 
 @dataclass(frozen=True)
@@ -129,8 +141,11 @@ class Reader:
         """Outputs [b, h, t, v] of tokens that follow those in the memory, and the memory after them."""
         present, policy, scale = tokens.present, self.policy, self.scale
         query, key, value = tokens.query, tokens.key, tokens.value
+        boundaries = tokens.boundaries if policy.takes_boundaries else None
         if present is not None:
             query, key, value = (present.to_the_left(each) for each in (query, key, value))
+            if boundaries is not None:
+                boundaries = present.to_the_left(boundaries[:, None, :, None])[:, 0, :, 0]
         rotation = self.facts.rotation if policy.needs_rotation else None
         if self.prefill == "full" and memory is None:
             output, _ = attend(_stock(self.facts.window), query, key, value, scale=scale)
@@ -145,9 +160,8 @@ class Reader:
             given = {"rotation": rotation, "scale": scale, "readers": readers or None}
             return output, compress(policy, query, key, value, **given)
         lengths = None if present is None else present.lengths
-        output, after = attend(
-            policy, query, key, value, rotation=rotation, scale=scale, memory=memory, lengths=lengths
-        )
+        rest = {"rotation": rotation, "scale": scale, "memory": memory, "lengths": lengths, "boundaries": boundaries}
+        output, after = attend(policy, query, key, value, **rest)
         return output if present is None else present.back(output), after
 
 
@@ -158,12 +172,14 @@ class Outer:
     mask: its attention mask, which a model of text and images may not hand on as it is;
     images: whether some of its tokens are marked as an image's;
     spare: how many of its newest tokens may be taken back: all but one of those whose logits are kept;
+    ids: its token ids, which a model of text and images hands on as embeddings;
     caches: those of the decoder's calls in it, whole once it has run to its end.
     """
 
     mask: Tensor | None
     images: bool
     spare: int
+    ids: Tensor | None = None
     caches: list[Cache] = field(default_factory=list)
 
 
@@ -178,6 +194,8 @@ class Call:
     present: Present | Packed | None
     outer: Outer | None
     reading: Rereading | None = None
+    boundaries: Tensor | None = None
+    """[b, t] bool on the CPU: which tokens are the last of their chunk; None: none is."""
 
 
 def _attention(
@@ -207,7 +225,7 @@ def _attention(
         query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in (query, key, value))
     query, key = facts.turning_first(query), facts.turning_first(key)
     reader = Reader(policy, facts, call.prefill, scaling, call.reading)
-    tokens = Tokens(query, key, value, call.present)
+    tokens = Tokens(query, key, value, call.present, call.boundaries)
     if call.cache is None:
         output, _ = reader.read(None, tokens)
     else:

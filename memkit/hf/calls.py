@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from memkit.budgets import Budget
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
+from memkit.hf.boundaries import boundary_ids, ends_of_chunks
 from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
 from memkit.hf.decoder import Decoder, facts_of, kv_heads_of
 from memkit.hf.fitting import check_policy, check_rotation
@@ -48,6 +49,7 @@ class Calls:
         budget: Budget,
         croppable: bool,
         connecting: Sequence[int] | None,
+        boundaries: Collection[int] | None,
     ) -> None:
         if prefill not in ("policy", "full"):
             raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
@@ -70,6 +72,8 @@ class Calls:
                 f"observe.readers repeat and mixed read a prompt twice, and {self.layers - len(self.facts)} of "
                 f"{self.layers} layers carry a state that would remember the second reading; use readers: next"
             )
+        cut = any(each.takes_boundaries for each in self.policies.values())
+        self.boundaries = boundary_ids(boundaries, self.config, cut, prefill)
         forward = type(decoder.module).forward
         self.signature, self.cache_name = inspect.signature(forward), cache_argument(forward)
 
@@ -90,7 +94,8 @@ class Calls:
         if takes and OUTER not in kwargs and (self.tower or known.get("labels") is None):
             kinds = known.get("token_type_ids")
             spare = keep - 1 if isinstance(keep, int) and keep > 1 and not torch.is_grad_enabled() else 0
-            return args, kwargs | {OUTER: Outer(mask, kinds is not None and bool((kinds != 0).any()), spare)}
+            images = kinds is not None and bool((kinds != 0).any())
+            return args, kwargs | {OUTER: Outer(mask, images, spare, known.get("input_ids"))}
         return None
 
     def after_outer(self, _model: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
@@ -108,7 +113,8 @@ class Calls:
             raise InputError("attention weights are never computed as a matrix; leave output_attentions out")
         if arguments.get("is_causal") is False:
             raise InputError("a memory is causal, got is_causal False; leave it out")
-        tokens = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+        ids = arguments.get("input_ids")
+        tokens = ids if ids is not None else arguments["inputs_embeds"]
         rows, columns = tokens.shape[:2]
 
         given, layers = take_cache(arguments), None
@@ -163,7 +169,10 @@ class Calls:
         if self.rereads and not before and cache is not None:
             longest = getattr(self.config, "max_position_embeddings", None)
             reading = twice(arguments, self.connecting, decoder.get_input_embeddings(), longest)
-        arguments["memkit_call"] = Call(policies, self.facts, self.prefill, cache, present, outer, reading)
+        ends = None
+        if self.boundaries is not None:
+            ends = ends_of_chunks(self.boundaries, ids if ids is not None or outer is None else outer.ids, tokens)
+        arguments["memkit_call"] = Call(policies, self.facts, self.prefill, cache, present, outer, reading, ends)
         return (), arguments
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from memkit.errors import InputError, shown, unknown_name
+from memkit.lm.boundaries import UNWANTED
 from memkit.lm.memory import ModelMemory
 from memkit.lm.spec import ModelSpec
 from memkit.whole import SEEDS, is_finite, whole_number, whole_numbers
@@ -29,6 +30,7 @@ class Settings(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     stop_ids: Collection[int]
+    boundary_ids: Collection[int]
     pad_id: int
     seed: int | None
 
@@ -37,6 +39,7 @@ class Reader(Protocol):
     """What generates: a model that reads token ids, goes on from a memory, and has a head."""
 
     spec: ModelSpec
+    takes_boundaries: bool
 
     @property
     def head(self) -> nn.Linear:
@@ -44,7 +47,11 @@ class Reader(Protocol):
         ...
 
     def read(
-        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Tensor | None = None
+        self,
+        ids: Tensor,
+        memory: ModelMemory | None = None,
+        lengths: Tensor | None = None,
+        boundaries: Tensor | None = None,
     ) -> tuple[Tensor, ModelMemory]:
         """ids [b, t] → what `head` takes, [b, t, width], and the memory to go on with."""
         ...
@@ -57,6 +64,8 @@ def stream(model: Reader, prompts: Prompts, **settings: Unpack[Settings]) -> Ite
     if unknown := settings.keys() - Settings.__annotations__.keys():
         raise InputError(unknown_name("setting", sorted(unknown)[0], Settings.__annotations__))
     checked = _checked(settings, model.spec.vocabulary)
+    if checked["boundary_ids"] and not model.takes_boundaries:
+        raise InputError(f"boundary_ids {UNWANTED}")
     device = model.head.weight.device
     ids, lengths = _right_padded(prompts, settings.get("mask"), settings.get("lengths"), device, model.spec.vocabulary)
     return _steps(model, ids, lengths, **checked)
@@ -73,6 +82,7 @@ def _steps(
     top_k: int | None,
     top_p: float | None,
     stop_ids: list[int],
+    boundary_ids: list[int],
     pad_id: int,
     seed: int | None,
 ) -> Iterator[Tensor]:
@@ -82,7 +92,12 @@ def _steps(
     if seed is not None:
         generator = torch.Generator(device=device).manual_seed(seed)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    x, memory = model.read(ids, lengths=None if bool((valid == ids.shape[1]).all()) else valid)
+    boundaries = torch.tensor(sorted(boundary_ids), dtype=torch.long, device=device)
+
+    def ends(ids: Tensor) -> Tensor | None:
+        return torch.isin(ids, boundaries) if boundary_ids else None
+
+    x, memory = model.read(ids, lengths=None if bool((valid == ids.shape[1]).all()) else valid, boundaries=ends(ids))
     x = x[torch.arange(len(valid), device=device), valid - 1]
     going = torch.ones_like(valid, dtype=torch.bool)
     for step in range(max_new_tokens):
@@ -91,7 +106,8 @@ def _steps(
         going &= ~torch.isin(chosen, stops)
         if step == max_new_tokens - 1 or not going.any():
             return
-        x, memory = model.read(chosen[:, None], memory, None if bool(going.all()) else going.long())
+        new = chosen[:, None]
+        x, memory = model.read(new, memory, None if bool(going.all()) else going.long(), ends(new))
         x = x[:, -1]
 
 
@@ -136,15 +152,18 @@ def _checked(settings: Settings, vocabulary: int) -> dict[str, Any]:
         top_k = min(whole_number("top_k", top_k, 1, remedy="; leave it out to draw from all tokens"), vocabulary)
     if top_p is not None and not (is_finite(top_p) and 0 < top_p <= 1):
         raise InputError(f"top_p must be more than 0 and at most 1, got {shown(top_p)}")
-    seed, stop_ids = settings.get("seed"), settings.get("stop_ids", ())
-    if isinstance(stop_ids, (set, frozenset)):
-        stop_ids = list(stop_ids)
+    seed = settings.get("seed")
+    stop_ids, boundary_ids = (
+        list(each) if isinstance(each, (set, frozenset)) else each
+        for each in (settings.get("stop_ids", ()), settings.get("boundary_ids", ()))
+    )
     return {
         "max_new_tokens": whole_number("max_new_tokens", settings["max_new_tokens"], 0),
         "temperature": float(temperature),
         "top_k": top_k,
         "top_p": None if top_p is None else float(top_p),
         "stop_ids": whole_numbers("stop_ids", stop_ids, 0, vocabulary - 1, remedy="; [] for none").tolist(),
+        "boundary_ids": whole_numbers("boundary_ids", boundary_ids, 0, vocabulary - 1, remedy="; [] for none").tolist(),
         "pad_id": whole_number("pad_id", settings.get("pad_id", 0), -(2**63), 2**63 - 1),
         "seed": None if seed is None else whole_number("seed", seed, *SEEDS),
     }

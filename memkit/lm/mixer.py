@@ -18,6 +18,11 @@ class Mixer(nn.Module, ABC):
     every layer of the kind, itself included, may mix them into its values.
     """
 
+    @property
+    def takes_boundaries(self) -> bool:
+        """Whether it reads a span's boundaries: where chunks of tokens end, as the caller says."""
+        return False
+
     @abstractmethod
     def first_values(self, x: Tensor, state: State, span: Span) -> tuple[Tensor | None, State]:
         """v_first [b, t, c] from the layer's norm of the embeddings, [b, t, width], and what to carry on; or None."""

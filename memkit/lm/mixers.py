@@ -115,6 +115,10 @@ class AttentionMixer(Mixer):
             projections = {name: getattr(self.attention, name) for name in ("query", "key", "value")}
             self.shift = nn.ModuleDict({name: TokenShift(each.out_features) for name, each in projections.items()})
 
+    @property
+    def takes_boundaries(self) -> bool:
+        return self.attention.policy.takes_boundaries
+
     def first_values(self, x: Tensor, state: State, span: Span) -> tuple[Tensor | None, State]:
         return (None if self.residual is None else self.attention.value(x)), {}
 
@@ -131,8 +135,9 @@ class AttentionMixer(Mixer):
                 projected[name] = self.shift[name](each, span.previous(each, last, "itself"))
         memory = state.get("memory")
         assert not isinstance(memory, Tensor)
+        boundaries = span.boundaries if self.takes_boundaries else None
         y, after = self.attention.remember(
-            x, projected["query"], projected["key"], projected["value"], memory, span.lengths
+            x, projected["query"], projected["key"], projected["value"], memory, span.lengths, boundaries
         )
         carried["memory"] = after
         return y, carried

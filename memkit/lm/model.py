@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memkit.engine.inputs import Lengths
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
+from memkit.lm.boundaries import checked
 from memkit.lm.catalog import load_model_spec, weights_file, write_model
 from memkit.lm.generation import Prompts, Settings, stream
 from memkit.lm.memory import ModelMemory
@@ -75,10 +76,13 @@ class MemoryLM(nn.Module):
         self.activation_checkpointing = False
         self.embedding = nn.Embedding(spec.vocabulary, spec.width)
         self.embedding_norm = nn.LayerNorm(spec.width)
-        self.blocks = nn.ModuleList(Block(mixer, spec, layer) for layer, mixer in enumerate(spec.mixers))
+        blocks = [Block(mixer, spec, layer) for layer, mixer in enumerate(spec.mixers)]
+        self.blocks = nn.ModuleList(blocks)
         self.head_norm = nn.LayerNorm(spec.width)
         self.head = Linear(spec.width, spec.vocabulary)
         mixers = spec.mixers
+        self.takes_boundaries = any(block.mixer.takes_boundaries for block in blocks)
+        """Whether any layer lets the caller say where chunks end."""
         self._first_of_kind = [mixers.index(mixer) for mixer in mixers]
         if not self.head.weight.is_meta:
             self.initialise()
@@ -94,15 +98,20 @@ class MemoryLM(nn.Module):
             block.mlp.initialise(layer, self.spec.depth)
 
     def forward(
-        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Lengths | None = None
+        self,
+        ids: Tensor,
+        memory: ModelMemory | None = None,
+        lengths: Lengths | None = None,
+        boundaries: Tensor | None = None,
     ) -> tuple[Tensor, ModelMemory]:
         """ids [b, t] → logits [b, t, vocabulary], those at t for token t + 1, and the memory to go on with.
 
         memory: what an earlier call returned; without gradients this call takes it over (`memory.fork()` copies).
         lengths [b]: valid tokens of this call per row, the rest padding on the right, whose logits are 0.
+        boundaries [b, t] bool: which tokens are the last of their chunk, for layers with `chunker: boundaries`.
         """
         lengths = self._lengths(ids, lengths)
-        x, memory = self.read(ids, memory, lengths)
+        x, memory = self.read(ids, memory, lengths, boundaries)
         logits = self.head(x)
         if lengths is None:
             return logits, memory
@@ -111,11 +120,15 @@ class MemoryLM(nn.Module):
         return logits.masked_fill(~valid, 0), memory
 
     def read(
-        self, ids: Tensor, memory: ModelMemory | None = None, lengths: Lengths | None = None
+        self,
+        ids: Tensor,
+        memory: ModelMemory | None = None,
+        lengths: Lengths | None = None,
+        boundaries: Tensor | None = None,
     ) -> tuple[Tensor, ModelMemory]:
         """As a call, but short of the head: what `head` takes, [b, t, width]."""
         lengths = self._lengths(ids, lengths)
-        span = self._span(ids, memory, lengths)
+        span = self._span(ids, memory, lengths, checked(boundaries, ids, self.takes_boundaries))
         states: list[State] = [{} for _ in self.blocks] if memory is None else memory.layers
         carried: list[State] = [{} for _ in self.blocks]
         x = embedded = self.embedding_norm(self.embedding(ids))
@@ -138,6 +151,7 @@ class MemoryLM(nn.Module):
         lengths: Lengths | None = None,
         documents: Tensor | None = None,
         targets: Tensor | None = None,
+        boundaries: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy of every next token, in nats.
 
@@ -147,13 +161,17 @@ class MemoryLM(nn.Module):
             documents: [b, t], as for `read_packed`: a document's first token does not count.
             targets: [b, t] bool: which tokens count where they are predicted, as answers do and their questions do
                 not; a row's first token is never predicted. None: all.
+            boundaries: [b, t], as for a call.
 
         Raises:
             InputError: what does not fit ids; targets that leave nothing to predict (looked at on the CPU alone).
         """
         lengths = self._lengths(ids, lengths)
         chosen = None if targets is None else self._targets(ids, targets)
-        logits = self(ids, lengths=lengths)[0] if documents is None else self.read_packed(ids, documents)
+        if documents is None:
+            logits = self(ids, lengths=lengths, boundaries=boundaries)[0]
+        else:
+            logits = self.read_packed(ids, documents, boundaries)
         wanted = ids[:, 1:].clone()
         if lengths is not None:
             valid = Span(lengths.to(ids.device), None).valid(ids.shape[1])
@@ -166,13 +184,15 @@ class MemoryLM(nn.Module):
         logits = logits[:, :-1].flatten(0, 1)
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted.flatten())
 
-    def read_packed(self, ids: Tensor, documents: Tensor) -> Tensor:
+    def read_packed(self, ids: Tensor, documents: Tensor, boundaries: Tensor | None = None) -> Tensor:
         """Logits of rows that hold several documents each, none of which sees another.
 
         ids, documents [b, t]: a token's document is the run of equal numbers it stands in. Documents are read as rows
-        of their own, those of similar length together, so less than half of what is read is padding.
+        of their own, those of similar length together, so less than half of what is read is padding. boundaries
+        [b, t], as for a call.
         """
         self._lengths(ids, None)
+        ends = checked(boundaries, ids, self.takes_boundaries)
         if not isinstance(documents, Tensor) or documents.shape != ids.shape:
             got = tuple(documents.shape) if isinstance(documents, Tensor) else shown(documents)
             raise InputError(f"documents must be as ids, {tuple(ids.shape)}, got {got}")
@@ -188,11 +208,12 @@ class MemoryLM(nn.Module):
             begin, length = starts[magnitude == each], lengths[magnitude == each]
             where = begin[:, None] + torch.arange(int(length.max()), device=ids.device)
             valid = where < (begin + length)[:, None]
-            logits, _ = self(flat[where.clamp(max=ids.numel() - 1)], lengths=length)
+            here = where.clamp(max=ids.numel() - 1)
+            logits, _ = self(flat[here], None, length, None if ends is None else ends.flatten()[here.cpu()])
             places.append(where[valid])
             found.append(logits[valid])
         if not found:
-            return self(ids)[0]
+            return self(ids, boundaries=boundaries)[0]
         return torch.cat(found)[torch.cat(places).argsort()].view(*ids.shape, -1)
 
     def generate(self, prompts: Prompts, **settings: Unpack[Settings]) -> Tensor:
@@ -202,8 +223,8 @@ class MemoryLM(nn.Module):
         lengths [b]: of the prompts, the rest padding on the right.
         max_new_tokens: at most so many. temperature 0 (the default): the likeliest token; else drawn, from the `top_k`
         likeliest, and of these the fewest that hold `top_p` of the probability. seed: of the drawing. stop_ids: a row
-        ends with any of these; generation when all rows have. A row's tokens do not depend on the other rows but for
-        the drawing.
+        ends with any of these; generation when all rows have. boundary_ids: ids that are the last of their chunk, for
+        layers with `chunker: boundaries`. A row's tokens do not depend on the other rows but for the drawing.
         """
         steps = list(self.stream(prompts, **settings))
         return torch.stack(steps, dim=1) if steps else torch.zeros(len(prompts), 0, dtype=torch.long)
@@ -240,7 +261,7 @@ class MemoryLM(nn.Module):
             raise ModelError(f"{file}: not this model's weights: {' '.join(str(error).split())[:300]}") from None
         return made.requires_grad_().eval()
 
-    def _span(self, ids: Tensor, memory: ModelMemory | None, lengths: Tensor | None) -> Span:
+    def _span(self, ids: Tensor, memory: ModelMemory | None, lengths: Tensor | None, boundaries: Tensor | None) -> Span:
         """The call's tokens, checked."""
         if (
             ids.device.type == "cpu"
@@ -260,7 +281,7 @@ class MemoryLM(nn.Module):
                     f"memory is for {len(memory.seen)} rows, got ids of {ids.shape[0]}; reorder() changes rows"
                 )
         begun = None if memory is None else (memory.seen > 0).to(ids.device)
-        return Span(None if lengths is None else lengths.to(ids.device), begun)
+        return Span(None if lengths is None else lengths.to(ids.device), begun, boundaries)
 
     @staticmethod
     def _lengths(ids: Tensor, lengths: Lengths | None) -> Tensor | None:

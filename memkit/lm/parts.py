@@ -32,10 +32,12 @@ class Span:
 
     lengths [b]: valid tokens per row, the rest padding on the right; None where every token is valid.
     begun [b]: whether a row had tokens before; None where no row had.
+    boundaries [b, t] bool: which are the last of their chunk, on the CPU; None where none is said to be.
     """
 
     lengths: Tensor | None
     begun: Tensor | None
+    boundaries: Tensor | None = None
 
     def valid(self, tokens: int) -> Tensor | None:
         """[b, t, 1]: whether a token is valid; None where all are."""

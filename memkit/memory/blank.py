@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memkit.memory.cuts import Cuts
 from memkit.memory.held import HeldSlots
 from memkit.memory.memory import Memory
 from memkit.memory.rows import SlotRules
@@ -13,6 +14,7 @@ from memkit.memory.slots import SlotStore
 from memkit.memory.window import Streams, Window, room_for
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
+from memkit.pieces.window import BlockWindow
 from memkit.policy import Policy
 
 __all__ = ["blank"]
@@ -33,7 +35,8 @@ def blank(
 ) -> Memory:
     """The memory after a prefill of `tokens` tokens in every row; on the device `meta` it takes no room at all.
 
-    heads, kv_heads: query heads, and key/value heads; rotation: as the calls that go on with it will give it.
+    None of the tokens is a boundary. heads, kv_heads: query heads, and key/value heads; rotation: as the calls that go
+    on with it will give it.
     """
     held = tokens - int(policy.window.begin(tokens - 1))
     room, slots, wide = room_for(policy, held), policy.slots_after(tokens), torch.promote_types(dtype, torch.float32)
@@ -56,7 +59,10 @@ def blank(
     if policy.holds_once and (policy.replaces or dtype.itemsize == 2):
         rules = SlotRules(policy, head_width, dtype, None, rotation, valued=True)
         store = HeldSlots.of(rules, store, slots, ())
-    observed = new(rows, heads, policy.observation.queries, head_width) if policy.observes else None
+    observed = new(rows, heads, len(policy.observation.waits), head_width) if policy.observes else None
+    cuts = None
+    if policy.takes_boundaries and isinstance(policy.window, BlockWindow):
+        cuts = Cuts.without_boundaries(rows, tokens, policy.chunk, policy.window.chunks, slots)
     return Memory(
         policy=policy,
         seen_rows=np.full(rows, tokens, dtype=np.int64),
@@ -64,4 +70,5 @@ def blank(
         store=store,
         next_positions=new(rows, like=torch.float64) if Need.ROTATION in policy.needs else None,
         observed=observed,
+        cuts=cuts,
     )

@@ -6,6 +6,7 @@ put together by hand is refused before a call can stumble over it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zlib
@@ -21,8 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memkit.errors import MemoryStateError, PolicyError, short, shown
+from memkit.memory.cuts import Cuts
 from memkit.pieces.needs import Need
 from memkit.pieces.registry import SpecError
+from memkit.pieces.window import BlockWindow
 from memkit.policy import Policy, PolicySpec
 from memkit.yaml12 import load
 
@@ -122,6 +125,9 @@ def _wrong_heads(part: Contents, first: Contents, heads: int) -> str | None:
         return f"keys must be of {heads} heads, got {part.tensors['keys'].shape[1]}"
     if not torch.equal(part.tensors["seen"], first.tensors["seen"]):
         return "heads must have seen the same tokens"
+    for name in ("chunk_begins", "chunk_ended"):
+        if name in first.tensors and not torch.equal(part.tensors[name], first.tensors[name]):
+            return f"{name} must be the same in all heads"
     if part.tensors["keys"].dtype != first.tensors["keys"].dtype:
         return "heads must be of one dtype"
     return None
@@ -186,6 +192,10 @@ def _wrong_shapes(policy: Policy, tensors: dict[str, Tensor]) -> str | None:
         "numbers": ((rows, heads, slots, len(policy.statistics)), torch.float64),
         "seen": ((rows,), torch.int64),
     }
+    if policy.takes_boundaries and isinstance(policy.window, BlockWindow):
+        chunks = policy.window.chunks
+        wanted |= {"chunk_begins": ((rows, chunks), torch.int64), "chunk_slots": ((rows,), torch.int64)}
+        wanted["chunk_ended"] = ((rows,), torch.bool)
     if weighs:
         wanted["weights"] = ((rows, heads, room), None)
     if rotates:
@@ -194,7 +204,7 @@ def _wrong_shapes(policy: Policy, tensors: dict[str, Tensor]) -> str | None:
         wanted |= {"evidence": ((rows, heads, room, 3), wide), "slot_evidence": ((rows, heads, slots, 3), wide)}
         observed = tensors.get("observed", keys)
         groups = observed.shape[1] // heads * heads if observed.ndim == 4 and observed.shape[1] >= heads else heads
-        wanted["observed"] = ((rows, groups, policy.observation.queries, width), keys.dtype)
+        wanted["observed"] = ((rows, groups, len(policy.observation.waits), width), keys.dtype)
     if tensors.keys() != wanted.keys():
         return f"its tensors must be {', '.join(sorted(wanted))}, got {', '.join(sorted(tensors))}"
     for name, (shape, dtype) in wanted.items():
@@ -207,14 +217,47 @@ def _wrong_shapes(policy: Policy, tensors: dict[str, Tensor]) -> str | None:
 def _wrong_numbers(policy: Policy, tensors: dict[str, Tensor], end: int) -> str | None:
     """Whether tokens seen, window and slots fit each other as the policy says."""
     seen, slots = tensors["seen"].numpy(), tensors["sums"].shape[2]
-    most = 2**53 if policy.sinks_only else MOST_CHUNKS * policy.chunk
+    most = 2**53 if policy.sinks_only or policy.takes_boundaries else MOST_CHUNKS * policy.chunk
     if (seen < 0).any() or (seen > most).any():
         return f"seen must lie between 0 and {most}, got {shown(seen.tolist())}"
-    window = np.where(seen > 0, seen - policy.window.begin(np.maximum(seen - 1, 0)), 0)
+    if policy.takes_boundaries:
+        if wrong := _wrong_cuts(policy, Cuts.of_tensors(tensors), seen, slots):
+            return wrong
+        window = seen - Cuts.of_tensors(tensors).left
+    else:
+        window = np.where(seen > 0, seen - policy.window.begin(np.maximum(seen - 1, 0)), 0)
     if window.max() > end:
         return f"a window of {window.max()} tokens must end at or after column {window.max()}, got end {end}"
+    if policy.takes_boundaries:
+        return None
     longest = int(seen.max())
     for tokens in (*(2**power for power in range(longest.bit_length())), longest):  # a wrong number is found out early
         if policy.slots_after(tokens) > slots:
             return f"after {longest} tokens there must be room for {policy.slots_after(tokens)} slots, got {slots}"
+    return None
+
+
+def _wrong_cuts(policy: Policy, cuts: Cuts, seen: np.ndarray, room: int) -> str | None:
+    """Whether each row's chunks follow each other up to what it has seen, and its slots are not more than they may be.
+
+    How many there are depends on boundaries that are long forgotten; the most is what each token alone would found.
+    """
+    window = policy.window
+    assert isinstance(window, BlockWindow)
+    for row, (begins, ended, slots) in enumerate(zip(cuts.begins, cuts.ended, cuts.slots, strict=True)):
+        tokens = int(seen[row])
+        lengths = [end - begin for begin, end in itertools.pairwise((*begins, tokens))]
+        few = len(begins) < window.chunks and begins[:1] not in ((), (0,))
+        missing = (tokens > 0) != bool(begins) or (ended and not begins) or few
+        if missing or any(not 0 < length <= policy.chunk for length in lengths) or (begins and begins[0] < 0):
+            return (
+                f"chunk_begins must be chunks of 1 to {policy.chunk} tokens in order, up to the {tokens} seen, "
+                f"got {list(begins)} in row {row}"
+            )
+        left = begins[0] if begins else 0
+        if not min(left, policy.sinks) <= slots <= min(left, room):
+            return (
+                f"chunk_slots must lie between {min(left, policy.sinks)} and {min(left, room)} after {left} tokens "
+                f"have left, got {slots} in row {row}"
+            )
     return None

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from memkit.memory import file
+from memkit.memory.cuts import Cuts
 from memkit.memory.memory import Memory
 from memkit.pieces.statistics import Statistic
 from memkit.policy import Policy
@@ -38,6 +39,11 @@ class HeadsMemory(Memory):
     def seen_rows(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Tokens of each row so far, [b] int64."""
         return self.parts[0].seen_rows
+
+    @property
+    def cuts(self) -> Cuts | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where each row's chunks begin, None where positions tell; with the first part's slots."""
+        return self.parts[0].cuts
 
     @property
     def heads_of_parts(self) -> list[int]:

@@ -16,12 +16,14 @@ from torch import Tensor
 from memkit.catalog import as_policy
 from memkit.errors import MemoryStateError
 from memkit.memory import file
+from memkit.memory.cuts import Cuts
 from memkit.memory.held import HeldSlots
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.pieces.statistics import COUNT, MASS, Statistic
+from memkit.pieces.window import BlockWindow
 from memkit.policy import Policy, PolicySpec
 from memkit.whole import whole_numbers
 
@@ -71,7 +73,8 @@ class Memory:
     window: the tokens seen exactly; store: the slots (`HeldSlots` where how they are read says all), of which
     `live_rows` are live, the sinks first; seen_rows [b]: tokens of each row so far; next_positions [b]: where positions
     continue, None where the policy rotates nothing; observed [b, h, n, d]: the observed queries of each row's
-    incomplete chunk, None where none are observed; buffer: slots and window side by side, while decoding.
+    incomplete chunk, None where none are observed; buffer: slots and window side by side, while decoding; cuts: where
+    each row's chunks begin, None where positions tell.
 
     taken: a later call has taken this memory over; written: the call that is about to has begun to change it; lost: the
     error with which such a call failed.
@@ -90,6 +93,7 @@ class Memory:
     taken: bool = False
     written: bool = False
     lost: str | None = None
+    cuts: Cuts | None = None
 
     of_parts: ClassVar[Callable[[Policy, Sequence[Memory]], Memory]]
     """Memories of heads that differ, as one: `memory.heads` sets it."""
@@ -120,12 +124,14 @@ class Memory:
     @property
     def live_rows(self) -> np.ndarray:
         """Slots of each row, on the host, [b] int64."""
+        if self.cuts is not None:
+            return np.array(self.cuts.slots, dtype=np.int64)
         return np.array([self.policy.slots_after(int(seen)) for seen in self.seen_rows], dtype=np.int64)
 
     @property
     def held_rows(self) -> np.ndarray:
         """Tokens in each row's window, [b] int64."""
-        return held(self.policy, self.seen_rows)
+        return held(self.policy, self.seen_rows) if self.cuts is None else self.seen_rows - self.cuts.left
 
     @property
     def heads(self) -> int:
@@ -198,7 +204,8 @@ class Memory:
         index = row_numbers(rows, len(self.seen_rows))
         here = index.to(self.device)
         copy = self._mapped(lambda tensor: tensor.index_select(0, here))
-        return dataclasses.replace(copy, seen_rows=self.seen_rows[index.numpy()])
+        cuts = None if self.cuts is None else self.cuts.of_rows(index.tolist())
+        return dataclasses.replace(copy, seen_rows=self.seen_rows[index.numpy()], cuts=cuts)
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a safetensors file; its policy travels along."""
@@ -228,6 +235,7 @@ class Memory:
             store=SlotStore(tensors["sums"], numbers, evidence=tensors.get("slot_evidence")),
             next_positions=tensors.get("next_positions"),
             observed=tensors.get("observed"),
+            cuts=Cuts.of_tensors(tensors) if policy.takes_boundaries else None,
         )
 
     def __copy__(self) -> Memory:
@@ -270,13 +278,18 @@ class Memory:
         """Whether it was made in inference mode, and this is outside: then nothing may be written into it."""
         return not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.tensors())
 
-    def one_token_later(self, next_positions: Tensor | None) -> Memory:
-        """The memory after one more token in every row, once that stands behind the window. This one is taken over."""
+    def one_token_later(self, next_positions: Tensor | None, ending: np.ndarray | None = None) -> Memory:
+        """The memory after one more token in every row, once that stands behind the window. This one is taken over.
+
+        ending [b] bool: rows in which a boundary makes it the last of its chunk.
+        """
         self.taken, self.written = True, False
         after = object.__new__(Memory)  # a third of what dataclasses.replace takes
         after.__dict__.update(self.__dict__)
         after.seen_rows, after.next_positions, after.taken = self.seen_rows + 1, next_positions, False
         after.window = Window(self.window.streams, self.window.end + 1)
+        if ending is not None and self.cuts is not None:
+            after.cuts = self.cuts.ending(ending)
         return after
 
     def skip(self, tokens: int) -> None:
@@ -324,7 +337,10 @@ class Memory:
             "next_positions": self.next_positions,
             "observed": self.observed,
         }
-        return self.window.streams | {name: tensor for name, tensor in rest.items() if tensor is not None}
+        cuts: dict[str, Tensor] = {}
+        if self.cuts is not None and isinstance(self.policy.window, BlockWindow):
+            cuts = self.cuts.tensors(self.policy.window.chunks)
+        return self.window.streams | cuts | {name: tensor for name, tensor in rest.items() if tensor is not None}
 
     def tensors(self) -> list[Tensor]:
         """All tensors held, working copies included."""
@@ -336,7 +352,7 @@ class Memory:
         following = None if self.next_positions is None else change(self.next_positions)
         observed = None if self.observed is None else change(self.observed)
         window, store = self.window.mapped(change), self.store.mapped(change)
-        return Memory(self.policy, self.seen_rows.copy(), window, store, following, observed)
+        return Memory(self.policy, self.seen_rows.copy(), window, store, following, observed, cuts=self.cuts)
 
     def __repr__(self) -> str:
         rows, heads = self.keys.shape[:2]

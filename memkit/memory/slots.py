@@ -200,7 +200,10 @@ class SlotStore:
 
     def _read_anew(self, rules: SlotRules, assignment: Assignment, chunk: Chunk, target: Tensor) -> None:
         """Read the slots that a chunk has touched again: few of many, or simply all."""
-        few = self.room > assignment.slot.shape[2]
+        most = assignment.slot.shape[2]
+        if self.undo is not None:  # a backward pass wants all of a call's folds alike
+            most = max(most, rules.policy.chunk)
+        few = self.room > most
         facts = (assignment.slot, assignment.founders, chunk.where, chunk.first)
         if not few:
             if self.undo is not None:

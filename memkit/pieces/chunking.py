@@ -10,14 +10,17 @@ from pydantic import Field
 from memkit.pieces.registry import FamilySpec, register
 from memkit.whole import MOST
 
-__all__ = ["Chunker", "ChunkerSpec", "FixedChunkerSpec"]
+__all__ = ["BoundariesChunkerSpec", "Chunker", "ChunkerSpec", "FixedChunkerSpec"]
 
 
 class Chunker:
-    """Cuts positions into chunks of `size` tokens: chunk c holds positions c·size … (c + 1)·size − 1."""
+    """Cuts positions into chunks of `size` tokens: chunk c holds positions c·size … (c + 1)·size − 1.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    given: whether a chunk ends before that where the caller says so (`attend(boundaries=…)`); it has `size` at most.
+    """
+
+    def __init__(self, size: int, given: bool = False) -> None:
+        self.size, self.given = size, given
 
 
 class ChunkerSpec(FamilySpec):
@@ -39,3 +42,16 @@ class FixedChunkerSpec(ChunkerSpec):
 
     def build(self) -> Chunker:
         return Chunker(self.size)
+
+
+@register
+class BoundariesChunkerSpec(ChunkerSpec):
+    """Chunks end where the caller says: after sentences, messages, functions."""
+
+    kind: Literal["boundaries"] = "boundaries"
+    most: int = Field(
+        default=256, ge=1, le=MOST, description="tokens that a chunk has at most: it ends there in any case"
+    )
+
+    def build(self) -> Chunker:
+        return Chunker(self.most, given=True)

@@ -34,18 +34,25 @@ class ObservationSpec(Spec):
         "repeat: those of a second reading of the text; mixed: half next, half repeat",
     )
 
-    def build(self, chunk: int) -> Observation:
-        """The observation, in chunks of `chunk` tokens."""
-        return Observation(self, chunk)
+    def build(self, chunk: int, given: bool = False) -> Observation:
+        """The observation, in chunks of `chunk` tokens; given: at most, for the caller says where they end."""
+        return Observation(self, chunk, given)
 
 
 class Observation:
     """Which queries are observed, and what is made of them."""
 
-    def __init__(self, spec: ObservationSpec, chunk: int) -> None:
+    def __init__(self, spec: ObservationSpec, chunk: int, given: bool = False) -> None:
         self.queries, self.decay = min(spec.queries, chunk), spec.decay
-        self.offsets = [(i + 1) * chunk // self.queries - 1 for i in range(self.queries)]
+        self.offsets = self.offsets_in(chunk)
         """Offsets in a chunk of its observed queries: ⌊(i + 1)·C/n⌋ − 1."""
+        self.waits = list(range(chunk)) if given and self.queries else self.offsets
+        """Offsets of the queries that wait for the end of their chunk: all, where nobody knows its length before."""
+
+    def offsets_in(self, chunk: int) -> list[int]:
+        """The offsets in a chunk of this length, of all its queries where it has fewer."""
+        queries = min(self.queries, chunk)
+        return [(i + 1) * chunk // queries - 1 for i in range(queries)]
 
     def added(self, evidence: Tensor, told: Tensor) -> Tensor:
         """Evidence [..., 3] after one more chunk has judged; told [..., 3]: what it said."""

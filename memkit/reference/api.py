@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.memory import Memory
+from memkit.memory.cuts import Cuts
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
 from memkit.reference.head import Head
@@ -44,7 +45,8 @@ def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
                     head, query = row[h // group], queries[r, h, i].double()
                     outputs.append(head.read(query, h, head.seen + i))
                     if head.observing is not None:
-                        head.observing.hear(query.detach(), h, head.seen + i)
+                        at = head.seen + i
+                        head.observing.hear(query.detach(), h, at, head.chunk_begin(at))
                 for head in row:
                     head.observe(head.seen + i)
         shape = (queries.shape[0], queries.shape[2], queries.shape[1], len(silence))
@@ -71,11 +73,9 @@ def plan(inputs: AttendInputs) -> Plan:
         for g, head in enumerate(row):
             for j, (where, founds) in enumerate(head.record):
                 slot[r, g, j], founded[r, g, j] = where, founds
-    chunks = most // rules.chunk if rules.chunk else 0
-    slots = [
-        [rules.slots(int(begin[r]) + min((i + 1) * rules.chunk, int(length[r]))) for i in range(chunks)]
-        for r in range(rows)
-    ]
+    counts = [row[0].counts or [len(row[0].slots)] for row in states]
+    chunks = max(len(row[0].counts) for row in states)
+    slots = [(each + each[-1:] * chunks)[:chunks] for each in counts]
     return Plan(
         slot=slot.to(inputs.keys.device),
         founded=founded.to(inputs.keys.device),
@@ -136,7 +136,14 @@ def written(rules: Rules, inputs: AttendInputs, heads: list[list[Head]]) -> Memo
             [torch.stack([observing(head).slots_filled(most) for head in row]) for row in heads]
         ).to(wide)
         observed = torch.stack([heard(row, int(seen[r])) for r, row in enumerate(heads)]).to(keys.dtype)
-    return Memory(rules.policy, seen, Window(streams, keep), store, next_positions, observed)
+    cuts = None
+    if rules.cut_by_caller:
+        cuts = Cuts(
+            tuple(tuple(head.chunks) for head in first),
+            tuple(head.ended for head in first),
+            tuple(len(head.slots) for head in first),
+        )
+    return Memory(rules.policy, seen, Window(streams, keep), store, next_positions, observed, cuts=cuts)
 
 
 def observing(head: Head) -> Observing:
@@ -147,7 +154,7 @@ def observing(head: Head) -> Observing:
 
 def heard(heads: list[Head], seen: int) -> Tensor:
     """A row's observed queries of its incomplete chunk, [h, n, d]."""
-    return torch.cat([observing(head).waiting(seen) for head in heads])
+    return torch.cat([observing(head).waiting(head.open_chunk(seen)) for head in heads])
 
 
 def going_on(inputs: AttendInputs, head: Head, row: int) -> Tensor:

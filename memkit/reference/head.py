@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
 from memkit.pieces.needs import Need
+from memkit.pieces.window import BlockWindowSpec
 from memkit.reference.assignment import Assigned, assign
 from memkit.reference.expecting import but_sinks, expected
 from memkit.reference.observing import Observing, compete, mean
@@ -20,19 +21,34 @@ __all__ = ["Head"]
 class Head:
     """The stream of one row and one key/value head: the tokens it still holds, and its slots.
 
-    seen: tokens before this call; left: tokens that have left the window; origin: the first token held.
+    seen: tokens before this call; left: tokens that have left the window; origin: the first token held. Where the
+    caller says where chunks end, chunks: where those in the window begin; ended: whether a boundary ended the last.
     """
 
     def __init__(self, rules: Rules, inputs: AttendInputs, row: int, head: int) -> None:
         self.rules, memory = rules, inputs.memory
         self.seen = 0 if memory is None else int(memory.seen_rows[row])
-        self.left = 0 if self.seen == 0 else rules.sees_from(self.seen - 1)
+        self.chunks, self.ended, live = list[int](), False, 0
+        self.boundaries: list[bool] | None = None
+        if rules.cut_by_caller:
+            if memory is not None and memory.cuts is not None:
+                self.chunks, self.ended = list(memory.cuts.begins[row]), memory.cuts.ended[row]
+                live = memory.cuts.slots[row]
+            self.boundaries = None if inputs.row_boundaries is None else inputs.row_boundaries[row].tolist()
+            self.left = self.chunks[0] if self.chunks else 0
+        else:
+            self.left = 0 if self.seen == 0 else rules.sees_from(self.seen - 1)
+            live = rules.slots(self.left)
         self.origin, held = self.left, self.seen - self.left
         self.given = None if inputs.plan is None else (inputs.plan, row, head)
         self.slots: list[Slot] = []
         self.record: list[Assigned] = []
+        self.counts: list[int] = []
         self.as_read: tuple[Tensor, Tensor, Tensor] | None = None
-        self.observing = Observing(rules, inputs, row, head, self.seen) if rules.policy.observes else None
+        self.observing = None
+        if rules.policy.observes:
+            begin = self.open_chunk(self.seen)
+            self.observing = Observing(rules, inputs, row, head, self.seen, self.left, live, begin)
 
         new = slice(0, int(inputs.row_lengths[row]))
         keys, values = inputs.keys[row, head, new].double(), None
@@ -54,7 +70,7 @@ class Head:
             if places is not None:
                 places = torch.cat((streams["positions"][row, 0, old], places))
             width = keys.shape[1] + (0 if values is None else streams["values"].shape[-1])
-            for index in range(rules.slots(self.left)):
+            for index in range(live):
                 sums = memory.store.sums[row, head, index, :width].double()
                 numbers = memory.store.numbers[row, head, index]
                 self.slots.append(rules.slot(torch.cat((sums, numbers)), keys.shape[1]))
@@ -62,28 +78,59 @@ class Head:
         # A plan is made without values.
         self.values = keys[:, :0] if values is None else values
 
-    def token(self, position: int) -> Token:
-        """The token at `position`, which must still be held."""
+    def token(self, position: int, first: bool) -> Token:
+        """The token at `position`, which must still be held; first: of the row's first chunk."""
         at = position - self.origin
         return Token(
             treatment=self.rules.treatment,
             position=position,
             key=self.keys[at],
             value=self.values[at],
+            first=first,
             weight=None if self.weights is None else self.weights[at],
             place=None if self.places is None else self.places[at],
         )
 
     def arrive(self, position: int) -> None:
         """A token arrives: what it no longer sees leaves the window, chunk by chunk."""
-        while self.left < self.rules.sees_from(position):
-            self.leave()
+        rules = self.rules
+        if not rules.cut_by_caller:
+            while self.left < rules.sees_from(position):
+                end = self.left + rules.chunk
+                self.leave(end, rules.slots(end) - rules.slots(self.left))
+            return
+        if self.over(position):
+            self.chunks.append(position)
+            assert isinstance(rules.spec.window, BlockWindowSpec)
+            if len(self.chunks) > rules.spec.window.chunks:
+                begin, end = self.chunks[:2]
+                self.leave(end, rules.granted(len(self.slots), begin, end, position))
+                del self.chunks[0]
+        self.ended = self.boundaries is not None and self.boundaries[position - self.seen]
 
-    def leave(self) -> None:
-        """The oldest chunk becomes part of the slots."""
+    def over(self, tokens: int) -> bool:
+        """Whether the newest chunk is, after so many tokens: then the next token begins one."""
+        return not self.chunks or self.ended or tokens - self.chunks[-1] == self.rules.chunk
+
+    def chunk_begin(self, position: int) -> int:
+        """Where the chunk of the token at `position`, which has just arrived, begins."""
+        return self.chunks[-1] if self.rules.cut_by_caller else position // self.rules.chunk * self.rules.chunk
+
+    def open_chunk(self, tokens: int) -> int:
+        """Where the chunk of the next token begins, after so many tokens."""
+        if not self.rules.cut_by_caller:
+            return self.chunk_begin(tokens)
+        return tokens if self.over(tokens) else self.chunks[-1]
+
+    def sees_from(self, position: int) -> int:
+        """The first token that the query at `position`, which has just arrived, sees exactly."""
+        return self.chunks[0] if self.rules.cut_by_caller else self.rules.sees_from(position)
+
+    def leave(self, end: int, granted: int) -> None:
+        """The oldest chunk, up to `end`, becomes part of the slots; so many of its tokens found one."""
         rules, begin, before = self.rules, self.left, len(self.slots)
-        chunk = [self.token(position) for position in range(begin, begin + rules.chunk)]
-        granted = rules.slots(begin + rules.chunk) - rules.slots(begin)
+        chunk = [self.token(position, begin == 0) for position in range(begin, end)]
+        self.counts.append(before + granted)
         if rules.policy.competes:
             assigned = []
         else:
@@ -91,13 +138,13 @@ class Head:
             if self.observing is not None:
                 of_tokens = [mean(self.observing.tokens[token.position]) for token in chunk]
             assigned = (
-                self.from_plan(begin)
+                self.from_plan(begin, end)
                 if self.given is not None
                 else assign(rules, chunk, self.slots, granted, of_tokens)
             )
         if self.observing is not None or rules.policy.competes:
             self.slots = compete(rules, chunk, self.slots, granted, None if self.given else assigned, self.observing)
-            self.left, self.as_read = begin + rules.chunk, None
+            self.left, self.as_read = end, None
             return
         weights = rules.weights(chunk)
         self.slots += [self.nothing()] * granted
@@ -110,14 +157,14 @@ class Head:
             if slot >= 0 and not founds:
                 self.slots[slot] = rules.joined(self.slots[slot], rules.alone(token, weight, founds=False))
         self.record += assigned
-        self.left = begin + rules.chunk
+        self.left = end
         self.as_read = None
 
-    def from_plan(self, begin: int) -> list[Assigned]:
-        """What an injected plan says about the chunk at `begin`."""
+    def from_plan(self, begin: int, end: int) -> list[Assigned]:
+        """What an injected plan says about tokens begin … end − 1."""
         assert self.given is not None
         given, row, head = self.given
-        columns = range(begin - int(given.begin[row]), begin - int(given.begin[row]) + self.rules.chunk)
+        columns = range(begin - int(given.begin[row]), end - int(given.begin[row]))
         return [(int(given.slot[row, head, j]), bool(given.founded[row, head, j])) for j in columns]
 
     def nothing(self) -> Slot:
@@ -146,9 +193,15 @@ class Head:
 
     def observe(self, position: int) -> None:
         """After a chunk's last token its observed queries judge every row."""
-        if self.observing is None or (position + 1) % self.rules.chunk:
+        if self.observing is None:
             return
-        first, asked = self.rules.sees_from(position), self.observing.asked(position)
+        if self.rules.cut_by_caller:
+            begin, over = self.chunks[-1], self.over(position + 1)
+        else:
+            begin, over = position + 1 - self.rules.chunk, (position + 1) % self.rules.chunk == 0
+        if not over:
+            return
+        first, asked = self.sees_from(position), self.observing.asked(begin, position)
         self.observing.judge(
             [(*self.shares(query, head, at), at) for query, head, at in asked],
             len(self.slots),
@@ -162,7 +215,7 @@ class Head:
         asked: observed queries (query, head, position).
         """
         places, origin = definitely(self.places), self.origin
-        window = self.keys[self.rules.sees_from(last) - origin : last + 1 - origin]
+        window = self.keys[self.sees_from(last) - origin : last + 1 - origin]
         keys, _, biases = self.memory()
         return expected(
             self.rules,
@@ -181,7 +234,7 @@ class Head:
         are tokens wherever they stand.
         """
         rules = self.rules
-        visible = slice(rules.sees_from(position) - self.origin, position + 1 - self.origin)
+        visible = slice(self.sees_from(position) - self.origin, position + 1 - self.origin)
         windowed = query if rules.window_scale is None else rules.window_scale[head] * query
         if rules.sinks_are_tokens:
             remembering = windowed

@@ -24,7 +24,12 @@ class Observing:
     Evidence is (a, m, n): decaying sums of error, of share, and of the chunks that judged.
     """
 
-    def __init__(self, rules: Rules, inputs: AttendInputs, row: int, head: int, seen: int) -> None:
+    def __init__(
+        self, rules: Rules, inputs: AttendInputs, row: int, head: int, seen: int, left: int, live: int, begin: int
+    ) -> None:
+        """Of a row that has seen so many tokens, of which `left` have left and found `live` slots; its chunk that goes
+        on begins at `begin`."""
+        self.any_length = rules.cut_by_caller
         self.spec, self.chunk = rules.spec.observe, rules.chunk
         self.group = inputs.queries.shape[1] // inputs.keys.shape[1] if inputs.queries is not None else 1
         self.first = head * self.group
@@ -35,33 +40,36 @@ class Observing:
         memory = inputs.memory
         if memory is None:
             return
-        left = 0 if seen == 0 else rules.sees_from(seen - 1)
         evidence, end = memory.window.streams["evidence"], memory.window.end
         for position in range(left, seen):
             self.tokens[position] = evidence[row, head, end - (seen - position)].double()
         assert memory.store.evidence is not None and memory.observed is not None
-        self.slots = [memory.store.evidence[row, head, i].double() for i in range(rules.slots(left))]
-        for i, offset in enumerate(self.offsets()):
-            position = seen // self.chunk * self.chunk + offset
+        self.slots = [memory.store.evidence[row, head, i].double() for i in range(live)]
+        for i, offset in enumerate(self.waits()):
+            position = begin + offset
             if position < seen:
                 for h in range(self.first, self.first + self.group):
                     self.heard[position, h] = memory.observed[row, h, i].double()
 
-    def offsets(self) -> list[int]:
-        """Which queries of a chunk are observed."""
-        n = min(self.spec.queries, self.chunk)
-        return [(i + 1) * self.chunk // n - 1 for i in range(n)]
+    def offsets(self, chunk: int) -> list[int]:
+        """Which queries of a chunk of this length are observed."""
+        n = min(self.spec.queries, chunk)
+        return [(i + 1) * chunk // n - 1 for i in range(n)]
 
-    def hear(self, query: Tensor, head: int, position: int) -> None:
-        """A query was read, which may be one that is observed; its token has not been judged yet."""
+    def waits(self) -> list[int]:
+        """Which queries wait for the end of their chunk: all, where its length is not known before."""
+        return list(range(self.chunk)) if self.any_length else self.offsets(self.chunk)
+
+    def hear(self, query: Tensor, head: int, position: int, begin: int) -> None:
+        """A query of the chunk at `begin` was read, which may be observed; its token has not been judged yet."""
         self.tokens.setdefault(position, torch.zeros(3, dtype=torch.float64))
-        if position % self.chunk in self.offsets():
+        if position - begin in self.waits():
             self.heard[position, head] = query
 
-    def asked(self, last: int) -> list[tuple[Tensor, int, int]]:
-        """The observed queries of the chunk that ends with the token at `last`: query, head, position."""
-        begin = last + 1 - self.chunk
-        return [(query, head, at) for (at, head), query in sorted(self.heard.items()) if begin <= at <= last]
+    def asked(self, begin: int, last: int) -> list[tuple[Tensor, int, int]]:
+        """The observed queries of the chunk from `begin` to `last`: query, head, position."""
+        wanted = [begin + offset for offset in self.offsets(last + 1 - begin)]
+        return [(query, head, at) for (at, head), query in sorted(self.heard.items()) if at in wanted]
 
     def judge(
         self, asked: Iterable[tuple[Tensor, Tensor, int]], slots: int, tokens: range, expected: list[float] | None
@@ -100,12 +108,12 @@ class Observing:
         rows = self.slots + [zero] * (most - len(self.slots))
         return torch.stack(rows) if rows else zero[None][:0]
 
-    def waiting(self, seen: int) -> Tensor:
-        """Observed queries of the incomplete chunk, [group, n, d]; zeros for those to come."""
-        begin, zero = seen // self.chunk * self.chunk, torch.zeros(self.width, dtype=torch.float64)
+    def waiting(self, begin: int) -> Tensor:
+        """Queries that wait of the incomplete chunk at `begin`, [group, n, d]; zeros for those to come."""
+        zero = torch.zeros(self.width, dtype=torch.float64)
         return torch.stack(
             [
-                torch.stack([self.heard.get((begin + offset, h), zero) for offset in self.offsets()])
+                torch.stack([self.heard.get((begin + offset, h), zero) for offset in self.waits()])
                 for h in range(self.first, self.first + self.group)
             ]
         )

@@ -39,6 +39,7 @@ class Rules:
         self.spec = inputs.policy.spec
         self.scale = inputs.checked_scale
         self.chunk = inputs.policy.chunk
+        self.cut_by_caller = self.spec.chunker.kind == "boundaries"
         self.slots_after_chunks = [0]
         self.sinks_are_tokens = self.spec.growth.kind == "none"
         learned = inputs.parameters
@@ -84,6 +85,21 @@ class Rules:
         """A head's, where growth allows `slots`: the sinks, and its ratio times the others, one at least."""
         others = slots - self.spec.sinks
         return slots if others <= 0 else self.spec.sinks + max(1, math.floor(self.spec.heads.ratio * others + 0.5))
+
+    def granted(self, slots: int, begin: int, end: int, arrives: int) -> int:
+        """How many of tokens begin … end − 1 found a slot as they leave together, where there are `slots`.
+
+        They leave because the token `arrives` begins a chunk; where the caller says where chunks end.
+        """
+        growth = self.spec.growth
+        if self.sinks_are_tokens:
+            return max(0, min(self.spec.sinks, end) - begin)
+        assert isinstance(growth, GrowthSpec)
+        if begin == 0 and growth.first_chunk == "whole":
+            return end
+        counted = arrives if growth.counts == "seen" else end
+        allowed = min(self.share(max(self.spec.sinks, self.budget(counted))), end)
+        return min(end - begin, max(0, allowed - slots))
 
     def budget(self, tokens: int) -> int:
         """Slots allowed after so many tokens: min(cap, max(floor, ⌊f(n)⌋ rounded down))."""
@@ -144,7 +160,7 @@ class Rules:
         Founders weigh 1 unless `weigh` says otherwise; in the first chunk the radius stays that of the plain value.
         """
         one, weigh = torch.ones_like(weight), self.policy.merging.weighs
-        first = token.position < self.chunk
+        first = token.first
         if founds and not (weigh.first_chunk if first else weigh.founders):
             weight = one
         for_key, for_value = weight if weigh.keys else one, weight if weigh.values else one

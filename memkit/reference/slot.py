@@ -121,7 +121,8 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Token:
-    """One token of one head. place: its rotary position, None where the policy un-rotates nothing."""
+    """One token of one head. place: its rotary position, None where the policy un-rotates nothing; first: whether it is
+    of the row's first chunk."""
 
     treatment: Treatment
     position: int
@@ -129,6 +130,7 @@ class Token:
     value: Tensor
     weight: Tensor | None
     place: Tensor | None
+    first: bool
 
     @cached_property
     def memory_key(self) -> Tensor:

@@ -44,7 +44,8 @@ class Case:
     learned: whether LayerNorm and temperatures are random, not 1, 0 and 1; positions: whether rotary positions are
     given (with gaps), or continue from the memory; pieces: how to split the tokens, repeated until they are used up
     (row r begins with the r-th, so that rows get out of step);
-    gradients: whether gradients are compared, too.
+    ends: where the policy lets the caller say where chunks end, tokens of each chunk, repeated (row r begins with the
+    r-th); left out: nobody says; gradients: whether gradients are compared, too.
     """
 
     lengths: tuple[int, ...] = (4,)
@@ -60,6 +61,7 @@ class Case:
     learned: bool = False
     positions: bool = False
     pieces: tuple[int, ...] = (1,)
+    ends: tuple[int, ...] = ()
     gradients: bool = False
 
     @property
@@ -119,7 +121,19 @@ class Case:
                 positions = gaps.cumsum(1).double()
             frequencies = 0.7 ** torch.arange(1, turned // 2 + 1, dtype=torch.float64)
             rotation = Rotation(("adjacent", "half-split")[self.seed % 2], turned, frequencies, positions)
-        return Inputs(queries, keys, values, weights, parameters, rotation, torch.tensor(self.lengths))
+        lengths, boundaries = torch.tensor(self.lengths), self._boundaries() if policy.takes_boundaries else None
+        return Inputs(queries, keys, values, weights, parameters, rotation, lengths, boundaries)
+
+    def _boundaries(self) -> Tensor | None:
+        """Which tokens the case says are the last of their chunk, [b, t] bool."""
+        if not self.ends:
+            return None
+        boundaries = torch.zeros(len(self.lengths), self.tokens, dtype=torch.bool)
+        for row in range(len(self.lengths)):
+            turns = (self.ends[(row + turn) % len(self.ends)] for turn in itertools.count())
+            for end in itertools.takewhile(lambda end: end <= self.tokens, itertools.accumulate(turns)):
+                boundaries[row, end - 1] = True
+        return boundaries
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,17 @@ class Inputs:
     parameters: PolicyParameters | None
     rotation: Rotation | None
     lengths: Tensor
+    boundaries: Tensor | None = None
+
+    def chunks(self, policy: Policy, row: int, tokens: int) -> list[tuple[int, int]]:
+        """The chunks (begin, end) of a row's first tokens, from the definition; the last may not be complete."""
+        found, begin = list[tuple[int, int]](), 0
+        for end in range(1, tokens + 1):
+            said = self.boundaries is not None and bool(self.boundaries[row, end - 1])
+            if said or end - begin == policy.chunk or end == tokens:
+                found.append((begin, end))
+                begin = end
+        return found
 
     @property
     def padded(self) -> bool:
@@ -168,6 +193,7 @@ class Inputs:
             rotation=self.rotation,
             memory=memory,
             lengths=self.lengths if self.padded else None,
+            boundaries=self.boundaries,
             plan=plan,
             backend=backend,  # type: ignore[arg-type]
         )
@@ -186,6 +212,7 @@ class Inputs:
             rotation=self.rotation,
             memory=memory,
             lengths=self.lengths if self.padded else None,
+            boundaries=self.boundaries,
         )
 
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
@@ -226,6 +253,7 @@ class Inputs:
             weights=None if self.weights is None else self.weights[:, :, start:stop],
             rotation=rotation,
             lengths=(self.lengths - start).clamp(0, stop - start),
+            boundaries=None if self.boundaries is None else self.boundaries[:, start:stop],
         )
 
     def parts(self, spans: list[tuple[int, int]]) -> Inputs:
@@ -252,6 +280,7 @@ class Inputs:
             weights=None if self.weights is None else taken(self.weights),
             rotation=rotation,
             lengths=lengths,
+            boundaries=None if self.boundaries is None else self.boundaries.gather(1, columns),
         )
 
     def row(self, row: int) -> Inputs:
@@ -268,6 +297,7 @@ class Inputs:
             weights=None if self.weights is None else self.weights[alone],
             rotation=rotation,
             lengths=self.lengths[alone],
+            boundaries=None if self.boundaries is None else self.boundaries[alone],
         )
         return whole.part(0, int(self.lengths[row]))
 
@@ -374,6 +404,7 @@ def cases(
         learned=draw(st.booleans()),
         positions=draw(st.booleans()) if Need.ROTATION in policy.needs else False,
         pieces=draw(splits()),
+        ends=draw(st.one_of(st.just(()), splits())) if policy.takes_boundaries else (),
         gradients=draw(st.integers(0, 2)) == 2,
     )
 
@@ -386,22 +417,26 @@ def plans(draw: st.DrawFn, policy: Policy, case: Case) -> Plan:
     that is no sink, those founded in the same step included, or none where the policy drops them. Shrinks to the
     earliest founders and the lowest slots.
     """
-    made = case.inputs(policy).plan(policy)
+    inputs = case.inputs(policy)
+    made = inputs.plan(policy)
     if policy.sinks_only:
         return made
-    slot, founded, size = torch.full_like(made.slot, -1), torch.zeros_like(made.founded), policy.chunk
+    slot, founded = torch.full_like(made.slot, -1), torch.zeros_like(made.founded)
+    chunks = [inputs.chunks(policy, row, length) for row, length in enumerate(case.lengths)]
     for row, head, chunk in itertools.product(
         range(len(made.length)), range(case.kv_heads), range(made.slots.shape[1])
     ):
-        if chunk * size >= made.length[row]:
+        if chunk >= len(chunks[row]) or chunks[row][chunk][1] > made.length[row]:
             continue
+        begin, end = chunks[row][chunk]
+        size = end - begin
         live, after = int(made.slots[row, chunk - 1]) if chunk else 0, int(made.slots[row, chunk])
-        forced = min(max(policy.sinks - chunk * size, 0), size)
+        forced = min(max(policy.sinks - begin, 0), size)
         chosen = st.sets(st.integers(forced, size - 1), min_size=after - live - forced, max_size=after - live - forced)
         founders = [*range(forced), *sorted(draw(chosen) if after - live > forced else ())]
         targets = st.integers(policy.sinks, after - 1) if after > policy.sinks and policy.merging.joins else st.just(-1)
         numbers = [live + founders.index(token) if token in founders else draw(targets) for token in range(size)]
-        here = slice(chunk * size, (chunk + 1) * size)
+        here = slice(begin, end)
         slot[row, head, here] = torch.tensor(numbers)
         founded[row, head, here] = torch.tensor([token in founders for token in range(size)])
     return dataclasses.replace(made, slot=slot, founded=founded)

@@ -104,10 +104,11 @@ def _policy_code(spec: PolicySpec) -> Code:
             families.append(f"    {name}=as_spec({given.expression}),\n")
             continue
         if isinstance(piece, Spec):
+            kind = getattr(piece, "kind", None)  # observe, heads, readout and storage have none
             if not type(piece).__module__.startswith("memkit.pieces."):
-                imports.add(f"import {type(piece).__module__}  # registers {piece.kind}")
+                imports.add(f"import {type(piece).__module__}  # registers {kind}")
             given = piece.model_dump(mode="json", exclude_defaults=True)
-            piece = {"kind": piece.kind, **given} if hasattr(piece, "kind") else given
+            piece = given if kind is None else {"kind": kind, **given}
         families.append(f"    {name}={piece!r},\n")
     inner = "\n" + "".join(families) if families else ""
     return Code(tuple(sorted(imports)), f"PolicySpec({inner})")

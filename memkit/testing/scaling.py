@@ -41,7 +41,7 @@ def scaled_down(spec: PolicySpec, chunk: int = 4) -> PolicySpec:
 
 
 def _changes(spec: PolicySpec, chunk: int, scale: float) -> dict[str, Any]:
-    changed: dict[str, Any] = {"chunker.size": chunk}
+    changed: dict[str, Any] = {"chunker.most" if spec.chunker.build().given else "chunker.size": chunk}
     if spec.window.kind == "sliding":
         changed["window.size"] = 2 * chunk
     if isinstance(spec.admission, ExpectedAttentionSpec):

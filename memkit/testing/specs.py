@@ -45,6 +45,7 @@ RATIOS = ((0.5, 1.5), (1.5, 0.5), (2.0, 1.0), (0.5,))
 
 SIZES: dict[str, st.SearchStrategy[Any]] = {
     "chunker.fixed.size": st.integers(1, 8),
+    "chunker.boundaries.most": st.integers(1, 8),
     "window.block.chunks": st.integers(1, 3),
     "window.sliding.size": st.integers(1, 8),
     "growth.floor": st.sampled_from((0, 0, 1, 2, 5)),
@@ -103,6 +104,8 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
         families["merging"] = merging = _without_share(merging)
         readout = _readout_for(draw, fixed, merging, by_runs=False)
         window = piece("window")
+        if chunker.build().given and window.kind != "block":  # it cuts nothing else
+            window = draw(specs("window", "block"))
         return PolicySpec(**families, window=window, growth=NoGrowthSpec(), readout=readout)
 
     window = piece("window")
@@ -133,7 +136,8 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
     ):
         # The first chunk must leave a slot to join: see the policy's rule.
         growth = growth.model_copy(update={"first_chunk": "whole"})
-        families["sinks"] = sinks = min(sinks, chunker.build().size - 1)
+        least = 1 if chunker.build().given else chunker.build().size
+        families["sinks"] = sinks = min(sinks, least - 1)
     families |= {"window": window, "routing": routing, "admission": admission}
     families |= _sharing(draw, admission, merging, routing) | {
         name: fixed[name] for name in ("eviction", "heads") if name in fixed

@@ -10,6 +10,7 @@ from torch.nn.functional import layer_norm
 
 from memkit.pieces.readout import LAYER_NORM_EPS
 from memkit.pieces.storage import BITS
+from memkit.pieces.window import BlockWindow
 from memkit.policy import Policy
 from memkit.testing.agreement import eps_of
 from memkit.testing.cases import Inputs
@@ -35,28 +36,42 @@ def sums_eps(policy: Policy, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2**BITS if half else torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
-def tokens_left(policy: Policy, seen: int) -> int:
-    """Tokens that have left the window of a row that has seen so many."""
+def tokens_left(policy: Policy, inputs: Inputs, row: int, seen: int) -> int:
+    """Tokens that have left the window of a row once it has seen so many."""
+    if policy.takes_boundaries:
+        chunks = inputs.chunks(policy, row, seen)
+        return chunks[max(0, len(chunks) - _window(policy))][0] if chunks else 0
     return int(policy.window.begin(seen - 1)) if seen > 0 else 0
 
 
-def slots_allowed(policy: Policy, left: int) -> tuple[int, int]:
-    """Slots of a head once `left` tokens have left, and the most that the budget allows, from the definition."""
+def slots_allowed(policy: Policy, inputs: Inputs, row: int, left: int) -> tuple[int, int]:
+    """Slots of a row's head once `left` tokens have left, and the most that the budget allows, from the definition."""
     if policy.growth is None:
         return min(policy.sinks, left), policy.sinks
-    growth, size, ratio = policy.growth.spec, policy.chunk, policy.spec.heads.ratio
+    growth, ratio, chunks = (
+        policy.growth.spec,
+        policy.spec.heads.ratio,
+        inputs.chunks(policy, row, int(inputs.lengths[row])),
+    )
     slots = most = 0
-    for begin in range(0, left, size):
-        seen = begin + (policy.window.capacity or 0)
-        allowed = policy.growth.budget(seen if growth.counts == "seen" else begin + size)
-        allowed = max(policy.sinks, allowed)
+    for index, (begin, end) in enumerate(chunks):
+        if end > left:
+            break
+        seen = chunks[index + _window(policy)][0] if policy.takes_boundaries else begin + (policy.window.capacity or 0)
+        allowed = max(policy.sinks, policy.growth.budget(seen if growth.counts == "seen" else end))
         if allowed > policy.sinks:  # a head's share, rounded to the nearest, of what is no sink: one at least
             allowed = policy.sinks + max(1, math.floor(ratio * (allowed - policy.sinks) + 0.5))
-        allowed = min(allowed, begin + size)
+        allowed = min(allowed, end)
         whole = begin == 0 and growth.first_chunk == "whole"
-        slots += size if whole else min(size, max(0, allowed - slots))
-        most = max(most, allowed, size if growth.first_chunk == "whole" else 0)
+        slots += end if whole else min(end - begin, max(0, allowed - slots))
+        most = max(most, allowed, end if whole else 0)
     return slots, most
+
+
+def _window(policy: Policy) -> int:
+    """Chunks that the window sees."""
+    assert isinstance(policy.window, BlockWindow)
+    return policy.window.chunks
 
 
 def memory_keys(policy: Policy, inputs: Inputs, row: int, tokens: int) -> Tensor:
@@ -94,7 +109,7 @@ def sums_of_tokens(policy: Policy, inputs: Inputs, row: int, founded: Tensor) ->
         inputs.keys[row : row + 1, :, :tokens],
         None if inputs.weights is None else inputs.weights[row : row + 1, :, :tokens],
         founded[None],
-        torch.arange(tokens) < policy.chunk,
+        torch.arange(tokens) < inputs.chunks(policy, row, tokens)[0][1],
     )
     if policy.merging.of == "values":  # a slot's key is its founder's, just as that brought it
         for_keys = founded[None].double()

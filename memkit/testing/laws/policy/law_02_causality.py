@@ -42,7 +42,7 @@ def causality(policy: Policy, case: Case) -> None:
         return
     plan, plan_changed = inputs.plan(policy), inputs.mapped(changed).plan(policy)
     for row, length in enumerate(case.lengths):
-        known = tokens_left(policy, min(cut, length)) if length else 0
+        known = tokens_left(policy, inputs, row, min(cut, length)) if length else 0
         equal_plans(
             f"plan of row {row} after other tokens follow",
             (plan_changed.slot[row, :, :known], plan_changed.founded[row, :, :known]),

@@ -6,7 +6,7 @@ from memkit.catalog import as_policy
 from memkit.memory import HeadsMemory, Memory
 from memkit.policy import Policy
 from memkit.testing.agreement import show
-from memkit.testing.cases import Case
+from memkit.testing.cases import Case, Inputs
 from memkit.testing.law import Broken, law
 from memkit.testing.laws.policy.comparing import in_pieces, policy_of_head
 from memkit.testing.laws.policy.definitions import slots_allowed, tokens_left
@@ -26,32 +26,32 @@ def budget(policy: Policy, case: Case) -> None:
     inputs = case.inputs(policy)
     for stop, _, memory in in_pieces(policy, inputs, case.cuts()):
         if not isinstance(memory, HeadsMemory):
-            _of_alike_heads(policy, memory, stop)
+            _of_alike_heads(policy, inputs, memory, stop)
             continue
         first = 0
         for part, heads in zip(memory.parts, memory.heads_of_parts, strict=True):
-            _of_alike_heads(policy_of_head(policy, first), part, stop)
+            _of_alike_heads(policy_of_head(policy, first), inputs, part, stop)
             first += heads
-        _in_total(policy, memory)
+        _in_total(policy, inputs, memory)
 
 
-def _in_total(policy: Policy, memory: HeadsMemory) -> None:
+def _in_total(policy: Policy, inputs: Inputs, memory: HeadsMemory) -> None:
     """Heads that share slots unequally have as many in all as even shares would be: budgets are rounded by half a slot
     for each head, and no head has less than one that is no sink."""
     assert policy.growth is not None and policy.head_ratios is not None
-    mean = sum(policy.head_ratios) / len(policy.head_ratios)
+    evenly = policy.spec.with_ratios(sum(policy.head_ratios) / len(policy.head_ratios)).build()
     for row, seen in enumerate(memory.seen.tolist()):
-        even = slots_allowed(policy.spec.with_ratios(mean).build(), tokens_left(policy, seen))[1]
+        even = slots_allowed(evenly, inputs, row, tokens_left(policy, inputs, row, seen))[1]
         total, most = int(memory.slots[row].sum()), memory.heads * (even + 1)
         if total > most:
             raise Broken(f"row {row}: {memory.slots[row].tolist()} slots after {seen} tokens, {most} in all at most")
 
 
-def _of_alike_heads(policy: Policy, memory: Memory, stop: int) -> None:
+def _of_alike_heads(policy: Policy, inputs: Inputs, memory: Memory, stop: int) -> None:
     """One memory's slots, of heads that have equally many."""
     for row, seen in enumerate(memory.seen.tolist()):
-        left = tokens_left(policy, seen)
-        allowed, most = slots_allowed(policy, left)
+        left = tokens_left(policy, inputs, row, seen)
+        allowed, most = slots_allowed(policy, inputs, row, left)
         slots = int(memory.slots[row])
         if slots != allowed:
             raise Broken(f"row {row} has {slots} slots after {seen} tokens, of which {left} left; granted {allowed}")
@@ -60,7 +60,10 @@ def _of_alike_heads(policy: Policy, memory: Memory, stop: int) -> None:
         filled = memory.counts[row]
         if filled.shape[-1] and (bool((filled[:, :slots] < 1).any()) or bool((filled[:, slots:] != 0).any())):
             raise Broken(f"row {row}: {slots} slots hold these counts of tokens:\n{show(filled)}")
-    budgets = [slots_allowed(policy, tokens_left(policy, seen))[1] for seen in memory.seen.tolist()]
+    budgets = [
+        slots_allowed(policy, inputs, row, tokens_left(policy, inputs, row, seen))[1]
+        for row, seen in enumerate(memory.seen.tolist())
+    ]
     room, bound = memory.sums.shape[2], 2 * max(budgets)
     if room > bound + policy.chunk:
         raise Broken(f"room for {room} slots after {stop} tokens; the bound is {bound} + {policy.chunk}")

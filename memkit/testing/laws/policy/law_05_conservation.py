@@ -30,14 +30,14 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
     inputs = case.inputs(policy)
     if not policy.plans_ahead:
         memory = inputs.attend(policy)[1]
-        _counts(policy, case, memory)
+        _counts(policy, case, inputs, memory)
         if not policy.weighted and not _may_drop(policy):
             _sums(policy, case, inputs, memory)
         return
     plan = inputs.plan(policy)
     memory = inputs.attend(policy, plan=plan)[1]
     for row, length in enumerate(case.lengths):
-        left = tokens_left(policy, length)
+        left = tokens_left(policy, inputs, row, length)
         left = left if not policy.sinks_only else min(left, policy.sinks)
         taken = plan.slot[row, :, :left] >= 0
         founded = plan.founded[row, :, :left]
@@ -71,11 +71,11 @@ def conservation_in_memory(policy: Policy, case: Case) -> None:
         )
 
 
-def _counts(policy: Policy, case: Case, memory: Memory) -> None:
+def _counts(policy: Policy, case: Case, inputs: Inputs, memory: Memory) -> None:
     """Where slots compete: no token is counted twice, and none is lost unless it may be dropped."""
     may_drop = _may_drop(policy)
     for row, length in enumerate(case.lengths):
-        left, counts = tokens_left(policy, length), memory.counts[row].sum(-1)
+        left, counts = tokens_left(policy, inputs, row, length), memory.counts[row].sum(-1)
         if bool((counts > left).any()) or (not may_drop and bool((counts < left).any())):
             raise Broken(f"row {row}: {left} tokens left the window, the slots count {counts.tolist()}")
 
@@ -87,7 +87,7 @@ def _sums(policy: Policy, case: Case, inputs: Inputs, memory: Memory) -> None:
         heads = slice(first, first + part.keys.shape[1])
         first = heads.stop
         for row, length in enumerate(case.lengths):
-            left, slots = tokens_left(policy, length), int(part.slots[row])
+            left, slots = tokens_left(policy, inputs, row, length), int(part.slots[row])
             everyone = torch.ones(inputs.keys.shape[1], left, dtype=torch.bool)
             keys, values, _ = (tensor[heads] for tensor in sums_of_tokens(policy, inputs, row, everyone))
             sums = part.sums[row, :, :slots].double()

@@ -29,7 +29,7 @@ def sinks(policy: Policy, case: Case) -> None:
     for stop, _, memory in in_pieces(policy, inputs, case.cuts()):
         now = contents(memory)
         for row, seen in enumerate(memory.seen.tolist()):
-            there = min(policy.sinks, tokens_left(policy, seen))
+            there = min(policy.sinks, tokens_left(policy, inputs, row, seen))
             counts = memory.counts[row, :, :there]
             if bool((counts != 1).any()):
                 raise Broken(f"row {row}: its {there} sinks hold these counts of tokens after {seen}:\n{show(counts)}")
@@ -55,7 +55,7 @@ def _sinks_hold_their_tokens(policy: Policy, inputs: Inputs, memory: Memory | No
     if memory is None:
         return
     for row, seen in enumerate(memory.seen.tolist()):
-        there = min(policy.sinks, tokens_left(policy, seen))
+        there = min(policy.sinks, tokens_left(policy, inputs, row, seen))
         founded = torch.ones(inputs.keys.shape[1], there, dtype=torch.bool)
         expected = torch.cat(sums_of_tokens(policy, inputs, row, founded)[:2], dim=-1)
         agree(

@@ -23,6 +23,7 @@ from memkit.testing.agreement import Results
 from memkit.testing.cases import Case, Inputs
 from memkit.testing.law import law
 from memkit.testing.laws.policy.comparing import compare, in_pieces
+from memkit.testing.laws.policy.definitions import tokens_left
 
 __all__ = ["limits"]
 
@@ -78,8 +79,10 @@ def _masked_attention(policy: Policy, inputs: Inputs) -> Tensor:
     position = torch.arange(tokens)
     seen = position[None, :] <= position[:, None]
     if policy.growth is None:
-        begin = torch.tensor([int(policy.window.begin(p)) for p in range(tokens)])
-        seen = seen & ((position[None, :] >= begin[:, None]) | (position < policy.sinks)[None, :])
+        rows = range(len(inputs.lengths))
+        begin = torch.tensor([[tokens_left(policy, inputs, row, p + 1) for p in range(tokens)] for row in rows])
+        seen = seen & ((position[None, :] >= begin[..., None]) | (position < policy.sinks)[None, :])
+        seen = seen[:, None]
     group = inputs.queries.shape[1] // inputs.keys.shape[1]
     keys, values = (tensor.double().repeat_interleave(group, 1) for tensor in (inputs.keys, inputs.values))
     output = scaled_dot_product_attention(inputs.queries.double(), keys, values, attn_mask=seen)

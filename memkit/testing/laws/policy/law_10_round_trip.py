@@ -50,6 +50,8 @@ def round_trip(policy: Policy, case: Case) -> None:
         identical(after[name], f"{name}, read again", tensor, "before", nan=True)
     if loaded.seen.tolist() != memory.seen.tolist():
         raise Broken(f"tokens seen, read again: {loaded.seen.tolist()}, before: {memory.seen.tolist()}")
+    if loaded.cuts != memory.cuts:
+        raise Broken(f"chunks, read again: {loaded.cuts}, before: {memory.cuts}")
     if cut < case.tokens:
         rest = inputs.part(cut, case.tokens)
         here, there = rest.attend(policy, memory=memory)[0], rest.attend(policy, memory=loaded)[0]
