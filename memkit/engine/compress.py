@@ -20,7 +20,6 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from memkit.catalog import as_policy
 from memkit.engine.autocast import autocasts, without_autocast
@@ -40,7 +39,7 @@ from memkit.memory.rows import Chunk, SlotRules, memory_keys
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.parameters import PolicyParameters
-from memkit.pieces.admission import Expectation
+from memkit.pieces.admission import Expectation, OutputError, mean_of_neighbours
 from memkit.pieces.evidence import ERROR, SHARE, softmax_evidence
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
@@ -155,7 +154,12 @@ def repeat_readers(queries: Tensor) -> Tensor:
 
 
 def row_worth(
-    readers: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None = None
+    readers: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    hidden: Tensor | None = None,
+    neighbours: int = NEIGHBOURS,
 ) -> tuple[Tensor, Tensor]:
     """What each row is worth to the readers: the root of the output error, averaged over neighbours, and the share.
 
@@ -171,7 +175,7 @@ def row_worth(
         if hidden is not None:
             scores.masked_fill_(hidden.repeat(group, 1), -torch.inf)
         _, told = softmax_evidence(scores, values[:, head].to(wide))
-        roots.append(avg_pool1d(told[..., ERROR].sqrt(), NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False))
+        roots.append(mean_of_neighbours(told[..., ERROR].sqrt(), neighbours))
         shares.append(told[..., SHARE])
     return torch.stack(roots, dim=1), torch.stack(shares, dim=1)
 
@@ -222,9 +226,11 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
         stand = stand[stand < tokens]
         readers = [inputs.queries[:, :, stand]]
         hidden = torch.arange(tokens, device=device) > stand[:, None]
+    pools = isinstance(policy.admission, OutputError) and policy.admission.pool > 1
+    rest = (inputs.checked_scale, hidden, 1 if pools else NEIGHBOURS)  # who looks at neighbours does it once
     told: list[Tensor] = []
     for group in readers:
-        root, share = row_worth(scaled(group, scales), inputs.keys, timeline.values, inputs.checked_scale, hidden)
+        root, share = row_worth(scaled(group, scales), inputs.keys, timeline.values, *rest)
         told.append(torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1))
     timeline.streams["evidence"].copy_(torch.stack(told).mean(0))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, cosine_similarity, normalize
 
@@ -31,6 +31,7 @@ __all__ = [
     "OutputErrorSpec",
     "RecencySpec",
     "StrideSpec",
+    "mean_of_neighbours",
 ]
 
 
@@ -135,24 +136,47 @@ class Stride(Admission):
         return (turn * size // _at_least_one(new) == offsets).long()
 
 
+def _is_odd(pool: int) -> int:
+    if pool % 2 == 0:
+        raise ValueError(f"pool must be odd, for a row stands in the middle of its neighbours, got {pool}")
+    return pool
+
+
 @register
 class OutputErrorSpec(AdmissionSpec):
     """The rows without which the observed queries' outputs would change most (CAOTE, arXiv 2504.14051)."""
 
     kind: Literal["output-error"] = "output-error"
+    pool: int = Field(
+        default=1,
+        ge=1,
+        le=2**10,
+        description="so many neighbouring rows, odd, have the mean of their errors' roots; 1: each row its own",
+    )
+
+    _odd = field_validator("pool")(_is_odd)
 
     def build(self) -> OutputError:
-        return OutputError()
+        return OutputError(self.pool)
 
 
 class OutputError(Admission):
-    """score_j = mean_r p_rj²·‖v_j − o_r‖², over the row's life."""
+    """score_j = mean_r p_rj²·‖v_j − o_r‖², over the row's life; or the mean of its root over neighbouring rows."""
 
     rates_slots = needs_evidence = True
 
+    def __init__(self, pool: int = 1) -> None:
+        self.pool = pool
+
     def score(self, chunk: ChunkContext) -> Tensor:
         assert chunk.evidence is not None
-        return chunk.evidence.error
+        error = chunk.evidence.error
+        return error if self.pool == 1 else mean_of_neighbours(error.sqrt(), self.pool)
+
+
+def mean_of_neighbours(numbers: Tensor, pool: int) -> Tensor:
+    """Numbers [b, g, c], each the mean over `pool` of them with it in the middle, as many as there are."""
+    return avg_pool1d(numbers, pool, stride=1, padding=pool // 2, count_include_pad=False)
 
 
 @register
@@ -168,11 +192,7 @@ class AttentionSpec(AdmissionSpec):
         description="mean over so many neighbouring rows, odd, zeros beyond the ends; 1: none",
     )
 
-    @model_validator(mode="after")
-    def _odd(self) -> AttentionSpec:
-        if self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd, for a row stands in the middle of its neighbours, got {self.pool}")
-        return self
+    _odd = field_validator("pool")(_is_odd)
 
     def build(self) -> Attention:
         return Attention(self.value_norm, self.pool)

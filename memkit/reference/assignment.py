@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -136,8 +138,12 @@ def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tenso
     """How much each row deserves a slot. keys: as they are compared; told: (mean error, mean share) of each row."""
     admission = rules.spec.admission
     match admission:
-        case OutputErrorSpec(kind="output-error"):
+        case OutputErrorSpec(kind="output-error", pool=1):
             return [float(each[0]) for each in told]
+        case OutputErrorSpec(kind="output-error", pool=pool):
+            reach, roots = pool // 2, [math.sqrt(float(each[0])) for each in told]
+            near = [roots[max(0, j - reach) : j + reach + 1] for j in range(len(roots))]
+            return [sum(each) / len(each) for each in near]
         case AttentionSpec(kind="attention", value_norm=value_norm, pool=pool):
             reach = pool // 2
             shares = [float(each[1]) for each in told]

@@ -59,6 +59,7 @@ SIZES: dict[str, st.SearchStrategy[Any]] = {
     "rotary.zero.width": st.integers(0, 3),
     "admission.expected-attention.future": st.integers(1, 5),
     "admission.attention.pool": st.sampled_from((1, 3, 5)),
+    "admission.output-error.pool": st.sampled_from((1, 3, 5)),
 }
 """Fields whose small values are not the lowest allowed ones; by family and field, or family, kind and field."""
 

@@ -10,9 +10,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import memkit
 from memkit.engine.plan import assign
-from memkit.pieces.admission import Admission, AdmissionSpec, NoAdmissionSpec, NoveltySpec, RecencySpec, StrideSpec
+from memkit.errors import PolicyError
+from memkit.pieces.admission import (
+    Admission,
+    AdmissionSpec,
+    NoAdmissionSpec,
+    NoveltySpec,
+    OutputErrorSpec,
+    RecencySpec,
+    StrideSpec,
+)
 from memkit.pieces.chunk import Assignment, ChunkContext
+from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import NearestSpec, Routing, RoutingSpec, SegmentSpec
 from memkit.pieces.similarity import Nearest, Similarity, search
 
@@ -353,3 +364,22 @@ def test_rows_with_and_without_slots_at_once():
 
     assert assignment.founded[:, 0].tolist() == [[True, False, True], [False, False, True]]
     assert assignment.slot[:, 0].tolist() == [[0, 0, 1], [1, 0, 2]]
+
+
+def test_neighbours_have_the_mean_of_their_errors_roots():
+    error = torch.tensor([4.0, 0.0, 1.0, 9.0])
+    told = torch.stack((error, torch.zeros(4), torch.ones(4)), dim=-1)
+    keys = torch.zeros(1, 1, 4, WIDTH)
+    chunk = leaving(keys, keys[:, :, :0], slots_before=0, new_slots=2)
+    chunk = replace(chunk, evidence=Evidence.of(told[None, None]))
+
+    score = OutputErrorSpec(pool=3).build().score(chunk)[0, 0]
+
+    # As many neighbours as there are: two at the ends.
+    assert score.tolist() == pytest.approx([1.0, 1.0, 4 / 3, 2.0], rel=4 * torch.finfo(torch.float32).eps)
+    assert torch.equal(OutputErrorSpec().build().score(chunk)[0, 0], error)
+
+
+def test_neighbours_are_an_odd_number():
+    with pytest.raises(PolicyError, match="pool must be odd"):
+        memkit.load_policy("untrained-observed", {"admission.pool": 2})
