@@ -109,8 +109,8 @@ class Comparison:
     """The measurements of one run, in the order asked for, and its settings.
 
     settings: model, parameters, dtype, context (tokens the model was trained for, or None), text, text_sha256,
-    second_text, second_text_sha256 (None without one), tokens, skip, prefill, rows, scored (positions in the loss),
-    decoded, overrides, seed, load_seconds, device, machine, cores, threads, versions.
+    second_text, second_text_sha256 (None without one), tokens, skip, prefill, rows, share, bytes, scored (positions in
+    the loss), decoded, overrides, seed, load_seconds, device, machine, cores, threads, versions.
     """
 
     settings: dict[str, Any]

@@ -151,7 +151,9 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-DEFAULTS: dict[str, Any] = dict.fromkeys(("model", "text", "second", "tokens", "skip", "rows")) | {"prefill": "policy"}
+DEFAULTS: dict[str, Any] = dict.fromkeys(("model", "text", "second", "tokens", "skip", "rows", "share", "bytes")) | {
+    "prefill": "policy"
+}
 
 
 def test_compare_defaults(compared: list[Any]):
@@ -192,6 +194,7 @@ def test_passkeys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     out = tmp_path / "out.json"
     text = run("compare", "full", "--passkey", "--placements", "2", "--rows", "512", "--json", str(out))
     options = {"model": None, "text": None, "prefill": "policy", "rows": 512, "overrides": {}}
+    options |= {"share": None, "bytes": None}
     assert calls == [(["full"], options | {"tokens": 2048, "placements": 2})]
     assert "1/2" in text
     assert json.loads(out.read_text())["policies"][0]["found"] == 1

@@ -10,6 +10,7 @@ import memkit
 from memkit.profiles import HeadProfile, load_profile, per_layer, profile_names, profile_of
 
 RATIOS = ((0.5, 1.5), (1.0, 1.0), (0.75, 1.25))
+SLOTS = memkit.load_policy("untrained-observed").build().slots_after(10_000)
 FACTS = {"model_type": "llama", "hidden_size": 8}
 
 
@@ -36,15 +37,15 @@ def test_a_file_gives_each_layer_its_ratios(tmp_path: Path):
     layers = per_layer(spec, 3, 2)
     assert [layer.spec.heads.ratios for layer in layers] == list(RATIOS)
     assert layers[0].name == "untrained-observed"
-    assert [policy.slots_after(10_000) for _, policy in layers[0].head_policies] == [4 + 158, 4 + 474]
+    assert [policy.slots_after(10_000) for _, policy in layers[0].head_policies] == [4 + 190, 4 + 570]
     assert not layers[1].head_policies
-    assert layers[1].slots_after(10_000) == 320
+    assert layers[1].slots_after(10_000) == SLOTS
 
 
 def test_auto_without_a_profile_is_even():
     for facts in (None, {}, FACTS):
         layers = per_layer("untrained-observed", 2, 2, facts)
-        assert all(not layer.head_policies and layer.slots_after(10_000) == 320 for layer in layers)
+        assert all(not layer.head_policies and layer.slots_after(10_000) == SLOTS for layer in layers)
     assert per_layer("kvm-sqrt-16", 2, 2) == [memkit.load_policy("kvm-sqrt-16").build()] * 2
 
 
@@ -100,6 +101,6 @@ def test_costs_are_those_of_all_layers(tmp_path: Path):
     each = [memkit.cost(layer, 4000, **shape) for layer in per_layer(spec, 3, 2)]
     assert whole.bytes == sum(one.bytes for one in each)
     assert whole.prefill.total == sum(one.prefill.total for one in each)
-    assert whole.slots == 320
+    assert whole.slots == SLOTS
     with pytest.raises(memkit.PolicyError, match="key/value heads"):
         memkit.cost(spec, 4000, layers=1, **shape)

@@ -70,7 +70,7 @@ def test_wheel_holds_modules_policies_marker_and_licence_only(wheel: Path):
     assert {name for name in names if name.startswith("memkit/policies/")} == policies
     assert "memkit/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"memkit", "memkit_attention"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"memkit", "memkit_attention", "memkit_command.py"}
 
 
 def test_installed_package_is_the_wheels_and_loads_nothing_heavy(python: Path, tmp_path: Path):

@@ -15,7 +15,9 @@ from memkit.hf.names import CACHE, returned_cache
 from tests.hf.families import made
 
 SMALL = {"chunker.size": 8}
-OBSERVED = memkit.load_policy("untrained-observed", SMALL | {"growth.slots": 20, "observe.queries": 8})
+OBSERVED = memkit.load_policy(
+    "untrained-observed", SMALL | {"window.chunks": 3, "growth.slots": 20, "observe.queries": 8}
+)
 SLIDING = memkit.load_policy("streaming-4-512", {"window.size": 20})
 SLOTS = memkit.load_policy("untrained-kvm-fixed", SMALL | {"growth.slots": 12})
 

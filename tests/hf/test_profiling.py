@@ -103,4 +103,4 @@ def test_the_shipped_model_finds_its_shipped_profile(smollm: hf.LoadedModel):
     assert sum(layer.head_ratios is not None for layer in handle.policies.values()) > 10
     slots = [layer.head_policies or ((3, layer),) for layer in handle.policies.values()]
     total = sum(heads * policy.slots_after(10_000) for layer in slots for heads, policy in layer)
-    assert abs(total - 90 * 320) <= 45  # but for rounding, as many as with even shares
+    assert abs(total - 90 * 384) <= 45  # but for rounding, as many as with even shares
