@@ -23,6 +23,8 @@ KINDS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("pooled blocks", lambda name: "block-mean" in name),
     ("slots of alike tokens, learned", lambda name: name.startswith(("kvm", "ovq"))),
     ("slots of alike tokens, nothing learned", lambda name: name.startswith("untrained-kvm")),
+    ("memory that sees its readers", lambda name: name.startswith("untrained-observed")),
+    ("eviction by keys alone", lambda name: name.startswith(("knorm", "keydiff"))),
     ("slots that compete", lambda name: True),
 )
 """Kinds of policies: what a panel is called, and whose names belong there, the first that fits."""
