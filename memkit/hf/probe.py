@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine.autocast import autocasts, without_autocast
@@ -141,7 +142,7 @@ def _seen(decoder: Decoder, positions: Tensor) -> dict[int, _Seen]:
     module.eval()
     try:
         with attention_function(module, NAME), torch.no_grad(), _exactly(device):
-            module(input_ids=ids, position_ids=where, use_cache=False, memkit_seen=seen)
+            _called(decoder)(input_ids=ids, position_ids=where, use_cache=False, memkit_seen=seen)
     except ModelError:
         raise
     except Exception as error:
@@ -153,6 +154,15 @@ def _seen(decoder: Decoder, positions: Tensor) -> dict[int, _Seen]:
         for each, training in modes.items():
             each.training = training
     return seen
+
+
+def _called(decoder: Decoder) -> Any:
+    """What to call so that the decoder reads: the whole model where parameters are split over processes (FSDP2).
+
+    The outermost module that was given to `fully_shard` has to be called first, and gathers what the others leave.
+    """
+    split = any(isinstance(each, DTensor) for each in decoder.module.parameters())
+    return next(iter(decoder.outer), decoder.module) if split else decoder.module
 
 
 @contextmanager

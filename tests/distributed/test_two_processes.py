@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from memkit import InputError
+from memkit import InputError, hf
 from memkit.training import TrainingSpec, train
 from tests.distributed import workers
 
@@ -48,12 +49,7 @@ def together(name: str, folder: Path) -> dict[str, Any]:
     return torch.load(folder / f"{name}.pt")
 
 
-@pytest.mark.parametrize("name", ["data_parallel", "fully_sharded"])
-def test_losses_and_gradients_are_those_of_one_process(name: str, tmp_path: Path):
-    found = together(name, tmp_path)
-    model = workers.made()
-    loss = model.loss(workers.batch())
-    loss.backward()
+def agree(found: dict[str, Any], model: nn.Module, loss: torch.Tensor) -> None:
     torch.testing.assert_close(found["loss"], loss.detach())
     expected = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     assert set(found["gradients"]) == set(expected)
@@ -61,6 +57,23 @@ def test_losses_and_gradients_are_those_of_one_process(name: str, tmp_path: Path
     size = max(float(each.abs().max()) for each in expected.values())
     for each, gradient in expected.items():
         torch.testing.assert_close(found["gradients"][each], gradient, rtol=1e-4, atol=1e-5 * size, msg=each)
+
+
+@pytest.mark.parametrize("name", ["data_parallel", "fully_sharded"])
+def test_losses_and_gradients_are_those_of_one_process(name: str, tmp_path: Path):
+    model = workers.made()
+    loss = model.loss(workers.batch())
+    loss.backward()
+    agree(together(name, tmp_path), model, loss)
+
+
+@pytest.mark.parametrize("name", ["attached_data_parallel", "attached_fully_sharded"])
+def test_a_stock_model_under_a_policy_is_that_of_one_process(name: str, tmp_path: Path):
+    model = workers.stock()
+    with hf.attach(model, workers.STOCK_POLICY):
+        loss = workers.StockLoss(model)(workers.batch())
+        loss.backward()
+    agree(together(name, tmp_path), model, loss)
 
 
 @pytest.mark.slow

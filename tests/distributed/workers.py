@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
 
+import memkit
+from memkit import hf
 from memkit.lm import MemoryLM, load_model_spec
+from tests.hf.tiny import randomised, tiny_config
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "rotary.width": 8}
 POLICY = {"from": "kvm-sqrt-16", "chunker.size": 8, "growth.factor": 1.0, "growth.floor": 8}
@@ -76,6 +80,57 @@ def fully_sharded() -> dict[str, Any]:
     return {"loss": averaged(loss), "gradients": {name: each.full_tensor() for name, each in split.items()}}
 
 
+STOCK_POLICY = memkit.load_policy("untrained-observed", {"chunker.size": 8, "window.chunks": 2, "growth.slots": 8})
+
+
+def stock() -> LlamaForCausalLM:
+    """A stock model, the same in every process."""
+    return randomised(LlamaForCausalLM(tiny_config(vocab_size=256)))
+
+
+class StockLoss(nn.Module):
+    """The same for a stock model."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, labels=ids).loss
+
+
+def attached_data_parallel() -> dict[str, Any]:
+    """A stock model under a policy, with DDP around it."""
+    model = stock()
+    parallel = DistributedDataParallel(StockLoss(model))
+    with hf.attach(model, STOCK_POLICY):
+        loss = parallel(rows())
+        loss.backward()
+    return {"loss": averaged(loss), "gradients": {name: each.grad for name, each in model.named_parameters()}}
+
+
+def attached_fully_sharded() -> dict[str, Any]:
+    """A stock model under a policy, its layers' parameters split over processes before it is attached and after."""
+    model = stock()
+    with hf.attach(model, STOCK_POLICY):
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        attached_before = StockLoss(model)(rows()).detach()
+    with hf.attach(model, STOCK_POLICY):
+        loss = StockLoss(model)(rows())
+        loss.backward()
+    torch.testing.assert_close(attached_before, loss.detach())
+    split: dict[str, Any] = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return {"loss": averaged(loss), "gradients": {name: each.full_tensor() for name, each in split.items()}}
+
+
+FOUND_BY = {
+    each.__name__: each for each in (data_parallel, fully_sharded, attached_data_parallel, attached_fully_sharded)
+}
+"""What there is to find, by name."""
+
+
 def trainer(folder: str) -> dict[str, Any]:
     """`train` as accelerate launches it: two rows for each process."""
     from memkit.training import TrainingSpec, train
@@ -97,7 +152,7 @@ if __name__ == "__main__":
         result = trainer(folder)
     else:
         distributed.init_process_group("gloo")
-        result = {"data_parallel": data_parallel, "fully_sharded": fully_sharded}[name]()
+        result = FOUND_BY[name]()
     if os.environ["RANK"] == "0":
         torch.save(result, Path(folder) / f"{name}.pt")
     if distributed.is_initialized():

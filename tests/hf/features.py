@@ -11,6 +11,9 @@ FEATURES: dict[str, str] = {
     "gradients": "test_attachment.py::test_gradients_flow_and_equal_the_untouched_models",
     "gradient checkpointing, both kinds": "test_training.py::test_checkpoints_of_either_kind_change_no_gradient",
     "`Trainer` in bfloat16": "test_training.py::test_trainer_in_bfloat16_learns_as_the_stock_model",
+    "DDP and FSDP2, attached before sharding or after": (
+        "../distributed/test_two_processes.py::test_a_stock_model_under_a_policy_is_that_of_one_process"
+    ),
     "autocast": "test_attachment.py::test_autocast_is_as_the_untouched_models",
     "a policy per layer": "test_families.py::test_a_family_is_the_stock_model_under_full",
     "rows, a share of the prompt, bytes": "test_budgets.py::test_bytes_are_never_exceeded_and_made_use_of",
