@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import elu
+from torch.nn.functional import elu, layer_norm
 
 from memkit.catalog import as_policy
 from memkit.engine import attend
@@ -22,6 +22,7 @@ from memkit.pieces.needs import Need
 from memkit.pieces.registry import Spec
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
+from memkit.processes import HeadExchange, local
 from memkit.whole import MOST, whole_number
 
 __all__ = ["MemoryAttention", "QueryKeyNorm", "RotaryEmbedding", "RotaryEmbeddingSpec"]
@@ -178,6 +179,8 @@ class MemoryAttention(nn.Module):
         self.learned = PolicyParameters(self.policy, heads, self.head_width)
         weighed = Need.MERGE_WEIGHTS in self.policy.needs
         self.gate = nn.Linear(width, self.kv_heads, bias=False) if weighed else None
+        self.exchange: HeadExchange | None = None
+        """Where a text is split over processes: heads for tokens, before attention and after it."""
         self.listener: Callable[[dict[str, Any]], None] | None = None
         """Told what each call asks `attend`, memory, lengths and boundaries apart; for those who measure."""
 
@@ -211,39 +214,47 @@ class MemoryAttention(nn.Module):
         x [b, t, width] for the merge weights; queries, keys, values [b, t, heads · d]: projected, not yet normed or
         rotated.
         """
-        queries = rearrange(queries, "b t (h d) -> b h t d", h=self.heads)
-        keys = rearrange(keys, "b t (g d) -> b g t d", g=self.kv_heads)
-        values = rearrange(values, "b t (g d) -> b g t d", g=self.kv_heads)
+        # Heads are as many as came: all of the layer's, or one process's share of them.
+        queries = rearrange(queries, "b t (h d) -> b h t d", d=self.head_width)
+        keys = rearrange(keys, "b t (g d) -> b g t d", d=self.head_width)
+        values = rearrange(values, "b t (g d) -> b g t d", d=self.value_width)
         queries, keys, scale = self._normed(queries, keys)
-        queries, keys = self.rotary(self._positions(keys, memory), queries, keys)
-        # Under autocast a norm may return float32 where the projections are bfloat16.
-        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         weights = None
         if self.gate is not None:
             gate = self.gate(x)
             weights = (1 + elu(gate.to(torch.promote_types(gate.dtype, torch.float32)))).transpose(1, 2)
+        learned, exchange = self.learned.here(), self.exchange
+        if exchange is not None:
+            queries, keys, values = exchange.to_heads(queries), exchange.to_heads(keys), exchange.to_heads(values)
+            weights = None if weights is None else exchange.to_heads(weights)
+            learned = learned.of_heads(exchange.heads_of(self.heads))
+        queries, keys = self.rotary(self._positions(keys, memory), queries, keys)
+        # Under autocast a norm may return float32 where the projections are bfloat16.
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         given: dict[str, Any] = {
             "queries": queries,
             "keys": keys,
             "values": values,
             "weights": weights,
-            "parameters": self.learned,
+            "parameters": learned,
             "rotation": self.rotary.rotation if Need.ROTATION in self.policy.needs else None,
             "scale": scale,
         }
         if self.listener is not None:
             self.listener(given)
         output, memory = attend(self.policy, **given, memory=memory, lengths=lengths, boundaries=boundaries)
+        if exchange is not None:
+            output = exchange.to_tokens(output)
         return self.output(rearrange(output, "b h t d -> b t (h d)")), memory
 
     def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, float | None]:
         """Normed queries and keys, and the scale of their scores; None for 1/√d."""
         if self.query_norm is not None and self.key_norm is not None:
-            return self.query_norm(queries), self.key_norm(keys), None
+            return _layer_normed(self.query_norm, queries), _layer_normed(self.key_norm, keys), None
         if self.query_scale is None:
             return queries, keys, None
         queries, keys = (each / (each.norm(dim=-1, keepdim=True) + UNIT_EPS) for each in (queries, keys))
-        return queries * self.query_scale.to(queries.dtype)[:, None, None], keys, self.head_width**0.5
+        return queries * local(self.query_scale).to(queries.dtype)[:, None, None], keys, self.head_width**0.5
 
     @staticmethod
     def _positions(keys: Tensor, memory: Memory | None) -> Tensor:
@@ -254,6 +265,10 @@ class MemoryAttention(nn.Module):
     def extra_repr(self) -> str:
         groups = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
         return f"{self.policy.name or 'policy'}, heads={self.heads}{groups}, head_width={self.head_width}"
+
+
+def _layer_normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return layer_norm(x, norm.normalized_shape, local(norm.weight), local(norm.bias), norm.eps)
 
 
 def _head_width(width: int, heads: int) -> int:

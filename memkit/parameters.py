@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memkit.catalog import as_policy
 from memkit.pieces.needs import Need
 from memkit.policy import Policy, PolicySpec
+from memkit.processes import is_split, local
 from memkit.whole import MOST, whole_number
 
 __all__ = ["PolicyParameters"]
@@ -57,13 +58,38 @@ class PolicyParameters(nn.Module):
 
     def of_heads(self, heads: slice) -> PolicyParameters:
         """The same, for some of the query heads: views, through which gradients flow."""
-        some = object.__new__(PolicyParameters)
-        nn.Module.__init__(some)
-        some.__dict__.update(key_norm_weight=self.key_norm_weight, key_norm_bias=self.key_norm_bias)
-        for name in ("query_scale_window", "query_scale_memory"):
-            scale = getattr(self, name)
-            some.__dict__[name] = None if scale is None else scale[heads]
-        return some
+        scales = (self.query_scale_window, self.query_scale_memory)
+        window, memory = (None if scale is None else scale[heads] for scale in scales)
+        return self._of(self.key_norm_weight, self.key_norm_bias, window, memory)
+
+    def here(self) -> PolicyParameters:
+        """What this process has of them, where they are split or copied over processes; else the same."""
+        if not any(is_split(each) for each in self.tensors()):
+            return self
+        return self._of(
+            local(self.key_norm_weight),
+            local(self.key_norm_bias),
+            local(self.query_scale_window),
+            local(self.query_scale_memory),
+        )
+
+    @staticmethod
+    def _of(
+        key_norm_weight: Tensor | None,
+        key_norm_bias: Tensor | None,
+        query_scale_window: Tensor | None,
+        query_scale_memory: Tensor | None,
+    ) -> PolicyParameters:
+        """The same, of other tensors, which need not be parameters."""
+        made = object.__new__(PolicyParameters)
+        nn.Module.__init__(made)
+        made.__dict__.update(
+            key_norm_weight=key_norm_weight,
+            key_norm_bias=key_norm_bias,
+            query_scale_window=query_scale_window,
+            query_scale_memory=query_scale_memory,
+        )
+        return made
 
     def tensors(self) -> list[Tensor]:
         """Those there are."""

@@ -6,6 +6,7 @@ from memkit.lm.memory import ModelMemory
 from memkit.lm.mixer import Mixer
 from memkit.lm.mixers import AttentionMixerSpec
 from memkit.lm.model import MemoryLM
+from memkit.lm.parallel import split_heads, split_text
 from memkit.lm.parts import MlpSpec
 from memkit.lm.rwkv7 import RWKV7MixerSpec
 from memkit.lm.spec import LayersSpec, MixerSpec, ModelSpec
@@ -30,5 +31,7 @@ __all__ = [
     "model_header",
     "model_names",
     "save_pretrained",
+    "split_heads",
+    "split_text",
     "with_policy",
 ]

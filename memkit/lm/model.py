@@ -23,9 +23,13 @@ from memkit.lm.mixer import Mixer
 from memkit.lm.parts import Linear, Mlp, Span, State
 from memkit.lm.spec import MixerSpec, ModelSpec
 from memkit.lm.weights import adapted
+from memkit.processes import HeadExchange
 from memkit.whole import whole_numbers
 
 __all__ = ["Block", "MemoryLM"]
+
+
+STRETCHES = "this model's processes have a stretch of each text"
 
 
 class Block(nn.Module):
@@ -83,6 +87,8 @@ class MemoryLM(nn.Module):
         mixers = spec.mixers
         self.takes_boundaries = any(block.mixer.takes_boundaries for block in blocks)
         """Whether any layer lets the caller say where chunks end."""
+        self.exchange: HeadExchange | None = None
+        """Where a text is split over processes, see `split_text`."""
         self._first_of_kind = [mixers.index(mixer) for mixer in mixers]
         if not self.head.weight.is_meta:
             self.initialise()
@@ -142,7 +148,8 @@ class MemoryLM(nn.Module):
             else:
                 x, firsts[kind], carried[layer] = block(*arguments)
         seen = torch.zeros(ids.shape[0], dtype=torch.long) if memory is None else memory.seen
-        brought = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths
+        tokens = ids.shape[1] * (1 if self.exchange is None else self.exchange.size)
+        brought = torch.full_like(seen, tokens) if lengths is None else lengths
         return self.head_norm(x), ModelMemory(self.spec, seen + brought, carried)
 
     def loss(
@@ -166,6 +173,10 @@ class MemoryLM(nn.Module):
         Raises:
             InputError: what does not fit ids; targets that leave nothing to predict (looked at on the CPU alone).
         """
+        if self.exchange is not None:
+            if lengths is not None or documents is not None or targets is not None or boundaries is not None:
+                raise InputError(f"{STRETCHES}, and its loss is of every next token; give ids alone")
+            return self._loss_of_stretch(ids, self.exchange)
         lengths = self._lengths(ids, lengths)
         chosen = None if targets is None else self._targets(ids, targets)
         if documents is None:
@@ -183,6 +194,14 @@ class MemoryLM(nn.Module):
             wanted = wanted.masked_fill(~chosen[:, 1:], -100)
         logits = logits[:, :-1].flatten(0, 1)
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted.flatten())
+
+    def _loss_of_stretch(self, ids: Tensor, exchange: HeadExchange) -> Tensor:
+        """This process's part of `loss`, such that the mean over processes is the loss of the whole text."""
+        logits = self(ids)[0]
+        wanted = torch.cat((ids[:, 1:], exchange.following(ids)), dim=1).flatten()
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        predicted = ids.shape[0] * (ids.shape[1] * exchange.size - 1)
+        return cross_entropy(logits, wanted, reduction="sum") * exchange.size / predicted
 
     def read_packed(self, ids: Tensor, documents: Tensor, boundaries: Tensor | None = None) -> Tensor:
         """Logits of rows that hold several documents each, none of which sees another.
@@ -280,8 +299,12 @@ class MemoryLM(nn.Module):
                 raise InputError(
                     f"memory is for {len(memory.seen)} rows, got ids of {ids.shape[0]}; reorder() changes rows"
                 )
+        if self.exchange is not None:
+            if lengths is not None or boundaries is not None:
+                raise InputError(f"{STRETCHES}, equally long in all; give neither lengths nor boundaries")
+            self.exchange.check(ids.shape[1])
         begun = None if memory is None else (memory.seen > 0).to(ids.device)
-        return Span(None if lengths is None else lengths.to(ids.device), begun, boundaries)
+        return Span(None if lengths is None else lengths.to(ids.device), begun, boundaries, self.exchange)
 
     @staticmethod
     def _lengths(ids: Tensor, lengths: Lengths | None) -> Tensor | None:

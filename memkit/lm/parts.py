@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memkit.memory import Memory
 from memkit.pieces.registry import Spec
+from memkit.processes import HeadExchange, local
 
 __all__ = ["Linear", "LowRank", "Mlp", "MlpSpec", "Span", "State", "TokenShift", "ValueResidual", "rank"]
 
@@ -33,11 +34,13 @@ class Span:
     lengths [b]: valid tokens per row, the rest padding on the right; None where every token is valid.
     begun [b]: whether a row had tokens before; None where no row had.
     boundaries [b, t] bool: which are the last of their chunk, on the CPU; None where none is said to be.
+    exchange: where the text is split over processes; the tokens are this process's stretch.
     """
 
     lengths: Tensor | None
     begun: Tensor | None
     boundaries: Tensor | None = None
+    exchange: HeadExchange | None = None
 
     def valid(self, tokens: int) -> Tensor | None:
         """[b, t, 1]: whether a token is valid; None where all are."""
@@ -52,6 +55,9 @@ class Span:
         before = x[:, :1] if first == "itself" else torch.zeros_like(x[:, :1])
         if last is not None and self.begun is not None:
             before = torch.where(self.begun[:, None, None], last.to(x.dtype), before)
+        if self.exchange is not None:
+            newest = self.exchange.newest(x)  # on every process, though the first has no use for it: all take part
+            before = newest[self.exchange.rank - 1] if self.exchange.rank else before + 0 * newest[0]
         return torch.cat((before, x[:, :-1]), dim=1)
 
     def last(self, x: Tensor, last: Tensor | None) -> Tensor:
@@ -60,6 +66,8 @@ class Span:
             last = x.new_zeros(x.shape[0], 1, x.shape[2])
         if not x.shape[1]:
             return last
+        if self.exchange is not None:
+            return self.exchange.newest(x)[-1]
         if self.lengths is None:
             return x[:, -1:].clone()  # a view would keep all of x in memory
         newest = x.gather(1, (self.lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2]))
@@ -74,7 +82,7 @@ class TokenShift(nn.Module):
         self.factor = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
-        return x + self.factor * (previous - x)
+        return x + local(self.factor) * (previous - x)
 
     @torch.no_grad()
     def initialise(self, layer: int, depth: int, power: float) -> None:
@@ -97,7 +105,7 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
         x = self.up(x if self.activation is None else self.activation(x))
-        return x if self.bias is None else x + self.bias
+        return x if self.bias is None else x + local(self.bias)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -122,7 +130,8 @@ class ValueResidual(nn.Module):
         if self.gate is not None:
             return values + (first - values) * torch.sigmoid(self.gate(x)).to(values.dtype)
         assert self.share is not None
-        return (1 - self.share) * values + self.share * first
+        share = local(self.share)
+        return (1 - share) * values + share * first
 
     @torch.no_grad()
     def initialise(self) -> None:

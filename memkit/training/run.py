@@ -152,7 +152,8 @@ def _check_parallelism() -> None:
         if size != "1":
             raise InputError(
                 f"{what} splits a text over processes, and a memory must read it from its beginning, got "
-                f"{name.lower()}_size {short(size)}; use data parallel or FSDP2"
+                f"{name.lower()}_size {short(size)}; use data parallel or FSDP2, or "
+                "memkit.lm.split_heads and split_text in a loop of your own"
             )
 
 

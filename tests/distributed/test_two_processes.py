@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from memkit import InputError, hf
+from memkit.lm import split_text
 from memkit.training import TrainingSpec, train
 from tests.distributed import workers
 
@@ -49,6 +50,12 @@ def together(name: str, folder: Path) -> dict[str, Any]:
     return torch.load(folder / f"{name}.pt")
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All that two processes found, by what they did."""
+    return together("everything", tmp_path_factory.mktemp("found"))
+
+
 def agree(found: dict[str, Any], model: nn.Module, loss: torch.Tensor) -> None:
     torch.testing.assert_close(found["loss"], loss.detach())
     expected = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
@@ -60,20 +67,50 @@ def agree(found: dict[str, Any], model: nn.Module, loss: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", ["data_parallel", "fully_sharded"])
-def test_losses_and_gradients_are_those_of_one_process(name: str, tmp_path: Path):
+def test_losses_and_gradients_are_those_of_one_process(name: str, found: dict[str, Any]):
     model = workers.made()
     loss = model.loss(workers.batch())
     loss.backward()
-    agree(together(name, tmp_path), model, loss)
+    agree(found[name], model, loss)
 
 
 @pytest.mark.parametrize("name", ["attached_data_parallel", "attached_fully_sharded"])
-def test_a_stock_model_under_a_policy_is_that_of_one_process(name: str, tmp_path: Path):
+def test_a_stock_model_under_a_policy_is_that_of_one_process(name: str, found: dict[str, Any]):
     model = workers.stock()
     with hf.attach(model, workers.STOCK_POLICY):
         loss = workers.StockLoss(model)(workers.batch())
         loss.backward()
-    agree(together(name, tmp_path), model, loss)
+    agree(found[name], model, loss)
+
+
+@pytest.mark.parametrize("kind", list(workers.KINDS))
+@pytest.mark.parametrize("how", ["heads_split", "text_split"])
+def test_split_heads_and_texts_are_those_of_one_process(how: str, kind: str, found: dict[str, Any]):
+    model = workers.made(workers.KINDS[kind])
+    loss = model.loss(workers.batch())
+    loss.backward()
+    agree(found[f"{how} {kind}"], model, loss)
+    with torch.no_grad():
+        expected, _ = model(workers.batch())
+    torch.testing.assert_close(found[f"{how} {kind}"]["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_split_is_refused_by_name(found: dict[str, Any]):
+    said = found["refused"]
+    for name, message in {
+        "rwkv": "heads are split in attention alone, got a layer of RWKV7Mixer",
+        "three": "heads must be a multiple of the 2 processes, got 3 of queries and 3 of keys and values",
+        "uneven": "got a head profile",
+    }.items():
+        assert [message in each for each in said[name]] == [True, True], said[name]
+    assert "as many tokens of a text as the others, got [20, 21]" in said["unequal"]
+    assert "give neither lengths nor boundaries" in said["padded"]
+    assert "give ids alone" in said["packed"]
+
+
+def test_one_process_splits_no_text():
+    with pytest.raises(InputError, match="split over processes, got one"):
+        split_text(workers.made())
 
 
 @pytest.mark.slow
