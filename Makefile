@@ -82,8 +82,11 @@ build/envs/%/.made:
 	$(PYTHON) -m venv $(@D)
 	@touch $@
 
+# Small tensors gain nothing from a second thread, and much from a second process: make test WORKERS=8 where there are more cores.
+WORKERS ?= 2
+pytest: export OMP_NUM_THREADS := 1
 pytest: $(READY) ## The default tests alone
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: $(READY) ## Ruff: rules and formatting
 	$(BIN)/ruff check .
