@@ -23,7 +23,7 @@ from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.gradients import Kept, Walk
 from memkit.engine.keysets import Queries
 from memkit.engine.read import once_only
-from memkit.engine.schedule import Schedule
+from memkit.engine.schedule import Schedule, Step
 from memkit.memory.rows import SlotRules, SlotView
 from memkit.memory.slots import Fold
 from memkit.pieces.rotary import Rotation
@@ -68,13 +68,15 @@ def attend_as_one_node(
     scale: float,
     positions: Tensor | None,
     fresh: bool,
+    groups: list[list[Step]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, sums and numbers of a pass, with a gradient.
 
-    positions [b, 1, n]: those of the timeline; fresh: whether there was no memory, so that nothing was read at first.
+    positions [b, 1, n]: those of the timeline; fresh: whether there was no memory, so that nothing was read at first;
+    groups: the schedule's steps, those together that are read together.
     """
     queries = inputs.queries
-    facts = (rules, schedule, scale, positions, fresh)
+    facts = (rules, schedule, groups, scale, positions, fresh)
     return _Pass.apply(
         forward,
         facts,
@@ -98,7 +100,7 @@ class _Pass(torch.autograd.Function):
     def forward(
         ctx: Any,
         forward: Callable[[Inputs], Passed],
-        facts: tuple[SlotRules, Schedule, float, Tensor | None, bool],
+        facts: tuple[SlotRules, Schedule, list[list[Step]], float, Tensor | None, bool],
         windowed: Tensor,
         remembering: Tensor | None,
         window_scale: Tensor | None,
@@ -111,7 +113,7 @@ class _Pass(torch.autograd.Function):
         sums: Tensor,
         numbers: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rules, schedule, scale, positions, fresh = facts
+        rules, schedule, groups, scale, positions, fresh = facts
         queries = Queries(windowed, windowed if remembering is None else remembering, window_scale, memory_scale)
         passed = forward(Inputs(queries, keys, values, weights, sums, numbers))
         rotation = rules.rotation
@@ -128,6 +130,7 @@ class _Pass(torch.autograd.Function):
         saved: list[Tensor | None] = [*inputs, passed.output]
         # Rules and schedule stay, but for their tensors.
         ctx.rules, ctx.schedule, ctx.scale = dataclasses.replace(rules, key_norm=None, rotation=None), schedule, scale
+        ctx.groups = groups
         ctx.rotation = None if rotation is None else (rotation.pairing, rotation.width)
         ctx.kept = _without_tensors(kept, saved)
         ctx.save_for_backward(*saved)
@@ -145,7 +148,7 @@ class _Pass(torch.autograd.Function):
         rules = dataclasses.replace(ctx.rules, key_norm=norm, rotation=rotation)
         queries = Queries(windowed, windowed if remembering is None else remembering, window_scale, memory_scale)
         with torch.no_grad(), without_autocast(keys.device) if autocasts(keys.device) else nullcontext():
-            walk = Walk(rules, ctx.schedule, ctx.scale, queries, keys, values, weights, kept)
+            walk = Walk(rules, ctx.schedule, ctx.groups, ctx.scale, queries, keys, values, weights, kept)
             grads = walk.run(output, *given)
         found = [
             grads.windowed,

@@ -188,7 +188,8 @@ class Pass:
             self.queries(), timeline.keys, timeline.values, timeline.get("weights"), self.store.sums, self.store.numbers
         )
         facts = (self.rules, self.schedule, inputs.checked_scale, timeline.get("positions"), inputs.memory is None)
-        output, self.store.sums, self.store.numbers = attend_as_one_node(self._without_graph, given, *facts)
+        groups = self._groups()
+        output, self.store.sums, self.store.numbers = attend_as_one_node(self._without_graph, given, *facts, groups)
         return output
 
     def _without_graph(self, given: Inputs) -> Passed:

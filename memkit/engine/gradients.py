@@ -2,7 +2,8 @@
 
 At each step how slots read is restored, and two gradients are carried along: that of how each slot reads, until the
 fold that read it anew turns it into its sums' gradient; and that of the sums, which a slot's tokens gather on the way
-(it is the suffix sum over all later readings).
+(it is the suffix sum over all later readings). Steps that were read together go through attention together, and what
+each fold makes of its gradients, which no other fold changes, is computed for many folds at once.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memkit.engine.keysets import KeySets, Queries, scaled
-from memkit.engine.read import attend_key_sets_backward
-from memkit.engine.schedule import Schedule
+from memkit.engine.keysets import KeySets, Queries, Snapshots, apart
+from memkit.engine.read import KeySet, attend_key_sets_backward
+from memkit.engine.schedule import Schedule, Step
 from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots
 from memkit.memory.slots import Fold, flat_slots
-from memkit.memory.window import Columns, columns
+from memkit.memory.window import Columns, columns, joined
 
 __all__ = ["Kept", "Walk"]
+
+UNFOLDED_TOGETHER = 2048
+"""Tokens whose folds are undone at once: enough that each fold's share of the overhead is small."""
 
 
 @dataclass
@@ -43,8 +47,8 @@ class Kept:
 
 @dataclass
 class Grads:
-    """Gradients of what the pass was given: queries for the window and the slots (one tensor where those are),
-    query scales, timeline, LayerNorm, first sums."""
+    """Gradients of what the pass was given: queries for the window and the slots (one tensor where those meet both
+    alike), their scales, timeline, LayerNorm, first sums."""
 
     windowed: Tensor
     remembering: Tensor
@@ -58,6 +62,19 @@ class Grads:
     numbers: Tensor
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A fold, and the gradients [n, …] of how the keys and values of the slots that it read anew were read.
+
+    target: each token's slot, flat; touched: the slots that were read anew, flat, None for all.
+    """
+
+    fold: Fold
+    target: Tensor
+    touched: Tensor | None
+    reading: list[Tensor]
+
+
 class Walk:
     """One walk back through the steps of a pass. The graph may be walked again: nothing that was kept is changed."""
 
@@ -65,6 +82,7 @@ class Walk:
         self,
         rules: SlotRules,
         schedule: Schedule,
+        groups: list[list[Step]],
         scale: float,
         queries: Queries,
         keys: Tensor,
@@ -72,56 +90,112 @@ class Walk:
         weights: Tensor | None,
         kept: Kept,
     ) -> None:
-        self.rules, self.schedule, self.scale, self.queries, self.weights = rules, schedule, scale, queries, weights
-        self.kept, self.folds = kept, list(kept.folds)
+        self.rules, self.scale, self.queries, self.weights = rules, scale, queries, weights
+        self.groups, self.kept, self.folds = groups, kept, list(kept.folds)
         self.key_sets = KeySets(schedule, keys.detach(), values.detach())
         self.view = self._record(*(None if tensor is None else tensor.clone() for tensor in kept.read))
 
     def run(self, output: Tensor, grad_output: Tensor, grad_sums: Tensor, grad_numbers: Tensor) -> Grads:
         """Gradients of all inputs from those of the output, the final sums and the final numbers."""
         grads, reading = self._nothing_yet(grad_sums, grad_numbers)
-        queries, lse = self.queries, self.kept.lse
-        for step in reversed(self.schedule.steps):
-            if step.stop > step.start:
-                span = slice(step.start, step.stop)
-                met = self.key_sets.of(step, queries, self.view if step.most_slots else None)
-                found = attend_key_sets_backward(
-                    met, self.scale, output[:, :, span], lse[:, :, span], grad_output[:, :, span]
-                )
-                for key_set, (asked, keys, values) in zip(met, found, strict=True):
-                    if key_set.columns is None:
-                        _scale_gradient(
-                            asked, queries.remembering[:, :, span], queries.memory_scale, grads.memory_scale
-                        )
-                        grads.remembering[:, :, span] += scaled(asked, queries.memory_scale)
-                        reading[0][:, :, : keys.shape[2]] += keys
-                        reading[1][:, :, : keys.shape[2]] += values
-                    else:
-                        _scale_gradient(asked, queries.windowed[:, :, span], queries.window_scale, grads.window_scale)
-                        grads.windowed[:, :, span] += scaled(asked, queries.window_scale)
-                        grads.keys[:, :, slice(*key_set.columns)] += keys
-                        grads.values[:, :, slice(*key_set.columns)] += values
-            for _ in step.leaving:
-                if self.folds:
-                    fold = self.folds.pop()
-                    self._unfold(fold, reading, grads)
-                    self._restore(fold)
+        taken: list[_Taken] = []
+        for steps in reversed(self.groups):
+            for of_slots, undone in self._back_through(steps, (output, self.kept.lse, grad_output), grads):
+                for whole, part in zip(reading, of_slots, strict=False):
+                    whole[:, :, : part.shape[2]] += part
+                taken += [self._take(fold, reading) for fold in undone]
+            if sum(each.fold.slot.shape[2] for each in taken) >= UNFOLDED_TOGETHER:
+                self._unfold(taken, grads)
+                taken = []
+        self._unfold(taken, grads)
         if self.kept.started is not None:
             sums, numbers, *norm = _through_reading(self.rules, *self.kept.started, reading)
             grads.sums += sums
             grads.numbers += numbers
             _add(grads.norm, norm)
+        return self._through_scales(grads)
+
+    def _through_scales(self, grads: Grads) -> Grads:
+        """From gradients of scaled queries to those of queries and scales."""
+        queries = self.queries
+        grads.window_scale = _through_scale(grads.windowed, queries.windowed, queries.window_scale)
+        if grads.remembering is not grads.windowed:
+            grads.memory_scale = _through_scale(grads.remembering, queries.remembering, queries.memory_scale)
+            if queries.alike:
+                grads.windowed += grads.remembering
         return grads
+
+    def _back_through(
+        self, steps: list[Step], read: tuple[Tensor, Tensor, Tensor], grads: Grads
+    ) -> list[tuple[list[Tensor], list[Fold]]]:
+        """Through READ of steps that were read together; their folds are undone.
+
+        read: outputs, log-sum-exps and the outputs' gradients, of the whole call. Returns for each step, the last one
+        first, the gradients of how slots' keys and values read (none where none was read), and its folds, the last one
+        first.
+        """
+        first, span = steps[0], slice(steps[0].start, steps[-1].stop)
+        some = [tensor[:, :, span] for tensor in read]
+        if len(steps) == 1:
+            met = (
+                self.key_sets.of(first, self.queries, self.view if first.most_slots else None)
+                if some[0].numel()
+                else []
+            )
+            of_slots = self._through_attention(met, steps, some, grads)
+            return [(of_slots[0], self._undo(first))]
+        snapshots, undone = Snapshots(len(steps), steps[-1].most_slots), list[list[Fold]]()
+        for number, step in reversed(list(enumerate(steps))):
+            if step.most_slots:
+                snapshots.take(number, self.view)
+            undone.append(self._undo(step))
+        size = first.stop - first.start
+        met = self.key_sets.of_many(steps, self.queries, snapshots)
+        of_slots = self._through_attention(met, steps, [apart(tensor, size, size) for tensor in some], grads)
+        return list(zip(reversed(of_slots), undone, strict=True))
+
+    def _through_attention(
+        self, met: list[KeySet], steps: list[Step], read: list[Tensor], grads: Grads
+    ) -> list[list[Tensor]]:
+        """Add the gradients of queries and window of k steps, [b·k, …]; returns those of each step's slots."""
+        count, size = len(steps), steps[0].stop - steps[0].start
+        span = slice(steps[0].start, steps[-1].stop)
+        of_slots: list[list[Tensor]] = [[] for _ in steps]
+        output, lse, grad_output = read
+        found = attend_key_sets_backward(met, self.scale, output, lse, grad_output) if met else []
+        for key_set, (asked, keys, values) in zip(met, found, strict=True):
+            asked, keys, values = (tensor.unflatten(0, (-1, count)) for tensor in (asked, keys, values))
+            asked = asked.transpose(1, 2).flatten(2, 3)
+            if key_set.columns is None:
+                grads.remembering[:, :, span] += asked
+                of_slots = [list(each) for each in zip(keys.unbind(1), values.unbind(1), strict=True)]
+                continue
+            grads.windowed[:, :, span] += asked
+            begin, end = key_set.columns
+            for number in range(count):
+                columns_of_step = slice(begin + number * size, end + number * size)
+                grads.keys[:, :, columns_of_step] += keys[:, number]
+                grads.values[:, :, columns_of_step] += values[:, number]
+        return of_slots
+
+    def _undo(self, step: Step) -> list[Fold]:
+        """A step's folds, the last one first; slots read again as they did before."""
+        undone: list[Fold] = []
+        for _ in step.leaving[: len(self.folds)]:
+            undone.append(self.folds.pop())
+            self._restore(undone[-1])
+        return undone
 
     def _nothing_yet(self, grad_sums: Tensor, grad_numbers: Tensor) -> tuple[Grads, list[Tensor]]:
         """The gradients to add to, and those of how slots read."""
         queries, key_sets, wide = self.queries, self.key_sets, grad_sums.dtype
         for_windowed = torch.zeros_like(queries.windowed)
+        together = queries.alike and queries.window_scale is queries.memory_scale
         grads = Grads(
             windowed=for_windowed,
-            remembering=for_windowed if queries.alike else torch.zeros_like(queries.remembering),
-            window_scale=None if queries.window_scale is None else torch.zeros_like(queries.window_scale),
-            memory_scale=None if queries.memory_scale is None else torch.zeros_like(queries.memory_scale),
+            remembering=for_windowed if together else torch.zeros_like(queries.remembering),
+            window_scale=None,
+            memory_scale=None,
             keys=torch.zeros_like(key_sets.keys, dtype=wide),
             values=torch.zeros_like(key_sets.values, dtype=wide),
             weights=None if self.weights is None else torch.zeros_like(self.weights),
@@ -131,44 +205,72 @@ class Walk:
         )
         return grads, [torch.zeros_like(tensor, dtype=wide) for tensor in (self.view.keys, self.view.values)]
 
-    def _unfold(self, fold: Fold, reading: list[Tensor], grads: Grads) -> None:
-        """Carry gradients back through one fold."""
+    def _take(self, fold: Fold, reading: list[Tensor]) -> _Taken:
+        """Take from how slots read what a fold is answerable for: the gradients of those that it read anew."""
         target = flat_slots(fold.slot, self.kept.room)
         flat = [tensor.flatten(0, 2) for tensor in reading]
-        touched = torch.arange(len(flat[0]), device=target.device) if fold.before is None else target
-        # A slot touched by several tokens stands several times in `touched`; its gradient passes through one of them.
-        order = torch.arange(len(touched), device=touched.device)
-        first = torch.full((flat[0].shape[0],), len(touched), device=touched.device)
-        first = first.scatter_reduce(0, touched, order, "amin")[touched] == order
-        given = [tensor[touched] * first.unsqueeze(-1) for tensor in flat]
+        if fold.before is None:
+            taken = _Taken(fold, target, None, [tensor.clone() for tensor in flat])
+            for tensor in flat:
+                tensor.zero_()
+            return taken
+        # A slot touched by several tokens stands several times in `target`; its gradient passes through one of them.
+        order = torch.arange(len(target), device=target.device)
+        first = torch.full((len(flat[0]),), len(target), device=target.device)
+        first = first.scatter_reduce(0, target, order, "amin")[target] == order
+        taken = _Taken(fold, target, target, [tensor[target] * first.unsqueeze(-1) for tensor in flat])
         for tensor in flat:
-            tensor.index_fill_(0, touched, 0)
-        sums, numbers, *norm = _through_reading(self.rules, fold.sums, fold.numbers, given)
-        _add(grads.norm, norm)
-        all_sums, all_numbers = grads.sums.flatten(0, 2), grads.numbers.flatten(0, 2)
-        all_sums.index_add_(0, touched, sums)
-        all_numbers.index_add_(0, touched, numbers)
+            tensor.index_fill_(0, target, 0)
+        return taken
 
-        stored = (fold.slot >= 0).unsqueeze(-1)
-        rows = all_sums[target].view(*stored.shape[:3], -1) * stored
-        numbers = all_numbers[target].view(*stored.shape[:3], -1) * stored
-        chunk = self._chunk(fold)
-        keys, values, weights, *norm = _through_contributions(self.rules, chunk, fold.founders, rows, numbers)
+    def _unfold(self, taken: list[_Taken], grads: Grads) -> None:
+        """Carry gradients back through folds, the last one first: through all their readings at once, then from fold to
+        fold, then through all their tokens' contributions at once."""
+        if not taken:
+            return
+        given = [torch.cat([each.reading[part] for each in taken]) for part in range(2)]
+        after = [torch.cat([getattr(each.fold, name) for each in taken]) for name in ("sums", "numbers")]
+        of_sums, of_numbers, *norm = _through_reading(self.rules, *after, given)
+        _add(grads.norm, norm)
+        sizes = [len(each.fold.sums) for each in taken]
+        parts = of_sums.split(sizes), of_numbers.split(sizes)
+        rows: list[Tensor] = []
+        numbers: list[Tensor] = []
+        for each, *read_anew in zip(taken, *parts, strict=True):
+            stored = (each.fold.slot >= 0).unsqueeze(-1)
+            for whole, part, into in zip((grads.sums, grads.numbers), read_anew, (rows, numbers), strict=True):
+                flat = whole.flatten(0, 2)
+                if each.touched is None:
+                    flat += part
+                else:
+                    flat.index_add_(0, each.touched, part)
+                into.append(flat[each.target].view(*stored.shape[:3], -1) * stored)
+        folds = [each.fold for each in reversed(taken)]  # in the order of their tokens
+        chunk, founders = self._chunk(folds), _founders(folds)
+        of_tokens = [torch.cat(each[::-1], dim=2) for each in (rows, numbers)]
+        keys, values, weights, *norm = _through_contributions(self.rules, chunk, founders, *of_tokens)
         _add(grads.norm, norm)
         for whole, part in ((grads.keys, keys), (grads.values, values), (grads.weights, weights)):
             if whole is not None and part is not None:
-                _add_columns(whole, fold.where, part)
+                _add_columns(whole, chunk.where, part)
 
-    def _chunk(self, fold: Fold) -> Chunk:
-        """The tokens of a fold."""
-        positions = self.kept.positions
+    def _chunk(self, folds: list[Fold]) -> Chunk:
+        """The tokens of some folds, the first one first."""
+        positions, rows = self.kept.positions, self.key_sets.keys.shape[0]
+        where = joined([fold.where for fold in folds], rows, self.key_sets.device)
+        firsts = [fold.first for fold in folds]
+        first = firsts[0]
+        if isinstance(first, Tensor) or any(each is not first for each in firsts):
+            shapes = [(rows, 1, fold.slot.shape[2]) for fold in folds]
+            of_folds = [torch.as_tensor(each, device=self.key_sets.device) for each in firsts]
+            first = torch.cat([each.expand(shape) for each, shape in zip(of_folds, shapes, strict=True)], dim=2)
         return Chunk(
-            keys=columns(self.key_sets.keys, fold.where),
-            values=columns(self.key_sets.values, fold.where),
-            weights=None if self.weights is None else columns(self.weights, fold.where),
-            positions=None if positions is None else columns(positions, fold.where),
-            first=fold.first,
-            where=fold.where,
+            keys=columns(self.key_sets.keys, where),
+            values=columns(self.key_sets.values, where),
+            weights=None if self.weights is None else columns(self.weights, where),
+            positions=None if positions is None else columns(positions, where),
+            first=first,
+            where=where,
         )
 
     def _restore(self, fold: Fold) -> None:
@@ -195,10 +297,23 @@ class Walk:
         return SlotView(keys, keys, values, bias)
 
 
-def _scale_gradient(grad: Tensor, queries: Tensor, scale: Tensor | None, into: Tensor | None) -> None:
-    """Add a query scale's gradient, [h], from that of the scaled queries [b, h, s, d]."""
-    if scale is not None and into is not None:
-        into += torch.einsum("bhsd,bhsd->h", grad, queries).to(into.dtype)
+def _through_scale(grad: Tensor, queries: Tensor, scale: Tensor | None) -> Tensor | None:
+    """The gradient of a scale [h] from that of the scaled queries [b, h, t, d], which becomes that of the queries."""
+    if scale is None:
+        return None
+    of_scale = (grad * queries).sum((0, 2, 3)).to(scale.dtype)
+    grad *= scale.to(grad.dtype)[:, None, None]
+    return of_scale
+
+
+def _founders(folds: list[Fold]) -> Tensor | None:
+    """Which tokens of some folds founded, [b, g, c]; None for nobody."""
+    if all(fold.founders is None for fold in folds):
+        return None
+    none = [torch.zeros_like(fold.slot, dtype=torch.bool) for fold in folds]
+    return torch.cat(
+        [zero if fold.founders is None else fold.founders for fold, zero in zip(folds, none, strict=True)], 2
+    )
 
 
 def _through_reading(rules: SlotRules, sums: Tensor, numbers: Tensor, grads: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy
 
-__all__ = ["KeySets", "Queries", "Snapshots", "readable_together", "scaled"]
+__all__ = ["KeySets", "Queries", "Snapshots", "apart", "readable_together", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,10 @@ class Snapshots:
         return notes
 
 
-def _apart(timeline: Tensor, width: int, every: int) -> Tensor:
-    """[b, h, n, d] → k stretches of `width` columns, one beginning `every` so many: [b·k, h, width, d]."""
-    return timeline.unfold(2, width, every).permute(0, 2, 1, 4, 3).flatten(0, 1)
+def apart(timeline: Tensor, width: int, every: int) -> Tensor:
+    """[b, h, n, …] → k stretches of `width` columns, one beginning `every` so many: [b·k, h, width, …]."""
+    stretches = timeline.unfold(2, width, every).movedim(2, 1).movedim(-1, 3)
+    return stretches.flatten(0, 1)
 
 
 def scaled(queries: Tensor, scale: Tensor | None) -> Tensor:
@@ -146,19 +147,23 @@ class KeySets:
         return sets
 
     def of_many(self, steps: Sequence[Step], queries: Queries, slots: Snapshots) -> list[KeySet]:
-        """What k alike steps meet, each with the slots as they were then: one batch row per row and step, [b·k, …]."""
+        """What k alike steps meet, each with the slots as they were then: one batch row per row and step, [b·k, …].
+
+        Columns are those of the first step; those of each next one stand as many further as a step has queries.
+        """
         first, last = steps[0], steps[-1]
         size, span = first.stop - first.start, slice(first.start, last.stop)
         begin, end = self.schedule.old + first.start, self.schedule.old + last.stop
         older = begin - int(first.first[0])
-        windowed = _apart(queries.for_window(span), size, size)
-        remembering = _apart(queries.for_slots(span), size, size)
+        windowed = apart(queries.for_window(span), size, size)
+        remembering = apart(queries.for_slots(span), size, size)
         sets = [self._slots_of_many(steps, remembering, slots)] if last.most_slots else []
         for columns, width, causal in (((begin - older, end - size), older, False), ((begin, end), size, True)):
             if width:
                 seen = slice(*columns)
-                keys, values = (_apart(each[:, :, seen], width, size) for each in (self.keys, self.values))
-                sets.append(KeySet(windowed, keys, values, causal=causal))
+                keys, values = (apart(each[:, :, seen], width, size) for each in (self.keys, self.values))
+                of_first = (columns[0], columns[0] + width)
+                sets.append(KeySet(windowed, keys, values, causal=causal, columns=of_first))
         return sets
 
     def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Snapshots) -> KeySet:

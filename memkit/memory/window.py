@@ -6,15 +6,16 @@ windows already hold stands right-aligned before them: appending is then one sli
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from memkit.policy import Policy
 
-__all__ = ["Columns", "Streams", "Timeline", "Window", "columns", "room_for"]
+__all__ = ["Columns", "Streams", "Timeline", "Window", "columns", "joined", "room_for"]
 
 SLACK = 64
 """Tokens a decoding window takes beyond its most before it is moved to the front of its buffer."""
@@ -143,3 +144,15 @@ def columns(stream: Tensor, where: Columns) -> Tensor:
         return stream[:, :, where]
     index = where.reshape(where.shape[0], 1, where.shape[1], *[1] * (stream.ndim - 3))
     return stream.gather(2, index.expand(-1, stream.shape[1], -1, *stream.shape[3:]))
+
+
+def joined(each: Sequence[Columns], rows: int, device: torch.device) -> Columns:
+    """The columns of several chunks, one chunk's after the other's."""
+    slices = [one for one in each if isinstance(one, slice)]
+    if len(slices) == len(each) and all(one.stop == other.start for one, other in pairwise(slices)):
+        return slice(slices[0].start, slices[-1].stop)
+    indices = [
+        torch.arange(one.start, one.stop, device=device).expand(rows, -1) if isinstance(one, slice) else one
+        for one in each
+    ]
+    return torch.cat(indices, dim=1)
