@@ -229,16 +229,15 @@ class Walk:
         if not taken:
             return
         given = [torch.cat([each.reading[part] for each in taken]) for part in range(2)]
-        after = [torch.cat([getattr(each.fold, name) for each in taken]) for name in ("sums", "numbers")]
-        of_sums, of_numbers, *norm = _through_reading(self.rules, *after, given)
+        sums, numbers = (torch.cat([getattr(each.fold, name) for each in taken]) for name in ("sums", "numbers"))
+        of_sums, of_numbers, *norm = _through_reading(self.rules, sums, numbers, given)
         _add(grads.norm, norm)
         sizes = [len(each.fold.sums) for each in taken]
         parts = of_sums.split(sizes), of_numbers.split(sizes)
-        rows: list[Tensor] = []
-        numbers: list[Tensor] = []
+        of_rows: tuple[list[Tensor], list[Tensor]] = [], []
         for each, *read_anew in zip(taken, *parts, strict=True):
             stored = (each.fold.slot >= 0).unsqueeze(-1)
-            for whole, part, into in zip((grads.sums, grads.numbers), read_anew, (rows, numbers), strict=True):
+            for whole, part, into in zip((grads.sums, grads.numbers), read_anew, of_rows, strict=True):
                 flat = whole.flatten(0, 2)
                 if each.touched is None:
                     flat += part
@@ -247,8 +246,8 @@ class Walk:
                 into.append(flat[each.target].view(*stored.shape[:3], -1) * stored)
         folds = [each.fold for each in reversed(taken)]  # in the order of their tokens
         chunk, founders = self._chunk(folds), _founders(folds)
-        of_tokens = [torch.cat(each[::-1], dim=2) for each in (rows, numbers)]
-        keys, values, weights, *norm = _through_contributions(self.rules, chunk, founders, *of_tokens)
+        of_sums, of_numbers = (torch.cat(each[::-1], dim=2) for each in of_rows)
+        keys, values, weights, *norm = _through_contributions(self.rules, chunk, founders, of_sums, of_numbers)
         _add(grads.norm, norm)
         for whole, part in ((grads.keys, keys), (grads.values, values), (grads.weights, weights)):
             if whole is not None and part is not None:
