@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import memkit
+from memkit.engine import forward, gradients
 from tests.engine.cases import Case, cotangent, make_case, small
 
 LEARNED = {"weight": "learned", "kind": "weighted-mean"}
@@ -126,6 +127,24 @@ def test_no_gradient_flows_through_the_plan():
     frozen, own = case.gradients(cotangent(case), plan=case.plan()), case.gradients(cotangent(case))
     for name, gradient in frozen[2].items():
         assert torch.equal(gradient, own[2][name]), name
+
+
+@pytest.mark.parametrize(
+    "name", ["kvm-sqrt-16", "kvm-fixed-256", "untrained-kvm-sqrt", "block-mean-8", "streaming-4-512"]
+)
+@pytest.mark.parametrize("rows", ["even", "uneven"])
+def test_how_much_is_gone_back_through_at_once_changes_nothing(name: str, rows: str, monkeypatch: pytest.MonkeyPatch):
+    case = make_case(small(name), 61)
+    lengths = {"lengths": [61, 38]} if rows == "uneven" else {}
+    direction = cotangent(case)
+    *_, expected = case.gradients(direction, **lengths)
+    assert all(bool(each.abs().sum() > 0) for each in expected.values())
+    for unfolded, together in ((1, 0), (1, 2048), (20, 2048), (2048, 0), (20, 30)):
+        monkeypatch.setattr(gradients, "UNFOLDED_TOGETHER", unfolded)
+        monkeypatch.setitem(forward.TOGETHER, "cpu", together)
+        *_, found = case.gradients(direction, **lengths)
+        for each, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[each], rtol=1e-12, atol=1e-12, msg=each)
 
 
 def test_a_model_may_go_backward_twice_through_separate_graphs():
