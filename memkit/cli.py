@@ -231,6 +231,9 @@ def profile(
         typer.Option("--text", metavar="FILE", help="A UTF-8 text; repeat it. Left out: four parts of Python's help."),
     ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read of each text.")] = 2048,
+    readers: Annotated[
+        str, typer.Option(help="Who says what rows are worth: next, who goes on; repeat, who reads again; mixed.")
+    ] = "next",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the profile, as YAML.")] = None,
 ) -> None:
     """Measure how many slots each layer and head of a model needs.
@@ -249,7 +252,14 @@ def profile(
         names = [f"pydoc_data.topics of Python {platform.python_version()}, part {part}" for part in range(DOCUMENTS)]
     with progress_bar(1) if sys.stderr.isatty() else nullcontext() as progress:
         loaded = hf.load(model)
-        measured = hf.measure_profile(loaded, documents, tokens=tokens, names=names, progress=progress)
+        measured = hf.measure_profile(
+            loaded,
+            documents,
+            tokens=tokens,
+            names=names,
+            readers=readers,  # type: ignore[arg-type]
+            progress=progress,
+        )
     viz.show(table(measured.profile, measured.stability if len(documents) > 1 else None))
     if out is not None:
         write(out, measured.profile.to_yaml())

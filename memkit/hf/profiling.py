@@ -1,28 +1,30 @@
 """Measure a head profile: how many rows each layer and head of a model needs, by what leaving them out would cost.
 
-A document is read once with full attention. Its reader is somebody who goes on with it: queries of the text, turned to
-positions behind its end, meet every key, and tell what each row is worth (`memkit.pieces.evidence`: the error of the
-output, were it left out). All heads then share one budget by one threshold on that error, after each has had half of
-its even share. The profile is how many times the even share a head gets, averaged over documents and budgets.
+A document is read with full attention. Its reader is somebody who goes on with it (queries of the text, turned to
+positions behind its end) or somebody who reads it again (queries of a second reading). They meet every key, and tell
+what each row is worth (`memkit.pieces.evidence`: the error of the output, were it left out). All heads then share one
+budget by one threshold on that error, after each has had half of its even share. The profile is how many times the even
+share a head gets, averaged over documents and budgets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memkit.engine.compress import ASKED, next_readers, row_worth
-from memkit.errors import InputError
+from memkit.engine.compress import ASKED, next_readers, repeat_readers, row_worth
+from memkit.errors import InputError, shown
 from memkit.hf.attachment import check_free
 from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
 from memkit.hf.fitting import check_rotation
 from memkit.hf.loading import LoadedModel
 from memkit.hf.probe import attention_function, probe
+from memkit.hf.rereading import connecting_ids
 from memkit.profiles import HeadProfile
 from memkit.whole import whole_number
 
@@ -63,14 +65,18 @@ def measure_profile(
     tokens: int = 2048,
     rows: Sequence[int] = (256, 512),
     names: Sequence[str] = (),
+    readers: Literal["next", "repeat", "mixed"] = "next",
     progress: Progress | None = None,
 ) -> Measured:
     """Measure a model's head profile on some texts.
 
     documents: of each the first `tokens` tokens are read; names: what to call them in the profile.
     rows: how many rows each head would have on average, sinks and window included; the ratios are averaged over these.
+    readers: who says what rows are worth: `next`, somebody who goes on with the text; `repeat`, somebody who reads it
+    again, behind the words of `connecting_ids`; `mixed`: the mean of both.
 
-    Raises `InputError` for a text that is too short, `ModelError` for a model that `hf.attach` refuses.
+    Raises `InputError` for a text that is too short, or too long to be read twice, `ModelError` for a model that
+    `hf.attach` refuses.
     """
     decoder = find_decoder(loaded.model)
     check_free(decoder)
@@ -81,6 +87,12 @@ def measure_profile(
     budgets = [whole_number("rows", each, 4 * SINKS, tokens // 2) for each in rows]
     config = decoder.config
     layers, heads = config.num_hidden_layers, kv_heads_of(config)
+    if readers not in ("next", "repeat", "mixed"):
+        raise InputError(f"readers must be 'next', 'repeat' or 'mixed', got {shown(readers)}")
+    words = [] if readers == "next" else connecting_ids(loaded.tokenizer)
+    read, longest = 2 * tokens + len(words), getattr(config, "max_position_embeddings", None)
+    if readers != "next" and longest is not None and read > longest:
+        raise InputError(f"readers {readers} take {read} positions, and the model knows {longest}; lower tokens")
     if not documents:
         raise InputError("documents must be one text at least, got none")
     found: list[Tensor] = []
@@ -101,21 +113,30 @@ def measure_profile(
         ) -> None:
             here = facts[layer]
             assert here.rotation is not None  # checked above
-            readers = next_readers(here.turning_first(query), here.rotation)
-            scores.append(row_worth(readers, here.turning_first(key), value, scale)[0][0])
+            queries, keys = here.turning_first(query), here.turning_first(key)[:, :, :tokens]
+            asked: list[Tensor] = []
+            if readers != "repeat":
+                asked.append(next_readers(queries[:, :, :tokens], here.rotation))
+            if readers != "next":
+                asked.append(repeat_readers(queries[:, :, -tokens:]))
+            roots = [row_worth(each, keys, value[:, :, :tokens], scale)[0][0] for each in asked]
+            scores.append(torch.stack(roots).square().mean(0).sqrt())
             if progress is not None:
                 progress("head profile", done * layers + len(scores), len(documents) * layers)
 
         with attention_function(decoder.module, NAME):
-            decoder.module(torch.tensor([ids], device=loaded.model.device), use_cache=False, memkit_look=look)
+            given = ids if readers == "next" else [*ids, *words, *ids]
+            decoder.module(torch.tensor([given], device=loaded.model.device), use_cache=False, memkit_look=look)
         found.append(torch.stack([_ratios(torch.stack(scores), budget) for budget in budgets]).mean(0))
     each = torch.stack(found)
     ratios = _rounded(each.mean(0))
+    who = {"next": "goes on", "repeat": "reads it again", "mixed": "goes on, and who reads it again"}[readers]
     measured = {
         "texts": list(names) if names else f"{len(documents)} texts",
         "tokens": tokens,
         "rows": budgets,
         "by": f"root of the output error, one threshold over all heads, at least {LEAST:g} of the even share",
+        "readers": f"{readers}: who {who}",
     }
     profile = HeadProfile(
         model=facts_of(config),

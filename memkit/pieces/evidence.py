@@ -9,7 +9,8 @@ observed queries of all heads of a group:
                                                 (exactly it is p/(1 − p)·(o − v): arXiv 2504.14051)
 
 A row's evidence is a decaying sum over the chunks that judged it: a ← γ·a + error, m ← γ·m + share, n ← γ·n + 1. It is
-read as the means a/n and m/n, and stays with a token that becomes a slot. Nothing comes from the future, and no
+read as the means a/n and m/n, and stays with a token that becomes a slot. Where the most that a chunk said counts
+(`observe.aggregate: max`), a is n times that: a ← n · max(γ·a/n before, error). Nothing comes from the future, and no
 gradient flows through it.
 """
 

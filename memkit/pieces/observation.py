@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
+from memkit.pieces.evidence import ERROR, JUDGED, Evidence
 from memkit.pieces.registry import Spec
 
 __all__ = ["Observation", "ObservationSpec"]
@@ -27,6 +29,11 @@ class ObservationSpec(Spec):
     decay: float = Field(
         default=1.0, gt=0, le=1, description="γ: what evidence still counts one chunk later; 1: as much as new"
     )
+    aggregate: Literal["mean", "max"] = Field(
+        default="mean",
+        description="how the errors that chunks told of a row are joined over its life; mean: best for prediction; "
+        "max: what mattered to one chunk stays, for whoever may ask for what was read once",
+    )
     readers: Literal["next", "window", "repeat", "mixed"] = Field(
         default="next",
         description="where a text is read in full and then compressed, who says what rows are worth: next: somebody "
@@ -43,7 +50,7 @@ class Observation:
     """Which queries are observed, and what is made of them."""
 
     def __init__(self, spec: ObservationSpec, chunk: int, given: bool = False) -> None:
-        self.queries, self.decay = min(spec.queries, chunk), spec.decay
+        self.queries, self.decay, self.maximal = min(spec.queries, chunk), spec.decay, spec.aggregate == "max"
         self.offsets = self.offsets_in(chunk)
         """Offsets in a chunk of its observed queries: ⌊(i + 1)·C/n⌋ − 1."""
         self.waits = list(range(chunk)) if given and self.queries else self.offsets
@@ -56,8 +63,15 @@ class Observation:
 
     def added(self, evidence: Tensor, told: Tensor) -> Tensor:
         """Evidence [..., 3] after one more chunk has judged; told [..., 3]: what it said."""
-        return self.decay * evidence + told
+        after = self.decay * evidence + told
+        if self.maximal:
+            before = Evidence.of(evidence).error
+            after[..., ERROR] = torch.maximum(self.decay * before, told[..., ERROR]) * after[..., JUDGED]
+        return after
 
     def add_(self, evidence: Tensor, told: Tensor) -> None:
         """The same, written into the evidence."""
-        (evidence if self.decay == 1 else evidence.mul_(self.decay)).add_(told)
+        if self.maximal:
+            evidence.copy_(self.added(evidence, told))
+        else:
+            (evidence if self.decay == 1 else evidence.mul_(self.decay)).add_(told)

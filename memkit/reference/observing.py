@@ -89,11 +89,18 @@ class Observing:
             paid = share[j] / count if expected is None else expected[j]
             new = torch.tensor([error[j] / count, paid, 1.0], dtype=torch.float64)
             if j < slots:
-                self.slots[j] = self.spec.decay * self.slots[j] + new
+                self.slots[j] = self.joined(self.slots[j], new)
             else:
                 at = tokens[j - slots]
-                self.tokens[at] = self.spec.decay * self.tokens[at] + new
+                self.tokens[at] = self.joined(self.tokens[at], new)
         self.heard.clear()
+
+    def joined(self, before: Tensor, new: Tensor) -> Tensor:
+        """A row's evidence (a, m, n) after one more chunk."""
+        after = self.spec.decay * before + new
+        if self.spec.aggregate == "max":
+            after[0] = after[2] * max(self.spec.decay * mean(before)[0], new[0])
+        return after
 
     # As a memory holds it
 

@@ -160,7 +160,11 @@ def _observations(draw: st.DrawFn, may: bool) -> ObservationSpec:
     """Queries observed, in a third of the policies that may."""
     if not may or draw(st.integers(0, 2)):
         return ObservationSpec()
-    return ObservationSpec(queries=draw(st.integers(1, 4)), decay=draw(st.sampled_from((1.0, 0.5, 0.9))))
+    return ObservationSpec(
+        queries=draw(st.integers(1, 4)),
+        decay=draw(st.sampled_from((1.0, 0.5, 0.9))),
+        aggregate=draw(st.sampled_from(("mean", "max"))),
+    )
 
 
 def _that_may_be(draw: st.DrawFn, admission: Any, observes: bool, rotary: Any) -> Any:

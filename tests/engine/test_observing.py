@@ -108,6 +108,10 @@ def policy(**changes: Any) -> memkit.PolicySpec:
 SPECS = {
     "as-published": policy(),
     "all-queries": policy(observe={"queries": CHUNK}),
+    "most": policy(observe={"queries": 3, "decay": 0.9, "aggregate": "max"}),
+    "most-of-all": policy(
+        observe={"queries": CHUNK, "aggregate": "max"}, admission={"kind": "output-error", "pool": 3}
+    ),
     "dropping": policy(merging={"kind": "drop"}, readout={}),
     "attention": policy(admission={"kind": "attention"}),
     "attention-pooled": policy(admission={"kind": "attention", "value_norm": True, "pool": 3}),

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import memkit
 from memkit import hf
@@ -24,7 +26,7 @@ TOKENS = 600
 class Words:
     """A tokenizer: a character each."""
 
-    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, verbose: bool = True, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [3 + ord(letter) % 200 for letter in text]}
 
 
@@ -66,6 +68,45 @@ def test_measuring_says_what_does_not_fit(tiny: Any):
         hf.measure_profile(loaded(tiny), [text(0)], tokens=TOKENS, rows=(64,))
 
 
+@pytest.mark.parametrize(("readers", "groups"), [("next", 1), ("repeat", 1), ("mixed", 2)])
+def test_who_says_what_rows_are_worth(readers: Any, groups: int, monkeypatch: pytest.MonkeyPatch):
+    model = randomised(LlamaForCausalLM(tiny_config(max_position_embeddings=2048)))
+    asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    worth = profiling.row_worth
+
+    def row_worth(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> Any:
+        asked.append((queries, keys, values))
+        return worth(queries, keys, values, scale)
+
+    monkeypatch.setattr(profiling, "row_worth", row_worth)
+    measured = hf.measure_profile(loaded(model), [text(0)], tokens=TOKENS, rows=(64, 128), readers=readers)
+    assert measured.profile.measured["readers"].startswith(readers)
+    assert len(asked) == 2 * groups
+    first = profiling.connecting_ids(Words())
+    ids = Words()(text(0))["input_ids"][:TOKENS]
+    with torch.no_grad():  # what is asked of is the first reading, whoever asks
+        hidden = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[0]
+    layer = model.model.layers[0]
+    values = layer.self_attn.v_proj(layer.input_layernorm(hidden)).unflatten(-1, (2, -1)).transpose(1, 2)
+    for _, keys, found in asked[:groups]:
+        assert keys.shape[2] == TOKENS
+        torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-5)
+    if readers != "next":  # by the newest tokens of a text that is read twice
+        again = asked[groups - 1][0]
+        assert again.shape[2] == 512
+        turned = model.model.rotary_emb(hidden, torch.tensor([[2 * TOKENS + len(first) - 1]]))
+        last = layer.self_attn.q_proj(layer.input_layernorm(hidden))[:, -1:].unflatten(-1, (4, -1)).transpose(1, 2)
+        expected = apply_rotary_pos_emb(last, last, *turned)[0]
+        torch.testing.assert_close(again[:, :, -1:], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_that_cannot_be_read_twice_is_refused(tiny: Any):
+    with pytest.raises(memkit.InputError, match=r"repeat take 12\d\d positions, and the model knows 512"):
+        hf.measure_profile(loaded(tiny), [text(0)], tokens=TOKENS, rows=(64,), readers="repeat")
+    with pytest.raises(memkit.InputError, match="readers must be"):
+        hf.measure_profile(loaded(tiny), [text(0)], tokens=TOKENS, rows=(64,), readers="all")  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def test_a_model_reads_with_each_layers_ratios(tmp_path: Path, ids: torch.Tensor):
     model = randomised(memkit_model())
@@ -91,8 +132,6 @@ def test_a_model_reads_with_each_layers_ratios(tmp_path: Path, ids: torch.Tensor
 
 
 def memkit_model(wide: int = 32) -> Any:
-    from transformers import LlamaForCausalLM
-
     return LlamaForCausalLM(tiny_config(hidden_size=wide))
 
 
