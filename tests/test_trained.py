@@ -61,8 +61,8 @@ def test_comparing_a_model_with_itself():
 
 
 def test_what_cannot_be_compared(tmp_path: Path):
-    with pytest.raises(ModelError, match="tiny-rwkv7: no weights beside it"):
-        compare_trained("tiny-rwkv7")
+    with pytest.raises(ModelError, match="tiny-ovq: no weights beside it"):
+        compare_trained("tiny-ovq")
     with pytest.raises(InputError, match=r"tokens must be at least skip \+ 1, 6, got 5"):
         compare_trained("tiny-kvm-sqrt", tokens=5, skip=5)
     with pytest.raises(InputError, match="tokens must be at most 3, the bytes of given text, got 9"):
