@@ -72,7 +72,9 @@ def _of_data() -> dict[str, Callable[[], Any]]:
         )
         for row in data["timings"]
     ]  # fmt: skip
+    positions = json.loads((FOLDER / "data" / "positions.json").read_text(encoding="utf-8"))["losses"]
     return {
+        "positions": lambda: figures.loss_by_position(positions, style.new_axes(size=(6.0, 3.4)), start=1),
         "front": lambda: figures.front(comparison),
         "gap": lambda: figures.gap_closed(comparison),
         "bench": lambda: figures.factors(Bench(data["settings"], timings)),
