@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,11 +25,15 @@ __all__ = ["HeadProfile", "load_profile", "per_layer", "profile_names"]
 class HeadProfile(NamedSpec):
     """One model's ratios.
 
-    model: what a model's config must say for the profile to be its own; measured: on what, and with what settings;
-    ratios: a row per layer, a number per key/value head, 1 on average.
+    model: what a model's config must say for the profile to be its own; readers: whom the memory is for, as in
+    `observe.readers`; measured: on what, and with what settings; ratios: a row per layer, a number per key/value head,
+    1 on average.
     """
 
     model: dict[str, int | str] = Field(description="what the config of the model says")
+    readers: Literal["next", "repeat", "mixed"] = Field(
+        default="next", description="whom the memory is for: who goes on with the text, who reads it again, or both"
+    )
     measured: dict[str, Any] = Field(default_factory=dict, description="how the ratios were measured")
     ratios: tuple[tuple[float, ...], ...] = Field(description="a row per layer, a number per key/value head")
 
@@ -59,7 +63,7 @@ class HeadProfile(NamedSpec):
 
     def to_yaml(self) -> str:
         """As a file: what `load_profile` reads."""
-        head = yaml12.dump({"model": dict(self.model), "measured": dict(self.measured)})
+        head = yaml12.dump({"model": dict(self.model), "readers": self.readers, "measured": dict(self.measured)})
         rows = "".join(f"  - [{', '.join(f'{ratio:g}' for ratio in row)}]\n" for row in self.ratios)
         return f"{head}ratios: # a row per layer, a number per key/value head\n{rows}"
 
@@ -85,9 +89,13 @@ def load_profile(profile: str | Path) -> HeadProfile:
     return PROFILES.load(profile)
 
 
-def profile_of(facts: Mapping[str, Any]) -> str | None:
-    """The name of the shipped profile that was measured on a model that says this of itself; None: there is none."""
-    return next((name for name in profile_names() if load_profile(name).fits(facts)), None)
+def profile_of(facts: Mapping[str, Any], readers: str = "next") -> str | None:
+    """The name of the shipped profile that was measured on a model that says this of itself; None: there is none.
+
+    readers: the profile for these, where there is one for them; else one for whoever goes on with a text.
+    """
+    fitting = {load_profile(name).readers: name for name in profile_names() if load_profile(name).fits(facts)}
+    return fitting.get(readers, fitting.get("next"))
 
 
 def per_layer(
@@ -103,7 +111,7 @@ def per_layer(
     """
     policy = as_policy(policy)
     wanted = policy.spec.heads.profile
-    name = profile_of(facts or {}) if wanted == AUTO else wanted
+    name = profile_of(facts or {}, policy.spec.observe.readers) if wanted == AUTO else wanted
     if wanted is None or policy.sinks_only:
         return [policy] * layers
     if name is None:

@@ -130,16 +130,15 @@ def measure_profile(
         found.append(torch.stack([_ratios(torch.stack(scores), budget) for budget in budgets]).mean(0))
     each = torch.stack(found)
     ratios = _rounded(each.mean(0))
-    who = {"next": "goes on", "repeat": "reads it again", "mixed": "goes on, and who reads it again"}[readers]
     measured = {
         "texts": list(names) if names else f"{len(documents)} texts",
         "tokens": tokens,
         "rows": budgets,
         "by": f"root of the output error, one threshold over all heads, at least {LEAST:g} of the even share",
-        "readers": f"{readers}: who {who}",
     }
     profile = HeadProfile(
         model=facts_of(config),
+        readers=readers,
         measured=measured,
         ratios=tuple(tuple(row) for row in ratios.view(layers, heads).tolist()),
     )
