@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from memkit.budgets import Budget
-from memkit.comparison import DEFAULT_POLICIES
 from memkit.errors import InputError, shown
 from memkit.layers import AnyLayers, LayerPoliciesSpec
 from memkit.rendering import render
@@ -28,7 +27,10 @@ from memkit.whole import SEEDS, whole_number
 if TYPE_CHECKING:
     from memkit.hf import LoadedModel
 
-__all__ = ["Passkeys", "Retrieval", "find_passkeys"]
+__all__ = ["ASKED_POLICIES", "Passkeys", "Retrieval", "find_passkeys"]
+
+ASKED_POLICIES = ("untrained-recall", "untrained-observed", "caote-512", "streaming-4-512", "full")
+"""Policies that are asked where none are named."""
 
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
@@ -98,10 +100,10 @@ def find_passkeys(
 ) -> Passkeys:
     """Hide a number in a text of `tokens` tokens, once at each of `placements` depths, and ask each policy for it.
 
-    policies, model, text, overrides: as for `memkit.compare`. prefill: `full`: all but the question is read exactly and
-    then compressed at once. rows: slots and window of each head, for policies that have a number of them; share,
-    bytes: as for `memkit.compare`, the share of `tokens`. seed: of the numbers; every policy is asked for the same ones
-    at the same places.
+    policies: as for `memkit.compare`; None: `ASKED_POLICIES`. model, text, overrides: as there. prefill: `full`:
+    all but the question is read exactly and then compressed at once. rows: slots and window of each head, for
+    policies that have a number of them; share, bytes: as for `memkit.compare`, the share of `tokens`. seed: of the
+    numbers; every policy is asked for the same ones at the same places.
 
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `compare` does.
     """
@@ -111,7 +113,7 @@ def find_passkeys(
     if prefill not in ("policy", "full"):
         raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
     budget = Budget.of(rows, share, bytes, prefill)
-    asked = subject(DEFAULT_POLICIES if policies is None else policies, overrides, budget, tokens, model, text)
+    asked = subject(ASKED_POLICIES if policies is None else policies, overrides, budget, tokens, model, text)
     loaded = asked.loaded
     hidden = _hidden(loaded, asked.text, tokens, placements, seed)
     found: list[Retrieval] = []

@@ -23,6 +23,7 @@ SHIPPED = {
     "tova-512",
     "untrained-observed",
     "untrained-observed-sqrt",
+    "untrained-recall",
     "full",
     "kvm-fixed-256",
     "kvm-log-256",

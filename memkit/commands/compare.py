@@ -108,9 +108,11 @@ def compare_command(
     elif passkey:
         if second is not None or skip is not None:
             raise InputError("--passkey scores a hidden number alone; leave --second and --skip out")
+        from memkit.passkey import ASKED_POLICIES
         from memkit.passkey import find_passkeys as run
         from memkit.viz.passkeys import figure
 
+        chosen = policies or list(ASKED_POLICIES)
         hidden = {"tokens": 2048 if tokens is None else tokens, "placements": 8 if placements is None else placements}
         given |= hidden | of_stock
     else:
