@@ -46,8 +46,6 @@ DEFAULT_POLICIES = (
     "h2o-512",
     "keydiff-512",
     "streaming-4-512",
-    "block-mean-8",
-    "untrained-kvm-fixed",
 )
 BASELINE, STREAMING = "full", "streaming-4-512"
 # Tokens per forward call, which bounds the activations. Longer ones are not faster: stock SmolLM2-135M read 4,096
