@@ -86,7 +86,7 @@ def test_who_says_what_rows_are_worth(readers: Any, groups: int, monkeypatch: py
     ids = Words()(text(0))["input_ids"][:TOKENS]
     with torch.no_grad():  # what is asked of is the first reading, whoever asks
         hidden = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[0]
-    layer = model.model.layers[0]
+    layer: Any = model.model.layers[0]
     values = layer.self_attn.v_proj(layer.input_layernorm(hidden)).unflatten(-1, (2, -1)).transpose(1, 2)
     for _, keys, found in asked[:groups]:
         assert keys.shape[2] == TOKENS
