@@ -552,6 +552,7 @@ FAULTS = (
         window=BlockWindowSpec(chunks=1),
         merging=WEIGHS_ALL,
         growth=GROWS,
+        **PLANS_AHEAD,
     ),
     _in_policies(laws.sinks, _sink_overwritten, (forward, "place"), growth=GROWS, sinks=1),
     _in_policies(laws.conservation_in_memory, _last_token_lost, (forward, "place"), growth=GROWS),
