@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-FLOOR = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)[",].*/\1/p' pyproject.toml)
+FLOOR = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)[",].*/\1/p' pyproject.toml | sort -u)
 RECENT := import sys; sys.exit(sys.version_info < (3, 11) and "memkit needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")
 
 # Small tensors gain nothing from more threads, and timings compare only at the same number.
