@@ -6,6 +6,7 @@ of the text. `memkit.lm.split_heads` and `split_text` put a model on these.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +17,7 @@ from memkit.errors import InputError
 __all__ = ["HeadExchange", "is_split", "local"]
 
 Given = TypeVar("Given", bound=Tensor | None)
+Map = Callable[[Tensor], Tensor]
 
 
 def is_split(parameter: Tensor) -> bool:
@@ -65,15 +67,15 @@ class HeadExchange:
 
     def to_heads(self, x: Tensor) -> Tensor:
         """All heads of this process's tokens, [b, h, t / n, …], for all tokens of its heads, [b, h / n, t, …]."""
-        return cast(Tensor, _ToHeads.apply(x, self))
+        return cast(Tensor, _Linear.apply(x, self._heads_for_tokens, self._tokens_for_heads))
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The way back: [b, h / n, t, …] → [b, h, t / n, …]."""
-        return cast(Tensor, _ToTokens.apply(x, self))
+        return cast(Tensor, _Linear.apply(x, self._tokens_for_heads, self._heads_for_tokens))
 
     def newest(self, x: Tensor) -> list[Tensor]:
         """The last token of every process's stretch x [b, t / n, c], each [b, 1, c]; gradients flow to where it is."""
-        return list(cast(Tensor, _Gathered.apply(x[:, -1:], self)))
+        return list(cast(Tensor, _Linear.apply(x[:, -1:], self._gathered, self._summed_at_home)))
 
     def following(self, ids: Tensor) -> Tensor:
         """The first of the next process's ids [b, t / n], [b, 1]; −100 for the last process."""
@@ -92,49 +94,27 @@ class HeadExchange:
         distributed.all_to_all_single(received, parts, group=self.group)
         return received
 
-    def heads_for_tokens(self, x: Tensor) -> Tensor:
-        """`to_heads` without its gradient."""
+    def _heads_for_tokens(self, x: Tensor) -> Tensor:
         parts = x.unflatten(1, (self.size, -1)).movedim(1, 0)
         return self._given_away(parts).movedim(0, 2).flatten(2, 3)
 
-    def tokens_for_heads(self, x: Tensor) -> Tensor:
-        """`to_tokens` without its gradient."""
+    def _tokens_for_heads(self, x: Tensor) -> Tensor:
         parts = x.unflatten(2, (self.size, -1)).movedim(2, 0)
         return self._given_away(parts).movedim(0, 1).flatten(1, 2)
 
-    def summed_at_home(self, every: Tensor) -> Tensor:
+    def _summed_at_home(self, every: Tensor) -> Tensor:
         """every [n, …]: of each process's tensor → the sum over processes of what they have for this one's."""
         return self._given_away(every).sum(0)
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: HeadExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.heads_for_tokens(x)
+class _Linear(torch.autograd.Function):
+    """A linear map between processes, and the one that takes its gradient back."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.tokens_for_heads(gradients[0]), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: HeadExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.tokens_for_heads(x)
+    def forward(ctx: Any, x: Tensor, there: Map, back: Map) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.heads_for_tokens(gradients[0]), None
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: HeadExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange._gathered(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.summed_at_home(gradients[0]), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradients[0]), None, None

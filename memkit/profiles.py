@@ -94,7 +94,8 @@ def profile_of(facts: Mapping[str, Any], readers: str = "next") -> str | None:
 
     readers: the profile for these, where there is one for them; else one for whoever goes on with a text.
     """
-    fitting = {load_profile(name).readers: name for name in profile_names() if load_profile(name).fits(facts)}
+    profiles = {name: load_profile(name) for name in profile_names()}
+    fitting = {profile.readers: name for name, profile in profiles.items() if profile.fits(facts)}
     return fitting.get(readers, fitting.get("next"))
 
 

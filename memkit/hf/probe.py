@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine.autocast import autocasts, without_autocast
@@ -23,6 +22,7 @@ from memkit.errors import ModelError, short
 from memkit.hf.decoder import Decoder, windows_of
 from memkit.hf.keywords import check_keywords
 from memkit.pieces.rotary import Rotation
+from memkit.processes import is_split
 
 __all__ = ["LayerFacts", "attention_function", "probe"]
 
@@ -161,7 +161,7 @@ def _called(decoder: Decoder) -> Any:
 
     The outermost module that was given to `fully_shard` has to be called first, and gathers what the others leave.
     """
-    split = any(isinstance(each, DTensor) for each in decoder.module.parameters())
+    split = any(is_split(each) for each in decoder.module.parameters())
     return next(iter(decoder.outer), decoder.module) if split else decoder.module
 
 

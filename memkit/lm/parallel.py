@@ -33,8 +33,7 @@ def split_heads(model: MemoryLM, mesh: DeviceMesh) -> MemoryLM:
 
     Parameters of layers become DTensors: projections split by heads, the MLP by hidden channels, what belongs to a head
     with it, what all heads share copied. Embeddings, the norms around layers and the head stay whole on each process.
-    Each process gives the model the same ids and gets the same logits, and a memory of its own heads. FSDP2
-    (`fully_shard`) goes around it, over another dimension of a larger mesh.
+    Each process gives the model the same ids and gets the same logits, and a memory of its own heads.
 
     Raises `InputError` for heads that the processes do not divide, and for what is not attention with equal heads.
     """
@@ -60,8 +59,8 @@ def split_text(model: MemoryLM, group: distributed.ProcessGroup | None = None) -
     """From now on each process gives the model its stretch of each text, in the order of ranks, all equally long.
 
     Logits are those of the stretch; the mean of `loss` over processes is the loss of the whole text, and the mean of
-    gradients (as DDP and FSDP2 take it) its gradient. Every process has all parameters, or FSDP2 splits them. Each
-    layer exchanges heads for tokens before attention, and back after it. Texts have no padding and are not packed.
+    gradients (as DDP takes it) its gradient. Every process has all parameters. Each layer exchanges heads for tokens
+    before attention, and back after it. Texts have no padding and are not packed.
 
     group: of `torch.distributed`; left out, all processes. Raises `InputError` for heads that the processes do not
     divide, and for what is not attention with equal heads.
@@ -111,15 +110,14 @@ def _plan(block: Block) -> dict[str, ParallelStyle]:
 
 def _of_heads(module: nn.Module) -> dict[str, bool]:
     """A module's own parameters that act on some heads: whether each is split along them, or the same for all."""
+    own = [name for name, _ in module.named_parameters(recurse=False)]
     match module:
         case PolicyParameters():
-            return {name: name.startswith("query_scale") for name, _ in module.named_parameters(recurse=False)}
-        case MemoryAttention():
-            return {name: True for name, _ in module.named_parameters(recurse=False)}
-        case TokenShift() | LowRank():
-            return {name: True for name, _ in module.named_parameters(recurse=False)}
+            return {name: name.startswith("query_scale") for name in own}
+        case MemoryAttention() | TokenShift() | LowRank():
+            return dict.fromkeys(own, True)
         case ValueResidual() | nn.LayerNorm():
-            return {name: False for name, _ in module.named_parameters(recurse=False)}
+            return dict.fromkeys(own, False)
         case _:
             return {}
 
