@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from memkit.engine.observe import Observer, alike_rows
 from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step, on_device
+from memkit.engine.threads import one_thread
 from memkit.memory import Memory
 from memkit.memory.replacing import replace
 from memkit.memory.rows import Chunk, SlotRules, SlotView
@@ -106,18 +107,20 @@ class Pass:
         for steps in self._groups():
             span = slice(steps[0].start, steps[-1].stop)
             if len(steps) == 1:
-                self.absorb(steps[0])
-                if (known := self.observe(steps[0])) is not None:
-                    output[:, :, span] = known
-                    continue
+                with self._one_thread(steps[0], heads if self.policy.observes else key_sets.keys.shape[1]):
+                    self.absorb(steps[0])
+                    if (known := self.observe(steps[0])) is not None:
+                        output[:, :, span] = known
+                        continue
                 met = key_sets.of(steps[0], queries, self.slots(steps[0]))
                 _, lse[:, :, span] = attend_key_sets(met, self.inputs.checked_scale, out=output[:, :, span])
                 continue
             snapshots = Snapshots(len(steps), steps[-1].most_slots)
-            for number, step in enumerate(steps):
-                self.absorb(step)
-                if step.most_slots:
-                    snapshots.take(number, self.store.read(self.rules))
+            with self._one_thread(steps[-1], key_sets.keys.shape[1]):
+                for number, step in enumerate(steps):
+                    self.absorb(step)
+                    if step.most_slots:
+                        snapshots.take(number, self.store.read(self.rules))
             together, of_steps = attend_key_sets(key_sets.of_many(steps, queries, snapshots), self.inputs.checked_scale)
             for whole, part in ((output, together), (lse, of_steps)):
                 whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
@@ -163,6 +166,13 @@ class Pass:
     def slots(self, step: Step) -> SlotView | None:
         """The slots as a step reads them; None where none is live."""
         return self.store.read(self.rules) if step.most_slots else None
+
+    def _one_thread(self, step: Step, heads: int) -> AbstractContextManager[None]:
+        """One thread for what a step folds and observes, where that is little; heads: those that have scores then."""
+        if not step.leaving and self.observer is None:
+            return nullcontext()
+        met = step.most_slots + (self.policy.window.capacity or 0)
+        return one_thread(len(step.first) * heads * self.policy.chunk * met, self.device)
 
     def _groups(self) -> list[list[Step]]:
         """The steps, those together that are read together: consecutive ones that are alike."""

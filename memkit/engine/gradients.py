@@ -167,15 +167,15 @@ class Walk:
             asked, keys, values = (tensor.unflatten(0, (-1, count)) for tensor in (asked, keys, values))
             asked = asked.transpose(1, 2).flatten(2, 3)
             if key_set.columns is None:
-                grads.remembering[:, :, span] += asked
+                grads.remembering[:, :, span].add_(asked)
                 of_slots = [list(each) for each in zip(keys.unbind(1), values.unbind(1), strict=True)]
                 continue
-            grads.windowed[:, :, span] += asked
+            grads.windowed[:, :, span].add_(asked)
             begin, end = key_set.columns
             for number in range(count):
                 columns_of_step = slice(begin + number * size, end + number * size)
-                grads.keys[:, :, columns_of_step] += keys[:, number]
-                grads.values[:, :, columns_of_step] += values[:, number]
+                grads.keys[:, :, columns_of_step].add_(keys[:, number])
+                grads.values[:, :, columns_of_step].add_(values[:, number])
         return of_slots
 
     def _undo(self, step: Step) -> list[Fold]:

@@ -131,7 +131,7 @@ class Observer:
                 of_slots = self._scores(asked.remembering, asked.memory_scale, view.keys[at])
                 scores = torch.cat((of_slots, self._scores(asked.windowed, asked.window_scale, keys)), dim=-1)
             if view.bias is not None:
-                scores[..., :slots] += view.bias[at, :, None].to(wide)
+                scores[..., :slots].add_(view.bias[at, :, None])
         scores[..., -chunk:].masked_fill_(self._later(chunk), -torch.inf)
         return scores, values
 

@@ -34,7 +34,7 @@ def place(rules: SlotRules, leaving: LeavingChunk, chunk: Chunk, store: SlotStor
     assert chunk.memory_keys is not None
     context = ChunkContext(
         keys=chunk.memory_keys,
-        values=chunk.values,
+        read_values=lambda: chunk.values,
         evidence=None if chunk.evidence is None else Evidence.of(chunk.evidence),
         slots=store.read(rules).route[:, :, :most] if compares and most else chunk.memory_keys[:, :, :0],
         slots_before=before,
@@ -70,14 +70,16 @@ def compete(
     """
     policy = rules.policy
     assert chunk.memory_keys is not None and chunk.values is not None
-    keys, values, evidence = chunk.memory_keys, chunk.values, chunk.evidence
+    keys, tokens_values, evidence = chunk.memory_keys, chunk.values, chunk.evidence
     view = store.read(rules).first(live) if live else None
     slots = keys[:, :, :0] if view is None else view.route[:, :, :kept]
     if view is not None:
         keys = torch.cat((view.route[:, :, kept:], keys), dim=2)
-        values = torch.cat((view.values[:, :, kept:], values), dim=2)
         if evidence is not None and store.evidence is not None:
             evidence = torch.cat((store.evidence[:, :, kept:live], evidence), dim=2)
+
+    def values() -> Tensor:
+        return tokens_values if view is None else torch.cat((view.values[:, :, kept:], tokens_values), dim=2)
 
     def alone() -> Tensor:
         if policy.keeps_keys:  # a founder's key is read as it came
@@ -87,7 +89,7 @@ def compete(
 
     context = ChunkContext(
         keys=keys,
-        values=values,
+        read_values=values,
         evidence=None if evidence is None else Evidence.of(evidence),
         slots=slots,
         slots_before=kept,

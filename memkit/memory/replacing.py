@@ -120,9 +120,9 @@ def _join(lines: Tensor, joining: Tensor, slot: Tensor, policy: Policy, line: Li
             theirs = theirs / joining[..., mass].detach().clamp(min=TINY)
             scale = torch.where(joined > 0, own / lines[..., mass].detach().clamp(min=TINY), 1).unsqueeze(-1)
             for columns in line.weighed:
-                joining[..., columns] *= theirs.unsqueeze(-1)
-                lines[..., columns] *= scale
-        lines[..., line.evidence.start + SHARE] *= (own + weight) / own
+                joining[..., columns].mul_(theirs.unsqueeze(-1))
+                lines[..., columns].mul_(scale)
+        lines[..., line.evidence.start + SHARE].mul_((own + weight) / own)
     flat = lines.view(-1, lines.shape[-1])
     if flat.device.type == "cuda":  # as in `_summed`
         flat.index_put_((target,), joining.flatten(0, 2), accumulate=True)

@@ -22,14 +22,15 @@ class ChunkContext:
     Where slots compete with tokens (`eviction: weakest`), "tokens" are both: the slots that are no sinks come first, in
     the order of their age, and `slots` are the sinks alone.
 
-    keys [b, g, c, d]: memory keys, float32 or float64; values [b, g, c, v], None where only a plan is made.
+    keys [b, g, c, d]: memory keys, float32 or float64; values [b, g, c, v]: read when somebody asks, None where only a
+    plan is made.
     slots [b, g, m, d]: the slots' keys as read, not rotated, where anybody compares.
     slots_before: slots that exist (m of them at most); sinks: how many of all slots are sinks, which are no targets.
     sink_tokens: tokens at the chunk's front that are sinks, and found in any case; new_slots ≥ sink_tokens: tokens that
     found.
     evidence: what observed queries told of the tokens, None where none are observed.
     joins: whether tokens that found nothing join a slot, or are dropped. similarity: what "alike" means.
-    alone(): the tokens' keys as slots of their own would be read, [b, g, c, d].
+    alone(): the tokens' keys as slots of their own would be read, [b, g, c, d]; read_values(): `values`.
     most_new: the most tokens that found in any row, where the caller knows; asking a tensor would wait for the device.
     """
 
@@ -41,7 +42,7 @@ class ChunkContext:
     new_slots: Count
     joins: bool
     alone: Callable[[], Tensor]
-    values: Tensor | None = None
+    read_values: Callable[[], Tensor | None] = lambda: None
     evidence: Evidence | None = None
     similarity: Similarity = "dot"
     most_new: int | None = None
@@ -50,6 +51,11 @@ class ChunkContext:
     def shape(self) -> torch.Size:
         """[b, g, c]."""
         return self.keys.shape[:3]
+
+    @functools.cached_property
+    def values(self) -> Tensor | None:
+        """The tokens' values, [b, g, c, v]."""
+        return self.read_values()
 
     @functools.cached_property
     def offsets(self) -> Tensor:
@@ -146,7 +152,13 @@ def picked(rows: Tensor, offsets: Tensor) -> Tensor:
 def begins(offsets: Tensor, count: int) -> Tensor:
     """Where each head's rows begin in a tensor [b, g, count, …] seen as [b·g·count, …]: [b, g, 1], for offsets."""
     batch, heads, _ = offsets.shape
-    return (torch.arange(batch * heads, device=offsets.device) * count).view(batch, heads, 1)
+    return _begins(batch, heads, count, offsets.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _begins(batch: int, heads: int, count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return (torch.arange(batch * heads, device=device) * count).view(batch, heads, 1)
 
 
 def as_tensor(condition: Count | bool, like: Tensor) -> Tensor:

@@ -45,16 +45,15 @@ def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """From scores [b, g, r, n] and values [b, g, n, v]: outputs o [b, g, r, v]; what they tell of each row,
     [b, g, n, 3]: its error, its share, and that somebody has judged it (1). The scores' memory is used.
 
-    error_j = [(Σ_r p²)·‖v_j‖² − 2⟨v_j, Σ_r p²·o_r⟩ + Σ_r p²·‖o_r‖²] / R: two products, no [r, n, v] tensor.
+    error_j = [⟨v_j, (Σ_r p²)·v_j − 2·Σ_r p²·o_r⟩ + Σ_r p²·‖o_r‖²] / R: products, no [r, n, v] tensor.
     """
     # Into memory that is warm, unless autograd is to follow it.
     warm = None if torch.is_grad_enabled() and scores.requires_grad else scores
     shares = torch.softmax(scores, -1, out=warm)
     outputs, share = shares @ values, shares.mean(-2)
-    # All three sums over r are rows of one product.
-    facts = torch.cat((outputs, outputs.square().sum(-1, keepdim=True), torch.ones_like(outputs[..., :1])), dim=-1)
-    summed = facts.mT @ torch.mul(shares, shares, out=warm)
-    of_outputs, of_sizes, of_squares = summed.split((values.shape[-1], 1, 1), dim=-2)
-    error = (of_squares.mT * values).sub_(of_outputs.mT, alpha=2).mul_(values).sum(-1) + of_sizes.squeeze(-2)
+    squares = torch.mul(shares, shares, out=warm)
+    of_outputs = squares.mT @ outputs.mul(-2)
+    of_sizes = outputs.square().sum(-1, keepdim=True).mT @ squares
+    error = torch.addcmul(of_outputs, values, squares.sum(-2).unsqueeze(-1)).mul_(values).sum(-1) + of_sizes.squeeze(-2)
     told = torch.stack((error.clamp_(min=0).div_(scores.shape[-2]), share, torch.ones_like(error)), dim=-1)
     return outputs, told

@@ -192,7 +192,7 @@ def context(rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, f
         new_slots=granted,
         joins=rules.policy.merging.joins,
         alone=alone,
-        values=torch.stack([token.value.detach() for token in chunk])[None, None],
+        read_values=lambda: torch.stack([token.value.detach() for token in chunk])[None, None],
         similarity=rules.policy.routing.similarity,
     )
 

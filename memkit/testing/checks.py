@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from memkit.catalog import as_policy
+from memkit.engine.threads import one_thread
 from memkit.errors import PolicyError
 from memkit.pieces.admission import Admission
 from memkit.pieces.growth import Growth, GrowthSpec
@@ -133,9 +134,7 @@ def examine(
 
     watch: told of each law before it is tried; shrink: whether to look for the smallest counter-example.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors of a few numbers: threads only get in each other's way
-    try:
+    with one_thread(0, torch.device("cpu")):  # tensors of a few numbers
         name, note, asked = _asked(subject)
         verdicts: list[Verdict] = []
         for one in asked:
@@ -144,8 +143,6 @@ def examine(
                     watch(one.law)
                 verdicts.append(_verdict(one, examples, shrink))
         return Report(name, tuple(verdicts), note)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _verdict(asked: Asked, examples: int, shrink: bool) -> Verdict:
