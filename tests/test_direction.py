@@ -42,7 +42,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 # Packages from outside that only some parts of memkit may import, wherever in a module.
 OUTSIDE = {
     "hypothesis": {"testing"},
-    "matplotlib": {"viz", "evals"},
+    "matplotlib": {"viz"},
     "rich": {"viz"},
     "transformers": {"hf", "evals", "training"},
     "typer": {"cli", "commands"},

@@ -73,7 +73,13 @@ def _of_data() -> dict[str, Callable[[], Any]]:
         for row in data["timings"]
     ]  # fmt: skip
     positions = json.loads((FOLDER / "data" / "positions.json").read_text(encoding="utf-8"))["losses"]
+    recall = json.loads((FOLDER / "data" / "recall.json").read_text(encoding="utf-8"))
+    points = [(row["policy"], row["bytes"], row["accuracy"]) for row in recall["points"]]
+    spreads = [row["spread"] for row in recall["points"]]
     return {
+        "recall": lambda: figures.accuracy(
+            points, style.new_axes(size=(6.0, 3.8)), what=f"accuracy at {recall['setting']}, %", spreads=spreads
+        ),
         "positions": lambda: figures.loss_by_position(positions, style.new_axes(size=(6.0, 3.4)), start=1),
         "front": lambda: figures.front(comparison),
         "gap": lambda: figures.gap_closed(comparison),

@@ -33,7 +33,11 @@ def sweep_command(
         raise InputError(
             f"memkit sweep needs transformers and accelerate, got: {error}; pip install 'memkit-attention[train]'"
         ) from None
-    from memkit.evals.figure import save_recall_figure
+    from memkit.viz import figures, style
+
+    drawing = out / "sweep.png" if figure is None else figure
+    style.check_ending("--figure", drawing)
+    style.check_installed()
 
     def say(done: int, every: int, name: str) -> None:
         if sys.stderr.isatty():
@@ -42,7 +46,11 @@ def sweep_command(
     found = training.sweep(declared, out, jobs=jobs, progress=say)
     points = found.points()
     setting = found.rows[-1].setting
-    save_recall_figure(points, figure or out / "sweep.png", f"accuracy at {setting}")
+    held = [(point.policy, point.bytes, point.accuracy) for point in points]
+    with style.theme():
+        (axes,), whole = style.panels(1)
+        figures.accuracy(held, axes, what=f"accuracy at {setting}, %", spreads=[point.spread for point in points])
+        style.save(whole, drawing)
     width = max(len(point.policy) for point in points)
     typer.echo(f"{'policy':{width}}  {'kB held':>8}  accuracy at {setting} (mean ± standard deviation over seeds)")
     for point in sorted(points, key=lambda each: each.bytes):

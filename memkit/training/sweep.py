@@ -25,14 +25,13 @@ from memkit.catalog import load_policy
 from memkit.errors import InputError, MemkitError
 from memkit.evals import TaskSpec, evaluate
 from memkit.evals.evaluator import JUDGING_SEED
-from memkit.evals.figure import Point
 from memkit.lm import load_model_spec, with_policy
 from memkit.pieces.registry import AnyOf, NamedSpec, SpecError
 from memkit.training.run import CHECKPOINT, train
 from memkit.training.settings import TrainingSpec
 from memkit.whole import whole_number
 
-__all__ = ["Row", "Sweep", "SweepSpec", "load_sweep", "sweep"]
+__all__ = ["Point", "Row", "Sweep", "SweepSpec", "load_sweep", "sweep"]
 
 RESULT = "result.json"
 TABLE = "sweep.csv"
@@ -98,6 +97,21 @@ class Row:
     steps: int
     parameters: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy: bytes that a sequence's memory holds, accuracy (mean over seeds, standard deviation, each seed's).
+
+    learning_rate: the one that was best.
+    """
+
+    policy: str
+    bytes: int
+    accuracy: float
+    spread: float
+    each: tuple[float, ...]
+    learning_rate: float
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ def test_loss_by_position_draws_means():
     [
         (lambda: figures.error_map(np.ones(3)), r"errors must be numbers \[layers, heads\]"),
         (lambda: figures.accuracy([]), "points must be one"),
+        (lambda: figures.accuracy([("full", 1, 1.0)], spreads=[0.1, 0.1]), "spreads must be as many"),
         (lambda: figures.tokens_in_slots(traced(), ["word"] * 3), "words must be the text of 90 tokens"),
     ],
 )

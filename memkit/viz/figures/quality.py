@@ -165,18 +165,29 @@ def error_map(errors: Any, ax: Axes | None = None, *, label: str = "relative err
 
 
 def accuracy(
-    points: Sequence[tuple[str, int, float]], ax: Axes | None = None, *, what: str = "found, %", chance: float = 0.0
+    points: Sequence[tuple[str, int, float]],
+    ax: Axes | None = None,
+    *,
+    what: str = "found, %",
+    chance: float = 0.0,
+    spreads: Sequence[float] = (),
 ) -> Axes:
     """Accuracy against memory: a dot and a name for each policy.
 
     points: name, bytes, and the share that was right, 0 to 1. what: the axis's words. chance: the share that guessing
-    gives, drawn as a line where it is not 0.
+    gives, drawn as a line where it is not 0. spreads: the length of each dot's bar, up and down; none: no bars.
+
+    Raises `InputError` where there are no points, or not as many spreads.
     """
     if not points:
         raise InputError("points must be one (name, bytes, share) at least, got none")
+    if spreads and len(spreads) != len(points):
+        raise InputError(f"spreads must be as many as the points, {len(points)}, got {len(spreads)}")
     ax = new_axes(ax)
     for number, (_, size, share) in enumerate(points):
         own = series(number)
+        if spreads:
+            ax.errorbar([size / 1e6], [100 * share], yerr=[100 * spreads[number]], color=own.color, capsize=3, zorder=2)
         ax.scatter([size / 1e6], [100 * share], color=own.color, marker=own.marker, s=28, zorder=3)
     if chance:
         ax.axhline(100 * chance, color=muted(), linewidth=0.8, linestyle="--")
