@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ heads, 64 tokens, 512 rows) two threads take 1.2 to 1.6 times as long as one; wi
 
 
 @contextmanager
-def one_thread(numbers: int, device: torch.device) -> Iterator[None]:
+def one_thread(numbers: int, device: torch.device) -> Generator[None]:
     """In the block this thread computes alone, where `numbers` scores are few and `device` is the CPU.
 
     PyTorch has one setting for the thread that asks and for threads that begin later; it is as before afterwards.
