@@ -17,7 +17,7 @@ from memkit.catalog import load_policy
 from memkit.evals import evaluate
 from memkit.lm import load_model
 from memkit.policy import PolicySpec
-from memkit.training.sweep import SweepSpec, load_sweep, policy_of
+from memkit.training.sweep import SweepSpec, load_sweep, policy_of, run_folder
 
 GROWTHS: dict[str, dict[str, Any]] = {
     "fixed, 16": {"kind": "fixed", "slots": 16},
@@ -39,15 +39,11 @@ def read_with(own: PolicySpec) -> dict[str, PolicySpec]:
     return {**policies, "full": load_policy("full")}
 
 
-def accuracies(spec: SweepSpec, folder: Path, label: str, policy: PolicySpec) -> list[float]:
+def accuracies(spec: SweepSpec, folder: Path, label: str, rate: float, policy: PolicySpec) -> list[float]:
     """Of the runs of one of the sweep's policies, under another policy; one for each seed."""
-    found: list[float] = []
-    for rate in spec.learning_rates:
-        for seed in spec.seeds:
-            run = folder / "runs" / f"{label}-lr{rate:g}-seed{seed}"
-            task = spec.task.model_copy(update={"settings": spec.task.settings[-1:]})
-            found.append(evaluate(load_model(run, policy=policy), task, sequences=spec.sequences).scores[-1].accuracy)
-    return found
+    task = spec.task.model_copy(update={"settings": spec.task.settings[-1:]})
+    models = (load_model(run_folder(folder, label, rate, seed), policy=policy) for seed in spec.seeds)
+    return [evaluate(model, task, sequences=spec.sequences).scores[-1].accuracy for model in models]
 
 
 def main() -> None:
@@ -56,12 +52,18 @@ def main() -> None:
     parser.add_argument("sweep", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("policies", nargs="+", help="labels of the sweep's policies")
+    parser.add_argument("--learning-rate", type=float, help="of the runs; left out: the sweep's, if it has but one")
     given = parser.parse_args()
     spec = load_sweep(given.sweep)
+    rate = given.learning_rate
+    if rate is None:
+        if len(spec.learning_rates) > 1:
+            parser.error(f"--learning-rate must be one of {list(spec.learning_rates)}, got none")
+        rate = spec.learning_rates[0]
     tokens = spec.task.settings[-1].tokens
     for label in given.policies:
         for name, policy in read_with(policy_of(spec.policies[label])).items():
-            found = accuracies(spec, given.folder, label, policy)
+            found = accuracies(spec, given.folder, label, rate, policy)
             slots = "" if name == "full" else f"{policy.build().slots_after(tokens)} slots"
             spread = statistics.stdev(found) if len(found) > 1 else 0.0
             print(f"trained {label:13} read {name:18} {slots:10} {statistics.mean(found):.3f} ± {spread:.3f}")

@@ -11,7 +11,7 @@ __all__ = ["SMALL", "one_thread"]
 
 SMALL = 2**19
 """Scores of a step, and of a fold, below which its operations are small. With half as many (9 query and 3 key/value
-heads, 64 tokens, 512 rows) two threads take 1.2 to 1.6 times as long as one; with twice as many, 0.8 times."""
+heads, 64 tokens, 512 rows) two threads take 1.1 to 1.6 times as long as one; with twice as many, 0.7 to 0.95 times."""
 
 
 @contextmanager

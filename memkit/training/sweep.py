@@ -31,7 +31,7 @@ from memkit.training.run import CHECKPOINT, train
 from memkit.training.settings import TrainingSpec
 from memkit.whole import whole_number
 
-__all__ = ["Point", "Row", "Sweep", "SweepSpec", "load_sweep", "sweep"]
+__all__ = ["Point", "Row", "Sweep", "SweepSpec", "load_sweep", "run_folder", "sweep"]
 
 RESULT = "result.json"
 TABLE = "sweep.csv"
@@ -226,13 +226,17 @@ def policy_of(given: Any) -> Any:
     return load_policy(given)
 
 
+def run_folder(folder: Path, policy: str, learning_rate: float, seed: int) -> Path:
+    """Where a sweep in `folder` keeps one run: its model, and what was found."""
+    return folder / "runs" / f"{policy}-lr{learning_rate:g}-seed{seed}"
+
+
 def _cells(spec: SweepSpec, folder: Path) -> Iterator[_Cell]:
     data = spec.model_dump(mode="json")
     for policy in spec.policies:
         for rate in spec.learning_rates:
             for seed in spec.seeds:
-                name = f"{policy}-lr{rate:g}-seed{seed}"
-                yield _Cell(data, str(folder / "runs" / name), policy, rate, seed)
+                yield _Cell(data, str(run_folder(folder, policy, rate, seed)), policy, rate, seed)
 
 
 def _run(cell: _Cell) -> None:
