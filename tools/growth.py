@@ -32,9 +32,9 @@ GROWTHS: dict[str, dict[str, Any]] = {
 
 def read_with(own: PolicySpec) -> dict[str, PolicySpec]:
     """A policy with each of the schedules, and full attention."""
+    first_chunk = own.model_dump()["growth"]["first_chunk"]
     policies = {
-        label: load_policy(own, {"growth": {**growth, "first_chunk": own.growth.first_chunk}})
-        for label, growth in GROWTHS.items()
+        label: load_policy(own, {"growth": {**growth, "first_chunk": first_chunk}}) for label, growth in GROWTHS.items()
     }
     return {**policies, "full": load_policy("full")}
 
@@ -57,9 +57,9 @@ def main() -> None:
     spec = load_sweep(given.sweep)
     rate = given.learning_rate
     if rate is None:
-        if len(spec.learning_rates) > 1:
+        if len(spec.learning_rates) != 1:
             parser.error(f"--learning-rate must be one of {list(spec.learning_rates)}, got none")
-        rate = spec.learning_rates[0]
+        (rate,) = spec.learning_rates
     tokens = spec.task.settings[-1].tokens
     for label in given.policies:
         for name, policy in read_with(policy_of(spec.policies[label])).items():
