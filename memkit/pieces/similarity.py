@@ -22,9 +22,9 @@ Similarity = Literal["dot", "cosine", "l2"]
 RUN, MANY = 64, 1024
 """From so many slots on, the best is looked for in runs of so many."""
 
-AT_ONCE = {"cpu": 2**22}
-"""Similarities that are computed and searched at once, per kind of device: more cost fresh memory every time. Elsewhere
-all of a chunk's."""
+AT_ONCE = {"cpu": 2**19}
+"""Similarities that are computed and searched at once, per kind of device: what of them stays in the cache is searched
+there, and the memory is used again. Elsewhere all of a chunk's."""
 
 
 @dataclass(frozen=True)
@@ -40,38 +40,46 @@ class Nearest:
     best: Tensor
 
 
-def similarities(kind: Similarity, keys: Tensor, slots: Tensor) -> Tensor:
-    """Of keys [..., c, d] and slots [..., m, d], on any leading axes: [..., c, m], a tensor of its own.
+def similarities(kind: Similarity, keys: Tensor, slots: Tensor, memory: Tensor | None = None) -> Tensor:
+    """Of keys [..., c, d] and slots [..., m, d], on any leading axes: [..., c, m], in `memory` if given.
 
     l2 is −½·distance².
     """
-    scores = keys @ slots.mT
+    scores = torch.matmul(keys, slots.mT, out=memory)
     if kind == "cosine":  # of whole products, so that exact dot products give exact ties
         lengths = keys.norm(dim=-1).unsqueeze(-1) * slots.norm(dim=-1).unsqueeze(-2)
-        return scores / lengths.clamp(min=1e-30)
+        return scores.div_(lengths.clamp_(min=1e-30))
     if kind == "l2":  # the keys' own term changes no token's slot, but which tokens are novel
-        return scores - slots.square().sum(-1).unsqueeze(-2) / 2 - keys.square().sum(-1).unsqueeze(-1) / 2
+        return scores.sub_(slots.square().sum(-1).unsqueeze(-2) / 2).sub_(keys.square().sum(-1).unsqueeze(-1) / 2)
     return scores
 
 
 def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: int) -> Nearest:
     """For keys [b, g, c, d] among slots [b, g, m, d], of which `live` exist and the first `sinks` are no targets."""
     shape, keys, slots = keys.shape, keys.flatten(0, 1), slots.flatten(0, 1)
-    live = live.expand(*shape[:2], 1).flatten(0, 1) if isinstance(live, Tensor) else live
-    each = max(1, AT_ONCE.get(keys.device.type, sys.maxsize) // max(1, keys.shape[1] * slots.shape[1]))
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for begin in range(0, len(keys), each):
-        some = slice(begin, begin + each)
-        scores = similarities(kind, keys[some], slots[some])
+    live = live.expand(*shape[:2], 1).flatten(0, 1).unsqueeze(-1) if isinstance(live, Tensor) else live
+    asking = keys.shape[0] * keys.shape[1]
+    most = max(1, AT_ONCE.get(keys.device.type, sys.maxsize) // (asking * RUN)) * RUN if asking else sys.maxsize
+    memory = keys.new_empty(asking * min(most, slots.shape[1]))
+    slot = score = best = None
+    for begin in range(0, max(1, slots.shape[1]), most):
+        some = slots[:, begin : begin + most]
+        count = some.shape[1]
+        scores = similarities(kind, keys, some, memory[: asking * count].view(*keys.shape[:2], count))
         if isinstance(live, Tensor):
-            beyond = torch.arange(scores.shape[-1], device=scores.device) >= live[some].unsqueeze(-1)
-            scores = scores.masked_fill(beyond, -torch.inf)
-        of_sinks = scores[..., :sinks].clone()
-        scores[..., :sinks] = -torch.inf
-        slot, score = best_slot(scores, sinks)
-        parts.append((slot, score, torch.maximum(score, of_sinks.amax(-1)) if of_sinks.shape[-1] else score))
-    found = parts[0] if len(parts) == 1 else [torch.cat(each_of) for each_of in zip(*parts, strict=True)]
-    return Nearest(*(each.view(shape[:3]) for each in found))
+            scores.masked_fill_(torch.arange(begin, begin + count, device=scores.device) >= live, -torch.inf)
+        first = min(max(sinks - begin, 0), count)
+        of_sinks = scores[..., :first].amax(-1) if first else None
+        scores[..., :first] = -torch.inf
+        here, score_here = best_slot(scores, first)
+        best_here = score_here if of_sinks is None else torch.maximum(score_here, of_sinks)
+        if slot is None or score is None or best is None:
+            slot, score, best = here, score_here, best_here
+        else:  # strictly better, so that ties go to the lowest slot
+            slot = torch.where(score_here > score, here + begin, slot)
+            score, best = torch.maximum(score, score_here), torch.maximum(best, best_here)
+    assert slot is not None and score is not None and best is not None
+    return Nearest(*(each.view(shape[:3]) for each in (slot, score, best)))
 
 
 def best_slot(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from memkit.pieces.admission import (
 from memkit.pieces.chunk import Assignment, ChunkContext
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import NearestSpec, Routing, RoutingSpec, SegmentSpec
-from memkit.pieces.similarity import Nearest, Similarity, search
+from memkit.pieces.similarity import Nearest, Similarity, search, similarities
 
 WIDTH = 2
 
@@ -335,24 +335,31 @@ def test_a_chunk_is_compared_once(admission: AdmissionSpec, monkeypatch: pytest.
     assert len(searches) == 1
 
 
-@pytest.mark.parametrize("at_once", [1, 7 * 5, 2 * 7 * 5, 10**9])
-@pytest.mark.parametrize("grant", [0, 2])
-def test_how_much_is_searched_at_once_changes_nothing(at_once: int, grant: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", ["dot", "cosine", "l2"])
+@pytest.mark.parametrize("sinks", [0, 2, 70])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])
+def test_how_many_slots_are_searched_at_once_changes_nothing(
+    kind: Similarity, sinks: int, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Blocks of 64 slots against all at once, and against the definition; whole numbers, so that there are ties."""
     generator = torch.Generator().manual_seed(0)
-    keys, slots = (torch.randn(2, 3, count, WIDTH, generator=generator) for count in (7, 5))
-    live = torch.tensor([5, 3])[:, None, None]
-    chunk = leaving(keys, slots, slots_before=live, new_slots=grant, sinks=2)
-    expected = place(NearestSpec(), NoveltySpec(), chunk)
-    monkeypatch.setattr("memkit.pieces.similarity.AT_ONCE", {"cpu": at_once})
-    assignment = place(NearestSpec(), NoveltySpec(), chunk)
+    keys, slots = (torch.randint(-2, 3, (2, 3, size, 2), generator=generator).float() for size in (7, count))
+    live = torch.tensor([count, count // 2])[:, None, None]
+    expected = search(kind, keys, slots, live, sinks)
+    monkeypatch.setattr("memkit.pieces.similarity.AT_ONCE", {"cpu": 1})
+    found = search(kind, keys, slots, live, sinks)
 
-    assert torch.equal(assignment.slot, expected.slot)
-    assert torch.equal(assignment.founded, expected.founded)
-    for row, count in enumerate((5, 3)):
-        alone = leaving(
-            keys[row : row + 1], slots[row : row + 1, :, :count], slots_before=count, new_slots=grant, sinks=2
-        )
-        assert torch.equal(place(NearestSpec(), NoveltySpec(), alone).slot[0], assignment.slot[row])
+    assert torch.equal(found.score, expected.score)
+    assert torch.equal(found.best, expected.best)
+    assert torch.equal(found.slot, expected.slot)
+    scores = similarities(kind, keys, slots)
+    scores[torch.arange(count).expand_as(scores) >= live.unsqueeze(-1)] = -torch.inf
+    for row, there in enumerate((count, count // 2)):
+        assert torch.equal(found.best[row], scores[row].amax(-1) if there else torch.full((3, 7), -torch.inf))
+        if there > sinks:
+            assert torch.equal(found.score[row], scores[row, :, :, sinks:].amax(-1))
+            first_best = (scores[row, :, :, sinks:] == found.score[row].unsqueeze(-1)).long().argmax(-1) + sinks
+            assert torch.equal(found.slot[row], first_best)
 
 
 def test_rows_with_and_without_slots_at_once():
