@@ -68,9 +68,10 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
         scores = similarities(kind, keys, some, memory[: asking * count].view(*keys.shape[:2], count))
         if isinstance(live, Tensor):
             scores.masked_fill_(torch.arange(begin, begin + count, device=scores.device) >= live, -torch.inf)
-        first = min(max(sinks - begin, 0), count)
-        of_sinks = scores[..., :first].amax(-1) if first else None
-        scores[..., :first] = -torch.inf
+        first, of_sinks = min(max(sinks - begin, 0), count), None
+        if first:
+            of_sinks = scores[..., :first].amax(-1)
+            scores[..., :first] = -torch.inf
         here, score_here = best_slot(scores, first)
         best_here = score_here if of_sinks is None else torch.maximum(score_here, of_sinks)
         if slot is None or score is None or best is None:
