@@ -29,7 +29,7 @@ __all__ = ["compare_command", "register", "report_command"]
 
 def compare_command(
     policies: Annotated[
-        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: ten shipped ones.")
+        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: `make compare`'s.")
     ] = None,
     model: Annotated[
         str | None,
@@ -136,7 +136,7 @@ def _check_trained(model: str, options: dict[str, Any]) -> None:
 def report_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The HTML file to write.")],
     policies: Annotated[
-        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: ten shipped ones.")
+        list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: `make compare`'s.")
     ] = None,
     comparison_file: Annotated[
         Path | None,
