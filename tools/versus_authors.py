@@ -59,6 +59,7 @@ class Sides:
         """Full attention; and what a configuration of the authors' is by their code and by ours."""
         fields = yaml.safe_load((repo / config).read_text(encoding="utf-8"))["model"]
         fields |= {"hidden_size": HEADS * HEAD_WIDTH, "num_attention_heads": HEADS, "rope_partial_dim": HEAD_WIDTH // 2}
+        fields.setdefault("kvm_apply_merge_gate_to_appends", 0)  # left out, releases of their code differ in it
         mixer_spec = model_spec(fields).layers.default
         assert isinstance(mixer_spec, AttentionMixerSpec)  # as their KVM configurations say
         policy = mixer_spec.policy.build()

@@ -39,6 +39,12 @@ class Nearest:
     score: Tensor
     best: Tensor
 
+    def or_among(self, later: Nearest) -> Nearest:
+        """The nearest of these slots and of later ones: those only where they are strictly better, so that ties go to
+        the lowest."""
+        slot = torch.where(later.score > self.score, later.slot, self.slot)
+        return Nearest(slot, torch.maximum(self.score, later.score), torch.maximum(self.best, later.best))
+
 
 def similarities(kind: Similarity, keys: Tensor, slots: Tensor, memory: Tensor | None = None) -> Tensor:
     """Of keys [..., c, d] and slots [..., m, d], on any leading axes: [..., c, m], in `memory` if given.
@@ -59,9 +65,8 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
     shape, keys, slots = keys.shape, keys.flatten(0, 1), slots.flatten(0, 1)
     live = live.expand(*shape[:2], 1).flatten(0, 1).unsqueeze(-1) if isinstance(live, Tensor) else live
     asking = keys.shape[0] * keys.shape[1]
-    most = max(1, AT_ONCE.get(keys.device.type, sys.maxsize) // (asking * RUN)) * RUN if asking else sys.maxsize
-    memory = keys.new_empty(asking * min(most, slots.shape[1]))
-    slot = score = best = None
+    most = max(1, AT_ONCE.get(keys.device.type, sys.maxsize) // (max(1, asking) * RUN)) * RUN
+    memory, found = keys.new_empty(asking * min(most, slots.shape[1])), None
     for begin in range(0, max(1, slots.shape[1]), most):
         some = slots[:, begin : begin + most]
         count = some.shape[1]
@@ -72,15 +77,11 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
         if first:
             of_sinks = scores[..., :first].amax(-1)
             scores[..., :first] = -torch.inf
-        here, score_here = best_slot(scores, first)
-        best_here = score_here if of_sinks is None else torch.maximum(score_here, of_sinks)
-        if slot is None or score is None or best is None:
-            slot, score, best = here, score_here, best_here
-        else:  # strictly better, so that ties go to the lowest slot
-            slot = torch.where(score_here > score, here + begin, slot)
-            score, best = torch.maximum(score, score_here), torch.maximum(best, best_here)
-    assert slot is not None and score is not None and best is not None
-    return Nearest(*(each.view(shape[:3]) for each in (slot, score, best)))
+        slot, score = best_slot(scores, first)
+        best = score if of_sinks is None else torch.maximum(score, of_sinks)
+        found = Nearest(slot, score, best) if found is None else found.or_among(Nearest(slot + begin, score, best))
+    assert found is not None
+    return Nearest(*(each.view(shape[:3]) for each in (found.slot, found.score, found.best)))
 
 
 def best_slot(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:

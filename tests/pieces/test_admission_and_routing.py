@@ -362,6 +362,26 @@ def test_how_many_slots_are_searched_at_once_changes_nothing(
             assert torch.equal(found.slot[row], first_best)
 
 
+@pytest.mark.parametrize("at_once", [1, 7 * 5, 2 * 7 * 5, 10**9])
+@pytest.mark.parametrize("grant", [0, 2])
+def test_how_much_is_searched_at_once_changes_nothing(at_once: int, grant: int, monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    keys, slots = (torch.randn(2, 3, count, WIDTH, generator=generator) for count in (7, 5))
+    live = torch.tensor([5, 3])[:, None, None]
+    chunk = leaving(keys, slots, slots_before=live, new_slots=grant, sinks=2)
+    expected = place(NearestSpec(), NoveltySpec(), chunk)
+    monkeypatch.setattr("memkit.pieces.similarity.AT_ONCE", {"cpu": at_once})
+    assignment = place(NearestSpec(), NoveltySpec(), chunk)
+
+    assert torch.equal(assignment.slot, expected.slot)
+    assert torch.equal(assignment.founded, expected.founded)
+    for row, count in enumerate((5, 3)):
+        alone = leaving(
+            keys[row : row + 1], slots[row : row + 1, :, :count], slots_before=count, new_slots=grant, sinks=2
+        )
+        assert torch.equal(place(NearestSpec(), NoveltySpec(), alone).slot[0], assignment.slot[row])
+
+
 def test_rows_with_and_without_slots_at_once():
     """One row's memory is empty, so that its token 0 founds whatever it looks like; the other's is not."""
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).repeat(2, 1, 1, 1)
