@@ -366,6 +366,11 @@ class Policy:
         return self.competes or self.observes
 
     @functools.cached_property
+    def fills_up(self) -> bool:
+        """Whether rows of the batch with unequal numbers of slots compete at once, those with fewer filled up."""
+        return self.competes and self.expects is None and self.admission is not None and self.admission.fills_up
+
+    @functools.cached_property
     def holds_once(self) -> bool:
         """Whether slots are held as they are read. Sinks without growth are few, and plain sums of one token."""
         return self.storage.once and not self.sinks_only

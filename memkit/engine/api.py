@@ -14,6 +14,7 @@ from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.checks import check
 from memkit.engine.decode import decode_again
 from memkit.engine.heads import attend_by_heads
+from memkit.engine.heads_as_rows import attend_heads_as_rows
 from memkit.engine.inputs import AttendInputs, Lengths, Plan
 from memkit.errors import InputError, shown
 from memkit.memory import Memory
@@ -90,6 +91,8 @@ def _attend(given: AttendInputs, backend: Backend) -> tuple[Tensor, Memory]:
     if not isinstance(backend, str) or backend not in ("auto", "torch", "reference"):
         raise InputError(f"backend must be 'auto', 'torch' or 'reference', got {shown(backend)}")
     if given.policy.head_policies and isinstance(given.keys, Tensor):
+        if backend != "reference" and (together := attend_heads_as_rows(given)) is not None:
+            return together
         return attend_by_heads(given, lambda part: _attend(part, backend))
     if backend != "reference" and (again := decode_again(given)) is not None:
         return again

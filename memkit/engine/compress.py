@@ -34,6 +34,7 @@ from memkit.engine.plan import compete, place
 from memkit.engine.schedule import LeavingChunk, Schedule
 from memkit.errors import InputError
 from memkit.memory import HeadsMemory, Memory
+from memkit.memory.contest import Contest
 from memkit.memory.replacing import replace
 from memkit.memory.rows import Chunk, SlotRules, memory_keys
 from memkit.memory.slots import SlotStore
@@ -205,7 +206,8 @@ def _fold(rules: SlotRules, store: SlotStore, timeline: Timeline, left: int, new
     chunk = Chunk.of(timeline.streams, where, first=True)
     chunk.memory_keys = memory_keys(rules, chunk)
     if rules.policy.replaces:
-        replace(store, rules, compete(rules, chunk, store, 0, 0, new, sinks), chunk, 0, 0)
+        contest = Contest(kept=0, size=left, before=(0,) * len(chunk.keys), after=(new,) * len(chunk.keys))
+        replace(store, rules, compete(rules, chunk, store, contest, sinks), chunk, contest)
         return
     everyone = np.ones(len(chunk.keys), dtype=np.int64)
     leaving = LeavingChunk(left, everyone > 0, 0 * everyone, 0 * everyone, new * everyone, sinks * everyone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -84,9 +85,10 @@ class Course(ABC):
 class _Even(Course):
     """Chunks of one length, or none."""
 
-    def __init__(self, policy: Policy, seen: Rows, lengths: Rows) -> None:
+    def __init__(self, policy: Policy, seen: Rows, lengths: Rows, budgets: Sequence[Policy] | None) -> None:
         super().__init__(policy, seen, lengths)
         self.chunk = policy.chunk
+        self.budgets = [policy] * len(seen) if budgets is None else budgets
         self.left_before, self.left_after = seen - held(policy, seen), self.after - held(policy, self.after)
 
     def arrivals(self) -> Rows:
@@ -99,7 +101,8 @@ class _Even(Course):
     def slots(self, left: Rows) -> Rows:
         if not self.chunk:
             return np.zeros_like(left)
-        numbers = [self.policy.slots_after_chunk(tokens // self.chunk - 1) for tokens in left.tolist()]
+        chunks = (left // self.chunk - 1).tolist()
+        numbers = [policy.slots_after_chunk(index) for policy, index in zip(self.budgets, chunks, strict=True)]
         return np.array(numbers, dtype=np.int64)
 
     def sizes(self, left: Rows) -> Rows:
@@ -118,7 +121,10 @@ class _Even(Course):
         chunk = self.chunk or 1
         left = self.left_before[:, None] + chunk * (1 + np.arange(most // chunk))
         left = np.minimum(left, self.left_after[:, None])
-        counts = [[self.policy.slots_after_chunk(tokens // chunk - 1) for tokens in row] for row in left.tolist()]
+        counts = [
+            [policy.slots_after_chunk(tokens // chunk - 1) for tokens in row]
+            for policy, row in zip(self.budgets, left.tolist(), strict=True)
+        ]
         return np.array(counts, dtype=np.int64).reshape(left.shape)
 
 
@@ -215,12 +221,20 @@ def _begun(begins: list[int], ended: bool, seen: int, after: int, given: list[in
     return ended
 
 
-def course_of(policy: Policy, seen: Rows, lengths: Rows, cuts: Cuts | None, boundaries: Rows | None) -> Course:
+def course_of(
+    policy: Policy,
+    seen: Rows,
+    lengths: Rows,
+    cuts: Cuts | None,
+    boundaries: Rows | None,
+    budgets: Sequence[Policy] | None = None,
+) -> Course:
     """The course of a call.
 
     cuts: where the chunks are before it, None where there is no memory or positions tell; boundaries [b, t] bool: which
-    tokens are the last of their chunk, None: none is said to be.
+    tokens are the last of their chunk, None: none is said to be; budgets: the policy that says how many slots each row
+    may have, where rows differ in that alone and chunks are of one length; None: this one.
     """
     if not policy.takes_boundaries:
-        return _Even(policy, seen, lengths)
+        return _Even(policy, seen, lengths, budgets)
     return _Given(policy, seen, lengths, Cuts.fresh(len(seen)) if cuts is None else cuts, boundaries)

@@ -20,6 +20,7 @@ from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step, on_device
 from memkit.engine.threads import one_thread
 from memkit.memory import Memory
+from memkit.memory.contest import Contest
 from memkit.memory.replacing import replace
 from memkit.memory.rows import Chunk, SlotRules, SlotView
 from memkit.memory.slots import SlotStore
@@ -80,7 +81,9 @@ class Pass:
         rows, _, tokens, width = inputs.keys.shape
         seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
         cuts = None if inputs.memory is None else inputs.memory.cuts
-        self.schedule = Schedule(inputs.policy, seen, inputs.row_lengths, tokens, cuts, inputs.row_boundaries)
+        self.schedule = Schedule(
+            inputs.policy, seen, inputs.row_lengths, tokens, cuts, inputs.row_boundaries, inputs.budgets
+        )
         self.rules = SlotRules(
             inputs.policy, width, inputs.keys.dtype, inputs.key_norm, inputs.rotation, inputs.values is not None
         )
@@ -142,18 +145,22 @@ class Pass:
             self.store.add(self.rules, assignment, chunk)
 
     def _replace(self, leaving: LeavingChunk, chunk: Chunk) -> None:
-        """PLAN and FOLD where slots are made anew, for rows of the batch with equal numbers at a time."""
-        facts = (leaving.slots_before, leaving.new_slots, leaving.sink_tokens)
+        """PLAN and FOLD where slots are made anew, for rows of the batch that have enough in common at a time."""
+        policy, live, new = self.policy, leaving.slots_before, leaving.new_slots
+        kept = np.minimum(live, policy.sinks) if policy.competes else live
+        facts = (kept, leaving.sink_tokens)
+        if not policy.fills_up:
+            facts = (*facts, live, new)
         for rows in alike_rows(leaving.leaves, *facts):
             first = int(np.flatnonzero(leaving.leaves)[0]) if rows is None else int(rows[0])
-            live, new, sink_tokens = (int(fact[first]) for fact in facts)
-            kept = min(live, self.policy.sinks) if self.policy.competes else live
-            store, some = self.store, chunk
-            at = None if rows is None else on_device(rows, self.device)
-            if at is not None:
+            store, some, at = self.store, chunk, None
+            if rows is not None:
+                live, new = leaving.slots_before[rows], leaving.new_slots[rows]
+                at = on_device(rows, self.device)
                 store, some = store.of_rows(at), chunk.of_rows(at)
-            assignment = compete(self.rules, some, store, kept, live, live + new - kept, sink_tokens)
-            replace(store, self.rules, assignment, some, kept, live)
+            contest = Contest.of(int(kept[first]), leaving.size, live, new)
+            assignment = compete(self.rules, some, store, contest, int(leaving.sink_tokens[first]))
+            replace(store, self.rules, assignment, some, contest)
             if at is not None:
                 self.store.put_rows(at, store)
 

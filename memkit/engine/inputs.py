@@ -29,7 +29,7 @@ class AttendInputs:
 
     Known once they are checked: row_lengths [b]: valid tokens of each row; row_boundaries [b, t] bool: which are the
     last of their chunk, None where none is said to be; scale: a number; differentiable: whether
-    gradients are wanted.
+    gradients are wanted; budgets: the policy of each row, where heads of unequal numbers of slots stand as rows.
     """
 
     policy: Policy
@@ -47,6 +47,7 @@ class AttendInputs:
     row_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_boundaries: np.ndarray | None = None
     differentiable: bool = False
+    budgets: tuple[Policy, ...] | None = None
 
     @property
     def key_norm(self) -> tuple[Tensor, Tensor] | None:

@@ -5,6 +5,7 @@ Queries of the incomplete chunk wait in the memory, so that a text may be split 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -75,9 +76,11 @@ class Observer:
         older = column - sizes - step.first  # columns of the window before the chunk
         # Readers to come are not expected to be as the sinks' queries are.
         sinks = (self.policy.sinks - chunk_begin).clip(0, None if self.policy.expects is not None else 0)
-        for rows in alike_rows(complete, older, step.slots, sizes, sinks):
+        facts = (older, sizes, sinks) if self.policy.fills_up else (older, sizes, sinks, step.slots)
+        for rows in alike_rows(complete, *facts):
             first = int(np.flatnonzero(complete)[0]) if rows is None else int(rows[0])
-            chunk, begin, slots = int(sizes[first]), int(step.first[first]), int(step.slots[first])
+            of_rows = step.slots if rows is None else step.slots[rows]
+            chunk, begin, slots = int(sizes[first]), int(step.first[first]), int(of_rows.max())
             offsets = np.array(self.policy.observation.offsets_in(chunk), dtype=np.int64)
             queries = self._at(chunk_begin, offsets)
             at = slice(None) if rows is None else on_device(rows, self.device)
@@ -87,6 +90,8 @@ class Observer:
                 positions = positions[:, :, int(older[first]) :][:, :, on_device(offsets, self.device)]
             asked = Queries.of(self.policy, queries[at], self.inputs.parameters, self.inputs.rotation, positions)
             view = store.read(rules).first(slots) if slots else None
+            if view is not None and int(of_rows.min()) < slots:
+                view = self._hiding(view, step.slots)
             scores, values = self._met(asked, held["keys"], held["values"], view, at, chunk)
             read, told = softmax_evidence(scores, values)
             if self.policy.expects is not None:
@@ -103,6 +108,12 @@ class Observer:
             if rows is None and step.stop - step.start == chunk == len(offsets):
                 outputs = read.reshape(*queries.shape[:3], -1)
         return outputs
+
+    def _hiding(self, view: SlotView, live: np.ndarray) -> SlotView:
+        """The slots, with what stands behind each row's last hidden; live [b]: slots of each row."""
+        beyond = torch.arange(view.keys.shape[2], device=self.device) >= on_device(live, self.device)[:, None, None]
+        bias = view.keys.new_zeros(beyond.shape) if view.bias is None else view.bias
+        return dataclasses.replace(view, bias=bias.masked_fill(beyond, -torch.inf))
 
     def _add(self, evidence: Tensor, at: slice | Tensor, told: Tensor) -> None:
         """Add what was told of some rows of the batch to their evidence."""

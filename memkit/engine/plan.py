@@ -10,11 +10,12 @@ from torch import Tensor
 
 from memkit.engine.inputs import Plan
 from memkit.engine.schedule import LeavingChunk, Schedule, common, on_device
+from memkit.memory.contest import Contest
 from memkit.memory.rows import Chunk, SlotRules, read_tokens
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Columns, columns
 from memkit.pieces.admission import Admission
-from memkit.pieces.chunk import Assignment, ChunkContext, maximum
+from memkit.pieces.chunk import Assignment, ChunkContext, Parted, maximum
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import Routing
 
@@ -60,32 +61,29 @@ class Chooses(Protocol):
 
 
 @torch.no_grad()
-def compete(
-    rules: SlotRules, chunk: Chunk, store: SlotStore, kept: int, live: int, new_slots: int, sink_tokens: int
-) -> Assignment:
-    """Where the candidates go: slots kept … live − 1, and behind them the chunk's tokens; [b, g, live − kept + c].
+def compete(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int) -> Assignment:
+    """Where the candidates go: slots that are none of the first `contest.kept`, and behind them the chunk's tokens.
 
-    kept: slots that are no candidates: sinks, or all of them where slots do not compete with tokens; new_slots: how
-    many candidates have a slot afterwards. For rows of the batch that have all these numbers in common.
+    sink_tokens: how many of these found in any case.
     """
-    policy = rules.policy
+    policy, kept, live, device = rules.policy, contest.kept, contest.most_before, chunk.keys.device
     assert chunk.memory_keys is not None and chunk.values is not None
     keys, tokens_values, evidence = chunk.memory_keys, chunk.values, chunk.evidence
     view = store.read(rules).first(live) if live else None
     slots = keys[:, :, :0] if view is None else view.route[:, :, :kept]
     if view is not None:
-        keys = torch.cat((view.route[:, :, kept:], keys), dim=2)
+        keys = contest.behind(view.route[:, :, kept:], keys, kept)
         if evidence is not None and store.evidence is not None:
-            evidence = torch.cat((store.evidence[:, :, kept:live], evidence), dim=2)
+            evidence = contest.behind(store.evidence[:, :, kept:live], evidence, kept)
 
     def values() -> Tensor:
-        return tokens_values if view is None else torch.cat((view.values[:, :, kept:], tokens_values), dim=2)
+        return tokens_values if view is None else contest.behind(view.values[:, :, kept:], tokens_values, kept)
 
     def alone() -> Tensor:
         if policy.keeps_keys:  # a founder's key is read as it came
             return keys
         read = read_tokens(rules, chunk)
-        return read if view is None else torch.cat((view.route[:, :, kept:], read), dim=2)
+        return read if view is None else contest.behind(view.route[:, :, kept:], read, kept)
 
     context = ChunkContext(
         keys=keys,
@@ -95,10 +93,13 @@ def compete(
         slots_before=kept,
         sinks=policy.sinks,
         sink_tokens=sink_tokens,
-        new_slots=new_slots,
+        new_slots=contest.new_slots(device),
         joins=policy.merging.joins,
         similarity=policy.routing.similarity,
         alone=alone,
+        most_new=contest.most_new,
+        present=contest.present(device),
+        most_left=contest.most_left,
     )
     return assign(policy, context)
 
@@ -110,7 +111,8 @@ def assign(policy: Chooses, chunk: ChunkContext) -> Assignment:
     nowhere = everywhere[..., :0]
     if isinstance(chunk.new_slots, int) and chunk.new_slots == chunk.keys.shape[2]:
         everyone = chunk.keys.new_ones(chunk.shape, dtype=torch.bool)
-        return Assignment(chunk.slots_before + everywhere, everyone, drops=False, parted=(everywhere, nowhere))
+        parted = Parted(everywhere, nowhere)
+        return Assignment(chunk.slots_before + everywhere, everyone, drops=False, parted=parted)
     founded = _admitted(policy, chunk) if chunk.max_new_slots else None
     if chunk.joins:
         slot = policy.routing.targets(chunk, founded).expand(chunk.shape)
@@ -118,10 +120,10 @@ def assign(policy: Chooses, chunk: ChunkContext) -> Assignment:
         slot = torch.full(chunk.shape, -1, device=chunk.keys.device)
     if founded is None:
         nobody = torch.zeros(chunk.shape, dtype=torch.bool, device=chunk.keys.device)
-        return Assignment(slot, nobody, drops, founds=False, parted=(nowhere, everywhere))
-    founders, others = chunk.parted(founded)
+        return Assignment(slot, nobody, drops, founds=False, parted=Parted(nowhere, everywhere))
+    parted = chunk.parted(founded)
     slot = torch.where(founded, chunk.slots_before + founded.cumsum(-1) - 1, slot)
-    return Assignment(slot, founded, drops, parted=None if others is None else (founders, others))
+    return Assignment(slot, founded, drops, parted=None if parted.others is None else parted)
 
 
 def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
@@ -134,6 +136,8 @@ def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
         first = maximum(first, chunk.is_first)
     score = admission.score(chunk).expand(chunk.shape).to(chunk.keys.dtype)
     score = score.masked_fill(chunk.offsets < first, torch.inf)
+    if chunk.absent is not None:
+        score = score.masked_fill(chunk.absent, -torch.inf)
     order = score.argsort(dim=-1, descending=True, stable=True)
     if isinstance(chunk.new_slots, int):
         nobody = torch.zeros_like(order, dtype=torch.bool)

@@ -7,7 +7,8 @@ token p of row r is at column p + shift[r], and appending is the same slice for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,7 @@ class Step:
 class Schedule:
     """The steps of a call of `tokens` columns, of which `lengths[r]` are row r's, after `seen[r]` tokens.
 
-    cuts, boundaries: as for `course_of`.
+    cuts, boundaries, budgets: as for `course_of`.
     """
 
     def __init__(
@@ -75,14 +76,19 @@ class Schedule:
         tokens: int,
         cuts: Cuts | None = None,
         boundaries: Rows | None = None,
+        budgets: Sequence[Policy] | None = None,
     ) -> None:
         self.policy, self.seen, self.lengths, self.tokens = policy, seen, lengths, tokens
-        self.course: Course = course_of(policy, seen, lengths, cuts, boundaries)
+        self.course: Course = course_of(policy, seen, lengths, cuts, boundaries, budgets)
         self.left_before, self.left_after = self.course.left_before, self.course.left_after
         self.old = int((seen - self.left_before).max(initial=0))
         self.shift = self.old - seen
         self.after = seen + lengths
-        self.steps = list(self._steps())
+
+    @functools.cached_property
+    def steps(self) -> list[Step]:
+        """The steps, in order."""
+        return list(self._steps())
 
     @property
     def even(self) -> bool:

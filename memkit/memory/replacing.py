@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memkit.memory.contest import Contest
 from memkit.memory.rows import Chunk, SlotRules, constant, contributions, read_slots
 from memkit.memory.slots import SlotStore, flat_slots
 from memkit.pieces.chunk import Assignment, picked
@@ -72,26 +73,31 @@ class Line:
         return cls(keys, values, statistics, evidence, founders_keys, _runs(weighed), constant(of_founders, device))
 
 
-def replace(store: SlotStore, rules: SlotRules, assignment: Assignment, chunk: Chunk, kept: int, live: int) -> None:
-    """Take a chunk in. Slots 0 … kept − 1 stay; the candidates, slots kept … live − 1 and then the chunk's tokens, go
-    where the assignment says: a founder takes a slot as it is; one that joins adds its sums, scaled to its weight.
+def replace(store: SlotStore, rules: SlotRules, assignment: Assignment, chunk: Chunk, contest: Contest) -> None:
+    """Take a chunk in. The first slots that are no candidates stay; the candidates go where the assignment says: a
+    founder takes a slot as it is; one that joins adds its sums, scaled to its weight.
 
-    Equally many candidates found in all rows and heads.
+    Equally many candidates found in all heads.
     """
-    policy, width = rules.policy, rules.width
+    policy, width, kept = rules.policy, rules.width, contest.kept
     line = Line.of(policy, width, store.sums.shape[-1] - width, store.sums.device)
-    rows = _tokens(rules, chunk, assignment.founded[:, :, live - kept :], line)
-    if live:
-        rows = torch.cat((_slots(store, rules, live, line), rows), dim=2)
-    assert assignment.parted is not None
-    founders, others = assignment.parted
+    rows = _tokens(rules, chunk, contest.of_tokens(assignment.founded), line)
+    if contest.most_before:
+        rows = contest.behind(_slots(store, rules, contest.most_before, line), rows)
+    assert assignment.parted is not None and assignment.parted.others is not None
+    founders, others, stay = assignment.parted.founders, assignment.parted.others, assignment.parted.stay
     if kept:
         own = torch.arange(kept, device=rows.device).expand(*rows.shape[:2], -1)
         founders = torch.cat((own, founders + kept), dim=2)
     lines = picked(rows, founders)
+    if (there := contest.lines_there(rows.device)) is not None:
+        lines = torch.where(there.unsqueeze(-1), lines, 0)
     if policy.merging.joins and others.shape[2]:
         slot = assignment.slot.gather(2, others)
-        _join(lines, picked(rows, others + kept), slot, policy, line, slot >= 0 if assignment.drops else None)
+        stored = slot >= 0 if assignment.drops else None
+        if stay is not None:
+            stored = stay.expand_as(slot) if stored is None else stored & stay
+        _join(lines, picked(rows, others + kept), slot, policy, line, stored)
     if (empty := store.room - lines.shape[2]) > 0:
         lines = torch.cat((lines, lines.new_zeros(*lines.shape[:2], empty, lines.shape[3])), dim=2)
     store.about_to_write()

@@ -57,6 +57,9 @@ class Admission(ABC):
     """Whether the score means something for slots too, so that they can compete with tokens (`eviction: weakest`)."""
     needs_evidence: ClassVar[bool] = False
     """Whether the score looks at what observed queries told (`chunk.evidence`)."""
+    fills_up: ClassVar[bool] = False
+    """Whether rows of the batch may have unequal numbers of tokens: `chunk.absent` are none, and no token's score
+    depends on them. Where not, rows with unequal numbers are scored one after the other."""
     expects: Expectation | None = None
     """Readers of whom the share of attention is what they are expected to pay; None: what observed queries paid."""
 
@@ -110,7 +113,7 @@ class RecencySpec(AdmissionSpec):
 class Recency(Admission):
     """score_j = j."""
 
-    rates_slots = True
+    rates_slots = fills_up = True
 
     def score(self, chunk: ChunkContext) -> Tensor:
         return chunk.offsets
@@ -163,7 +166,7 @@ class OutputErrorSpec(AdmissionSpec):
 class OutputError(Admission):
     """score_j = mean_r p_rj²·‖v_j − o_r‖², over the row's life; or the mean of its root over neighbouring rows."""
 
-    rates_slots = needs_evidence = True
+    rates_slots = needs_evidence = fills_up = True
 
     def __init__(self, pool: int = 1) -> None:
         self.pool = pool
@@ -171,12 +174,19 @@ class OutputError(Admission):
     def score(self, chunk: ChunkContext) -> Tensor:
         assert chunk.evidence is not None
         error = chunk.evidence.error
-        return error if self.pool == 1 else mean_of_neighbours(error.sqrt(), self.pool)
+        return error if self.pool == 1 else mean_of_neighbours(error.sqrt(), self.pool, chunk.absent)
 
 
-def mean_of_neighbours(numbers: Tensor, pool: int) -> Tensor:
-    """Numbers [b, g, c], each the mean over `pool` of them with it in the middle, as many as there are."""
-    return avg_pool1d(numbers, pool, stride=1, padding=pool // 2, count_include_pad=False)
+def mean_of_neighbours(numbers: Tensor, pool: int, absent: Tensor | None = None) -> Tensor:
+    """Numbers [b, g, c], each the mean over `pool` of them with it in the middle, as many as there are.
+
+    absent [b, 1, c]: which are none.
+    """
+    if absent is None:
+        return avg_pool1d(numbers, pool, stride=1, padding=pool // 2, count_include_pad=False)
+    present = (~absent).to(numbers.dtype)
+    total, count = (avg_pool1d(each, pool, stride=1, padding=pool // 2) for each in (numbers * present, present))
+    return total / count.clamp(min=1 / (2 * pool))
 
 
 @register
@@ -201,7 +211,7 @@ class AttentionSpec(AdmissionSpec):
 class Attention(Admission):
     """score_j = share_j (· ‖v_j‖), smoothed over neighbouring rows."""
 
-    rates_slots = needs_evidence = True
+    rates_slots = needs_evidence = fills_up = True
 
     def __init__(self, value_norm: bool, pool: int) -> None:
         self.value_norm, self.pool = value_norm, pool
@@ -209,6 +219,8 @@ class Attention(Admission):
     def score(self, chunk: ChunkContext) -> Tensor:
         assert chunk.evidence is not None and chunk.values is not None
         score = chunk.evidence.share
+        if chunk.absent is not None:  # what stands there is none's
+            score = score.masked_fill(chunk.absent, 0)
         if self.pool > 1:
             score = avg_pool1d(score, self.pool, stride=1, padding=self.pool // 2)
         return score * chunk.values.norm(dim=-1) if self.value_norm else score
@@ -256,7 +268,7 @@ class KeyNormSpec(AdmissionSpec):
 class KeyNorm(Admission):
     """score_j = −‖k_j‖."""
 
-    rates_slots = True
+    rates_slots = fills_up = True
 
     def score(self, chunk: ChunkContext) -> Tensor:
         return -chunk.keys.norm(dim=-1)

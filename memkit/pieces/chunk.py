@@ -12,7 +12,20 @@ from torch import Tensor
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.similarity import Count, Nearest, Similarity, search, similarities
 
-__all__ = ["Assignment", "ChunkContext", "Count", "begins", "picked"]
+__all__ = ["Assignment", "ChunkContext", "Count", "Parted", "begins", "picked"]
+
+
+@dataclass(frozen=True)
+class Parted:
+    """A chunk's tokens in two: offsets of those that found, [b, g, n], and of the others, [b, g, k], each in order.
+
+    In rows where fewer found, others follow them; the others are None where nobody knows how many there are. Where rows
+    have unequal numbers of tokens, `stay` [b, 1, k] says which of the others are some; None: all are.
+    """
+
+    founders: Tensor
+    others: Tensor | None
+    stay: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,8 @@ class ChunkContext:
     joins: whether tokens that found nothing join a slot, or are dropped. similarity: what "alike" means.
     alone(): the tokens' keys as slots of their own would be read, [b, g, c, d]; read_values(): `values`.
     most_new: the most tokens that found in any row, where the caller knows; asking a tensor would wait for the device.
+    present: how many of the tokens there are in each row, [b, 1, 1]; what stands behind them is none. None: all are.
+    most_left: with `present`, the most of them that found nothing in any row.
     """
 
     keys: Tensor
@@ -46,6 +61,8 @@ class ChunkContext:
     evidence: Evidence | None = None
     similarity: Similarity = "dot"
     most_new: int | None = None
+    present: Tensor | None = None
+    most_left: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -61,6 +78,11 @@ class ChunkContext:
     def offsets(self) -> Tensor:
         """Each token's place in the chunk, [c]."""
         return torch.arange(self.keys.shape[2], device=self.keys.device)
+
+    @functools.cached_property
+    def absent(self) -> Tensor | None:
+        """Which of the tokens are none, bool [b, 1, c]; None where all are there."""
+        return None if self.present is None else self.offsets >= self.present
 
     @property
     def max_new_slots(self) -> int:
@@ -93,19 +115,24 @@ class ChunkContext:
             best = torch.where(as_tensor(self.is_first, best), first, best)
         return best
 
-    def parted(self, founded: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Offsets of the tokens that found, [b, g, max new], and of the others, [b, g, …], each in order.
-
-        In rows where fewer found, others follow them; the others are None where their number differs between rows.
-        The last answer is kept: routing asks, and the fold after it.
-        """
+    def parted(self, founded: Tensor) -> Parted:
+        """The tokens that found, and the others. The last answer is kept: routing asks, and the fold after it."""
         known = vars(self).get("_parted")
         if known is None or known[0] is not founded:
-            order = torch.argsort((~founded).byte(), dim=-1, stable=True)
-            most = self.max_new_slots
-            known = founded, (order[..., :most], order[..., most:] if isinstance(self.new_slots, int) else None)
-            self.__dict__["_parted"] = known
+            known = self.__dict__["_parted"] = founded, self._parted(founded)
         return known[1]
+
+    def _parted(self, founded: Tensor) -> Parted:
+        most, place = self.max_new_slots, (~founded).byte()
+        if self.absent is not None:
+            place = place + self.absent  # behind all others
+        order = torch.argsort(place, dim=-1, stable=True)
+        if self.present is not None:
+            index = self.new_slots + torch.arange(self.most_left, device=order.device)
+            stay = index < self.present
+            index = torch.where(stay, index, 0)  # somebody else: what is said of a founder does not matter
+            return Parted(order[..., :most], order.gather(2, index.expand(*order.shape[:2], -1)), stay)
+        return Parted(order[..., :most], order[..., most:] if isinstance(self.new_slots, int) else None)
 
     def only(self, offsets: Tensor) -> ChunkContext:
         """Some tokens, [b, g, n], with the slots as they are: for asking what they are most like, and nothing else."""
@@ -127,15 +154,14 @@ class Assignment:
     """Each token's slot (−1: dropped) and whether it founded it; both [b, g, c].
 
     drops: whether any slot may be −1; founds: whether any token may found. Who knows better saves the fold some work.
-    parted: offsets of those that found, [b, g, n], and of the others, each in order, where equally many found in all
-    rows and heads and somebody knows.
+    parted: who founded and who did not, where somebody knows.
     """
 
     slot: Tensor
     founded: Tensor
     drops: bool = True
     founds: bool = True
-    parted: tuple[Tensor, Tensor] | None = None
+    parted: Parted | None = None
 
     @property
     def founders(self) -> Tensor | None:

@@ -88,7 +88,8 @@ class Nearest(Routing):
     def targets(self, chunk: ChunkContext, founded: Tensor | None) -> Tensor:
         if founded is None:
             return self._least(chunk.nearest.slot, chunk.nearest.score)
-        founders, others = chunk.parted(founded)
+        parted = chunk.parted(founded)
+        founders, others = parted.founders, parted.others
         asking = chunk if others is None else chunk.only(others)
         fresh, score = best_slot(self._to_founders(chunk, founders, asking), 0)
         if chunk.slots.shape[2] <= chunk.sinks:  # but for sinks there is none that stood before

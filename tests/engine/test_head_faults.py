@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from memkit.engine import heads as by_runs
+from memkit.engine import heads_as_rows
+from memkit.engine.observe import Observer
+from memkit.memory.contest import Contest
 from tests.engine.test_heads import test_each_head_is_as_it_would_be_alone as notices
 
 
@@ -20,6 +25,38 @@ def test_a_heads_rows_counted_to_another_are_noticed(monkeypatch: pytest.MonkeyP
             yield queries, part
 
     monkeypatch.setattr(by_runs, "by_heads", turned)
+    monkeypatch.setattr(heads_as_rows, "ENABLED", False)
+    with pytest.raises(AssertionError), torch.no_grad():
+        notices("untrained-observed", "torch")
+
+
+def test_a_rows_budget_given_to_another_head_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    whole = heads_as_rows._as_rows
+    swapped: list[bool] = []
+
+    def turned(inputs):
+        made = whole(inputs)
+        assert made.budgets is not None
+        swapped.append(True)
+        return dataclasses.replace(made, budgets=made.budgets[::-1])
+
+    monkeypatch.setattr(heads_as_rows, "_as_rows", turned)
+    with pytest.raises((AssertionError, RuntimeError)), torch.no_grad():
+        notices("untrained-observed", "torch")
+    assert swapped
+
+
+def test_slots_that_only_fill_up_are_noticed_where_they_are_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Observer, "_hiding", lambda _, view, live: view)
+    with pytest.raises(AssertionError), torch.no_grad():
+        notices("untrained-observed", "torch")
+
+
+def test_tokens_that_stand_apart_from_their_neighbours_are_noticed(monkeypatch: pytest.MonkeyPatch):
+    def apart(contest, slots, tokens, first=0):
+        return torch.cat((slots, tokens), dim=2)
+
+    monkeypatch.setattr(Contest, "behind", apart)
     with pytest.raises(AssertionError), torch.no_grad():
         notices("untrained-observed", "torch")
 
