@@ -72,16 +72,20 @@ class LayerPoliciesSpec(NamedSpec):
     at: dict[str, LayerPolicy] = Field(
         default_factory=dict, description="layers by number, as in '0,1,-1' (negative: from the end), and their policy"
     )
-    sliding: LayerPolicy = Field(
-        default=KEEP, description="the policy of layers that slide in the stock model, where `at` does not name them"
+    sliding: LayerPolicy | None = Field(
+        default=None,
+        description="the policy of layers that slide in the stock model, where `at` does not name them; left out: keep",
     )
 
     def __init__(self, /, **data: Any) -> None:
         at = data.get("at")
         if isinstance(at, Mapping):  # YAML and Python may write one layer as a number
+            twice = [layer for layer in at if type(layer) is int and str(layer) in at]
+            if twice:
+                raise PolicyError(f"at: layer {twice[0]} is named twice, as a number and as text; leave one out")
             at = {str(layer) if type(layer) is int else layer: policy for layer, policy in at.items()}
             data["at"] = at
-        super().__init__(**data)
+        super().__init__(**{name: each for name, each in data.items() if name != "sliding" or each is not None})
 
     @field_validator("at", mode="after")
     @classmethod
@@ -99,7 +103,8 @@ class LayerPoliciesSpec(NamedSpec):
         if self.name is not None:
             return self.name
         others = [f"{layers}: {_label(policy)}" for layers, policy in self.at.items()]
-        others += [] if self.sliding == KEEP else [f"sliding: {_label(self.sliding)}"]
+        if self.sliding is not None and self.sliding != KEEP:
+            others.append(f"sliding: {_label(self.sliding)}")
         return short("; ".join([_label(self.default), *others]))
 
     @property
@@ -110,7 +115,7 @@ class LayerPoliciesSpec(NamedSpec):
     def mapped(self, change: Callable[[PolicySpec], PolicySpec]) -> LayerPoliciesSpec:
         """The same with every policy changed; layers that are kept stay so."""
 
-        def changed(policy: PolicySpec | Literal["keep"]) -> PolicySpec | Literal["keep"]:
+        def changed(policy: PolicySpec | Literal["keep"] | None) -> PolicySpec | Literal["keep"] | None:
             return change(policy) if isinstance(policy, PolicySpec) else policy
 
         at = {layers: changed(policy) for layers, policy in self.at.items()}
@@ -121,7 +126,8 @@ class LayerPoliciesSpec(NamedSpec):
 
         Raises `PolicyError` for a layer that is not there, or is named twice.
         """
-        found: list[PolicySpec | Literal["keep"]] = [self.sliding if slide else self.default for slide in slides]
+        sliding = KEEP if self.sliding is None else self.sliding
+        found: list[PolicySpec | Literal["keep"]] = [sliding if slide else self.default for slide in slides]
         named: dict[int, str] = {}
         for key, policy in self.at.items():
             for number in (int(part) for part in key.split(",")):
@@ -209,7 +215,7 @@ def layer_policies(
     else:
         spec = as_layers(given)
         chosen = spec.of(layers, slides)
-        if all(slides) and not spec.at and "sliding" not in spec.model_fields_set:
+        if all(slides) and not spec.at and spec.sliding is None:
             raise PolicyError(
                 f"every layer of this model sees its newest {windows[0]} tokens alone, and none would have policy "
                 f"{spec.label}; give {{'default': 'full', 'sliding': …}}: the policy, or 'keep'"

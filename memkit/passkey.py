@@ -160,11 +160,15 @@ def _hidden(
 ) -> list[tuple[float, Tensor, Tensor, Tensor]]:
     """For each placement its depth, the text with the number in it [1, n], the question [1, q] and the number [k]."""
 
-    def ids(text: str) -> list[int]:
-        return loaded.tokenizer(text, verbose=False)["input_ids"]
+    def ids(text: str, special: bool = False) -> list[int]:
+        return loaded.tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
 
     draw, made = random.Random(seed), []
     question, words = ids(QUESTION), ids(filler[: 16 * tokens])
+    # What a tokenizer puts before a text stands before the filler alone; what it puts behind one, nowhere.
+    marked = ids(filler[: 16 * tokens], special=True)
+    begins = (n for n in range(len(marked)) if marked[n : n + len(words)] == words)
+    words = marked[: next(begins, 0)] + words
     for number in range(placements):
         key = str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS))
         needle, answer = ids(NEEDLE.format(key=key)), ids(f" {key}")

@@ -46,6 +46,28 @@ def test_the_number_stands_at_even_depths_once(loaded: hf.LoadedModel):
     assert len({tuple(key.tolist()) for *_, key in hidden}) == 3
 
 
+class Framed(Letters):
+    """Letters with a token before every text and one behind it, where these are not left out."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **options: Any) -> dict[str, Any]:
+        found = super().__call__(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
+        return {"input_ids": [1, *found, 2] if add_special_tokens else found}
+
+
+def test_what_a_tokenizer_puts_around_texts_stands_before_the_filler_alone(loaded: hf.LoadedModel):
+    framed = hf.LoadedModel(loaded.model, Framed(), "framed", 0.0)
+    for filler in (comparison.default_text(), comparison.default_text()[:400]):
+        for (_, prompt, question, key), plain in zip(
+            passkey._hidden(framed, filler, 300, 3, seed=0),
+            passkey._hidden(loaded, filler, 300, 3, seed=0),
+            strict=True,
+        ):
+            assert prompt[0, 0] == 1
+            assert not ((prompt[0, 1:] == 1) | (prompt[0, 1:] == 2)).any()
+            assert torch.equal(question, plain[2])
+            assert torch.equal(key, plain[3])
+
+
 @torch.no_grad()
 def test_what_counts_is_the_numbers_loss_and_whether_it_would_be_said(loaded: hf.LoadedModel):
     result = find_passkeys(["full"], model=loaded, **OPTIONS).policies[0]

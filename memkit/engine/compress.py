@@ -187,7 +187,7 @@ def _compressed(inputs: AttendInputs, readers: list[Tensor]) -> Memory:
     schedule = Schedule(policy, np.zeros(rows, dtype=np.int64), inputs.row_lengths, tokens)
     timeline, following = open_timeline(inputs, schedule)
     observer = Observer(inputs, schedule) if policy.observes else None
-    if observer is not None:
+    if observer is not None and tokens:
         _observe(inputs, timeline, readers)
     store = open_store(inputs, schedule, timeline)
     left = int(schedule.left_after.max(initial=0))
@@ -224,8 +224,8 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
         timeline.streams["evidence"].copy_(torch.stack((0 * share, share, torch.ones_like(share)), dim=-1))
         return
     if not readers:
-        stand = torch.tensor(policy.observation.offsets, device=device) + max(0, tokens - policy.chunk)
-        stand = stand[stand < tokens]
+        offsets = policy.observation.offsets_in(min(policy.chunk, tokens))
+        stand = torch.tensor(offsets, device=device) + max(0, tokens - policy.chunk)
         readers = [inputs.queries[:, :, stand]]
         hidden = torch.arange(tokens, device=device) > stand[:, None]
     pools = isinstance(policy.admission, OutputError) and policy.admission.pool > 1

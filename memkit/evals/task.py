@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,9 +107,13 @@ class TaskSpec(FamilySpec):
 
 def batch_generator(seed: int, index: int) -> torch.Generator:
     """A generator of its own for each batch of a stream, so that batches may be drawn in any order."""
-    stream = torch.Generator().manual_seed(seed)
+    stream = torch.Generator().manual_seed(seed % 2**32)
     first, second = torch.randint(STREAMS, (2,), generator=stream).tolist()
-    return torch.Generator().manual_seed((first * 2**31 + second + 0x9E3779B1 * index) % 2**63)
+    # PyTorch's generators heed 32 bits of a seed; what a larger seed has besides moves its stream elsewhere.
+    plain = 0 <= seed < 2**32
+    digest = bytes(4) if plain else hashlib.blake2b(str(seed).encode(), digest_size=4).digest()
+    single = (first * 2**31 + second + 0x9E3779B1 * index) % 2**32
+    return torch.Generator().manual_seed(single ^ int.from_bytes(digest, "big"))
 
 
 def task(declared: Mapping[str, Any] | TaskSpec) -> TaskSpec:

@@ -3,7 +3,7 @@
 Importing this package imports transformers; `import memkit` does not.
 """
 
-from memkit.hf.attachment import Attached, attach
+from memkit.hf.attachment import Attached, attach, detach
 from memkit.hf.cache import memories
 from memkit.hf.fitting import check_policy
 from memkit.hf.kept import MemoryCache
@@ -22,6 +22,7 @@ __all__ = [
     "attach",
     "check_policy",
     "connecting_ids",
+    "detach",
     "load",
     "measure_profile",
     "memories",

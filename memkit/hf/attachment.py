@@ -25,7 +25,7 @@ from memkit.hf.attention import Prefill
 from memkit.hf.cache import named
 from memkit.hf.calls import Calls
 from memkit.hf.decoder import NAME, Decoder, find_decoder
-from memkit.hf.hooks import Life, allow_batches, forbid_batches, hook, put_right, unhook
+from memkit.hf.hooks import Life, allow_batches, end, forbid_batches, hook, put_right, unhook
 from memkit.layers import AnyLayers, LayerFunction
 
 __all__ = ["Attached", "attach", "check_free"]
@@ -102,6 +102,14 @@ def attach(
     check_free(decoder)
     budget = Budget.of(rows, share, bytes, prefill)
     return Attached(decoder, Calls(decoder, policy, prefill, budget, croppable, connecting, boundaries))
+
+
+def detach(model: Any) -> None:
+    """Leave an attached model as it was, for whoever has lost the handle that `attach` gave; no error where it is none.
+
+    model: as for `attach`. Raises `ModelError` where it is no Hugging Face decoder.
+    """
+    end(find_decoder(model).owner)
 
 
 class Attached:

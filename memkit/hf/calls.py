@@ -15,7 +15,7 @@ from memkit.errors import InputError, MemoryStateError, ModelError, shown
 from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
 from memkit.hf.boundaries import boundary_ids, ends_of_chunks
 from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
-from memkit.hf.decoder import Decoder, facts_of, kv_heads_of
+from memkit.hf.decoder import NAME, Decoder, facts_of, kv_heads_of
 from memkit.hf.fitting import check_policy, check_rotation
 from memkit.hf.kept import MemoryCache
 from memkit.hf.masks import present_tokens
@@ -84,16 +84,15 @@ class Calls:
         known = known.get("kwargs", {}) | known
         keep, mask = known.get("logits_to_keep"), known.get("attention_mask")
         # `generate` keeps the last column's logits alone; for a padded row they predict nothing.
-        if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
-            raise InputError(
-                f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in "
-                f"row {int((mask[:, -1] == 0).nonzero()[0])}; pad on the left (tokenizer.padding_side = 'left')"
-            )
+        if isinstance(keep, int) and keep > 0 and mask is not None and mask.ndim == 2:
+            _check_ends(mask, known, keep)
         # Keyword arguments that a head does not know it hands to the decoder, and to the loss, where there is one.
         takes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values())
         if takes and OUTER not in kwargs and (self.tower or known.get("labels") is None):
             kinds = known.get("token_type_ids")
-            spare = keep - 1 if isinstance(keep, int) and keep > 1 and not torch.is_grad_enabled() else 0
+            # A prompt that is read in full must be known to end before them: assisted decoding has a cache at hand.
+            told = not torch.is_grad_enabled() and (self.prefill == "policy" or known.get(self.cache_name) is not None)
+            spare = keep - 1 if told and isinstance(keep, int) and keep > 1 else 0
             images = kinds is not None and bool((kinds != 0).any())
             return args, kwargs | {OUTER: Outer(mask, images, spare, known.get("input_ids"))}
         return None
@@ -106,6 +105,12 @@ class Calls:
 
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The decoder's arguments as it needs them on our engine."""
+        implementation = decoder.config._attn_implementation
+        if implementation != NAME:
+            raise ModelError(
+                f"attention must stay as attach() has set it, got {implementation!r}, which no policy sees; detach the "
+                "model first, or leave set_attn_implementation out"
+            )
         arguments: dict[str, Any] = self.signature.bind(decoder, *args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
         del arguments["self"]
@@ -145,11 +150,12 @@ class Calls:
         _check_positions(arguments.get("position_ids"), positions, now)
         arguments["position_ids"] = positions
 
-        policies = self.policies
-        if layers is not None:
+        policies, spare = self.policies, 0 if outer is None else outer.spare
+        begun = layers is not None and layers[0].memory is not None
+        if layers is not None and begun:
             policies = dict(zip(self.policies, (layer.policy for layer in layers), strict=True))
         elif self.sizes.budget.share is not None:
-            policies = self.sizes.of_prompt(columns - (0 if outer is None else outer.spare))
+            policies = self.sizes.of_prompt(columns - spare)
         cache = given
         if getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled():
             if given is not None:
@@ -159,19 +165,27 @@ class Calls:
             wanted = arguments.get("use_cache")
             if decoder.config.use_cache if wanted is None else wanted:
                 cache = MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers, policies))
-        elif layers is None:
-            # Only now that nothing is refused any more.
-            there = given.layers if len(given.layers) == self.layers else DynamicCache(config=self.config).layers
-            given.layers, given.layer_class_to_replicate = self.fresh_layers(there, policies), None
-        arguments[self.cache_name] = cache
-        present = packed if now is None else Present(now)
         reading = None
         if self.rereads and not before and cache is not None:
+            if spare:
+                raise InputError(
+                    f"observe.readers repeat and mixed read a prompt twice, and {spare} tokens that an assistant "
+                    "proposes stand behind it; generate without assisted decoding, or use readers: next"
+                )
             longest = getattr(self.config, "max_position_embeddings", None)
             reading = twice(arguments, self.connecting, decoder.get_input_embeddings(), longest)
         ends = None
         if self.boundaries is not None:
             ends = ends_of_chunks(self.boundaries, ids if ids is not None or outer is None else outer.ids, tokens)
+        # Only now that nothing is refused any more.
+        if given is not None and layers is None:
+            there = given.layers if len(given.layers) == self.layers else DynamicCache(config=self.config).layers
+            given.layers, given.layer_class_to_replicate = self.fresh_layers(there, policies), None
+        elif layers is not None and not begun:  # emptied: another prompt may have another number of rows
+            for layer, policy in zip(layers, policies.values(), strict=True):
+                layer.policy = policy
+        arguments[self.cache_name] = cache
+        present = packed if now is None else Present(now)
         arguments["memkit_call"] = Call(policies, self.facts, self.prefill, cache, present, outer, reading, ends)
         return (), arguments
 
@@ -268,10 +282,29 @@ def layers_in(cache: Any) -> list[MemoryLayer]:
     return [layer for layer in cache.layers if isinstance(layer, MemoryLayer)]
 
 
+def _check_ends(mask: Tensor, known: Mapping[str, Any], keep: int) -> None:
+    """Every row that has a token in this call must have one in the last column, where logits are wanted."""
+    tokens = known.get("input_ids") if known.get("inputs_embeds") is None else known["inputs_embeds"]
+    columns = mask.shape[1] if tokens is None else tokens.shape[1]
+    wrong = (mask[:, -1] == 0) & mask[:, -columns:].bool().any(1)
+    if wrong.any():
+        raise InputError(
+            f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in "
+            f"row {int(wrong.nonzero()[0])}; pad on the left (tokenizer.padding_side = 'left')"
+        )
+
+
 def _check_positions(given: Tensor | None, positions: Tensor, now: Tensor | None) -> None:
     """Positions of one's own would be another text than the memory holds (packed rows, for one)."""
     if given is None:
         return
+    if given.ndim > 2:  # a place in time, height and width
+        if not (given == given[:1]).all():
+            raise InputError(
+                "position_ids must count each row's tokens, got places of images, which differ by axis; read the text "
+                "alone"
+            )
+        given = given[0]
     wrong = given.to(positions.device) != positions
     if now is not None:
         wrong &= now

@@ -14,7 +14,7 @@ from torch import nn
 from memkit.errors import ModelError
 from memkit.hf.decoder import NAME
 
-__all__ = ["Life", "allow_batches", "forbid_batches", "hook", "put_right", "unhook"]
+__all__ = ["Life", "allow_batches", "end", "forbid_batches", "hook", "put_right", "unhook"]
 
 REGISTRIES = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
@@ -26,10 +26,23 @@ BATCHES = ("generate_batch", "init_continuous_batching", "continuous_batching_co
 
 
 class Life:
-    """Whether an attachment lasts; a model and its copies share it. implementation: of attention in the stock model."""
+    """Whether an attachment lasts; a model and its copies share it. implementation: of attention in the stock model.
+
+    A model that is written to a file and read again has one that is over: no handle reaches it.
+    """
 
     def __init__(self, implementation: str) -> None:
         self.implementation, self.over = implementation, False
+
+    @classmethod
+    def ended(cls, implementation: str) -> Life:
+        """One that is over."""
+        life = cls(implementation)
+        life.over = True
+        return life
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Life.ended, (self.implementation,)
 
     def __copy__(self) -> Life:
         return self
@@ -112,6 +125,14 @@ def unhook(modules: Iterable[nn.Module], life: Life) -> None:
             if each is life:
                 for registry in REGISTRIES:
                     getattr(module, registry).pop(number, None)
+
+
+def end(model: nn.Module) -> None:
+    """End every attachment that a model carries, and make it a stock model."""
+    for module in model.modules():
+        for _, life in _ours(module):
+            life.over = True
+    put_right(model)
 
 
 def put_right(model: Any) -> None:

@@ -16,7 +16,9 @@ from memkit.evals import (
     TaskSpec,
     task,
 )
+from memkit.evals.evaluator import JUDGING_SEED
 from memkit.pieces.registry import kinds
+from memkit.training.sweep import VALIDATION_SEED
 
 KINDS = ("mqar", "scattered-pairs", "noisy-recall", "selective-copy", "passkey", "needle")
 
@@ -35,6 +37,15 @@ def test_a_batch_is_a_function_of_its_seed_and_number(kind: str):
     assert first.setting == again.setting
     others = [chosen.batch(3, seed=1, index=6), chosen.batch(3, seed=2, index=5)]
     assert all(other.ids.shape != first.ids.shape or not torch.equal(other.ids, first.ids) for other in others)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_that_models_are_judged_on_are_no_training_streams(kind: str):
+    chosen = task({"kind": kind})
+    seeds = (0, 1, 2, JUDGING_SEED, VALIDATION_SEED, -1, 2**63 + 1)
+    drawn = [chosen.batch(2, seed=seed, index=index, setting=0).ids for seed in seeds for index in range(3)]
+    for number, one in enumerate(drawn):
+        assert not any(torch.equal(one, other) for other in drawn[:number])
 
 
 @pytest.mark.parametrize("kind", KINDS)

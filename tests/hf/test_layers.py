@@ -11,8 +11,10 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 
 import memkit
 from memkit import hf
+from memkit.errors import PolicyError
 from memkit.hf.loading import LoadedModel
 from memkit.hf.names import CACHE, returned_cache
+from memkit.layers import LayerPoliciesSpec, as_layers
 from tests.hf.tiny import randomised, tiny_config
 
 SMALL = memkit.load_policy("untrained-kvm-sqrt", {"chunker.size": 8})
@@ -92,3 +94,20 @@ def test_compare_takes_a_mapping(tiny: Any, tmp_path: Path):
     assert window.bytes < mixed.bytes < full.bytes
     assert len({full.loss, mixed.loss, window.loss}) == 3
     assert memkit.compare({"default": "full", "at": {0: WINDOW}}, **options).policies[0].loss == mixed.loss
+
+
+@pytest.mark.parametrize("budget", [{"rows": 20}, {"bytes": 200_000}])
+def test_a_budget_does_not_hide_that_no_layer_would_have_the_policy(budget):
+    model = randomised(MistralForCausalLM(tiny_config(MistralConfig, sliding_window=100)))
+    for asked in (budget, {}):
+        with pytest.raises(PolicyError, match="none would have policy"):
+            hf.attach(model, "streaming-4-512", **asked)
+    with pytest.raises(PolicyError, match="none would have policy"):
+        hf.attach(model, as_layers(as_layers("streaming-4-512"), {"default.window.size": 20}))
+    with hf.attach(model, {"default": "full", "sliding": "streaming-4-512"}, **budget) as attached:
+        assert attached is model
+
+
+def test_a_layer_named_by_number_and_by_text_is_named_twice():
+    with pytest.raises(PolicyError, match="layer 1 is named twice"):
+        LayerPoliciesSpec(default="full", at={1: "streaming-4-512", "1": "full"})
