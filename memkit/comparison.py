@@ -270,10 +270,11 @@ class _Reading:
 
 def _read(loaded: LoadedModel, ids: Tensor, skip: int, prompt: int | None, progress: Callable[[int], None]) -> _Reading:
     """Let the attached model read `ids` [1, n], the first `prompt` of them in one call of their own."""
+    from memkit.hf.logits import output_head
     from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
-    head, seconds, cache, hidden = model.get_output_embeddings(), 0.0, None, ids.new_empty(0)
+    head, seconds, cache, hidden = output_head(model), 0.0, None, ids.new_empty(0)
     losses: list[Tensor] = []
     starts = [*([] if prompt is None else [0]), *range(prompt or 0, ids.shape[1], SEGMENT), ids.shape[1]]
     for begin, end in pairwise(starts):
@@ -301,6 +302,7 @@ def _measure(
 ) -> _Measured:
     """Read `ids` [1, n], then decode; read the second text, where there is one."""
     from memkit import hf
+    from memkit.hf.logits import output_head
     from memkit.hf.names import with_cache
 
     model: Any = loaded.model
@@ -317,7 +319,7 @@ def _measure(
         held = peak = sum(memory.bytes for memory in layers)
         slots = round(statistics.mean(float(memory.slots[0].double().mean()) for memory in layers))
         window = round(statistics.mean(int(memory.held_rows[0]) for memory in layers))
-        token = model.get_output_embeddings()(reading.last).argmax().view(1, 1)
+        token = output_head(model)(reading.last).argmax().view(1, 1)
         for step in range(decoded):
             start = _now(ids.device)
             logits = model(token, use_cache=True, **with_cache(model, reading.cache)).logits
@@ -348,7 +350,7 @@ def _measure(
     return _Measured(policies, entry, reading.losses, None if second is None else second.losses)
 
 
-def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
+def _losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
     """−ln p(target) of states hidden [n, width] (one more than targets at the text's end), slice by slice."""
     for states, words in zip(hidden[: len(targets)].split(SLICE), targets.split(SLICE), strict=True):
         yield nn.functional.cross_entropy(head(states).float(), words, reduction="none").double().cpu()

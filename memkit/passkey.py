@@ -194,6 +194,7 @@ def _ask(
 ) -> tuple[bool, float, int]:
     """Whether the number is said exactly, its loss per token, and the bytes held."""
     from memkit import hf
+    from memkit.hf.logits import output_head
     from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
@@ -203,5 +204,6 @@ def _ask(
         asked = torch.cat((question, key[None, :-1]), dim=1)
         output = model.base_model(asked, use_cache=True, **with_cache(model.base_model, cache))
         held = sum(memory.bytes for memory in hf.memories(returned_cache(output)))
-    logits = model.get_output_embeddings()(output.last_hidden_state[0, question.shape[1] - 1 :]).float()
+        head = output_head(model)
+    logits = head(output.last_hidden_state[0, question.shape[1] - 1 :]).float()
     return bool((logits.argmax(-1) == key).all()), float(nn.functional.cross_entropy(logits, key)), held

@@ -6,6 +6,7 @@ It belongs to that model. Which policies use one is theirs to say: `heads: {prof
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,9 @@ from memkit.pieces.registry import NamedSpec
 from memkit.policy import Policy, PolicySpec
 
 __all__ = ["HeadProfile", "load_profile", "per_layer", "profile_names"]
+
+MEAN_ERROR = 0.01
+"""By how much the mean of a profile's ratios may differ from 1: they may be rounded."""
 
 
 class HeadProfile(NamedSpec):
@@ -50,6 +54,12 @@ class HeadProfile(NamedSpec):
             raise ValueError("ratios must have a row per layer, all of as many numbers as there are key/value heads")
         if not all(0 < ratio <= MOST_RATIO for row in self.ratios for ratio in row):
             raise ValueError(f"ratios must be above 0 and at most {MOST_RATIO:g}")
+        mean = statistics.fmean(ratio for row in self.ratios for ratio in row)
+        if abs(mean - 1) > MEAN_ERROR:
+            raise ValueError(
+                f"ratios must have the mean 1, so that heads have as many rows in all as evenly, got {mean:.4g}; "
+                "divide them by it"
+            )
         return self
 
     @property

@@ -75,6 +75,7 @@ def test_another_model_is_refused(tmp_path: Path):
         ("ratios: [[1, 0], [1, 1]]\nmodel: {}\n", "above 0"),
         ("ratios: [[1], [1, 1]]\nmodel: {}\n", "a row per layer"),
         ("ratios: []\nmodel: {}\n", "a row per layer"),
+        ("ratios: [[4, 4], [4, 4]]\nmodel: {}\n", "must have the mean 1, .* got 4"),
         ("ratios: 3\nmodel: {}\n", "ratios"),
         ("model: {}\n", "ratios"),
         ("- 1\n", "mapping"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Read:
     """Sequences that were read: states [b, t, width], short of the head; the head; bytes that their memories hold."""
 
     states: Tensor
-    head: nn.Module
+    head: Callable[[Tensor], Tensor]
     bytes: int
 
 
@@ -35,11 +36,12 @@ def read(model: Any, ids: Tensor) -> Read:
         return Read(states, own.head, memory.bytes)
     if not (hasattr(model, "base_model") and hasattr(model, "get_output_embeddings")):
         raise ModelError(f"model must be a MemoryLM or a causal language model of transformers, got {shown(model)}")
+    from memkit.hf.logits import output_head
     from memkit.hf.names import returned_cache
 
     output = model.base_model(ids.to(model.device), use_cache=True)
     cache = returned_cache(output)
-    return Read(output.last_hidden_state, model.get_output_embeddings(), sum(_bytes(layer) for layer in cache.layers))
+    return Read(output.last_hidden_state, output_head(model), sum(_bytes(layer) for layer in cache.layers))
 
 
 def losses(found: Read, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,8 +82,8 @@ def attach(
         share: with `prefill="full"`, the same as a share of the tokens of each cache's prompt.
         bytes: as many rows as take no more bytes for one text, however long it gets, for policies that stop growing.
         croppable: whether the newest 64 tokens of a cache may be taken back (`cache.crop(-n)`) from its first call on,
-            for which it holds a second memory and these tokens. Assisted decoding announces it for the model that
-            chooses; the model that assists it needs this where it is attached.
+            but for a prompt that is read in full; it holds a second memory and these tokens for it. Assisted decoding
+            announces it for the model that chooses; the model that assists it needs this where it is attached.
         connecting: ids of tokens that stand between a text and its second reading, as `connecting_ids(tokenizer)`
             gives; None: none.
         boundaries: token ids that are the last of their chunk (ends of sentences, of messages), for policies with

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from memkit.memory import Memory
     from memkit.policy import Policy
 
-__all__ = ["Call", "Outer", "Prefill", "Present", "Reader", "Tokens", "asks_next"]
+__all__ = ["Call", "Outer", "Prefill", "Present", "Reader", "Tokens", "as_in_stock", "asks_next"]
 
 Prefill = Literal["policy", "full"]
 
@@ -148,7 +148,7 @@ class Reader:
                 boundaries = present.to_the_left(boundaries[:, None, :, None])[:, 0, :, 0]
         rotation = self.facts.rotation if policy.needs_rotation else None
         if self.prefill == "full" and memory is None:
-            output, _ = attend(_stock(self.facts.window), query, key, value, scale=scale)
+            output, _ = attend(as_in_stock(self.facts.window), query, key, value, scale=scale)
             readers: list[Tensor] = []
             if (reading := self.reading) is not None:
                 if asks_again(policy):
@@ -242,6 +242,6 @@ def asks_next(policy: Policy) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _stock(window: int | None) -> PolicySpec:
+def as_in_stock(window: int | None) -> PolicySpec:
     """How the stock model's layer reads: all tokens, or the newest `window`."""
     return PolicySpec() if window is None else PolicySpec(window=SlidingWindowSpec(size=window))

@@ -4,12 +4,13 @@ A document is read with full attention. Its reader is somebody who goes on with 
 positions behind its end) or somebody who reads it again (queries of a second reading). They meet every key, and tell
 what each row is worth (`memkit.pieces.evidence`: the error of the output, were it left out). All heads then share one
 budget by one threshold on that error, after each has had half of its even share. The profile is how many times the even
-share a head gets, averaged over documents and budgets.
+share a head gets, averaged over documents and budgets. Layers that slide in the stock model, or do not attend, read as
+they do there, and have no part in it: their ratios are 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from memkit.engine import attend
 from memkit.engine.compress import ASKED, next_readers, repeat_readers, row_worth
-from memkit.errors import InputError, shown
+from memkit.errors import InputError, ModelError, shown
 from memkit.hf.attachment import check_free
+from memkit.hf.attention import as_in_stock
 from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
 from memkit.hf.fitting import check_rotation
 from memkit.hf.loading import LoadedModel
-from memkit.hf.probe import attention_function, probe
+from memkit.hf.probe import LayerFacts, attention_function, probe
 from memkit.hf.rereading import connecting_ids
 from memkit.profiles import HeadProfile
 from memkit.whole import whole_number
@@ -76,13 +79,16 @@ def measure_profile(
     again, behind the words of `connecting_ids`; `mixed`: the mean of both.
 
     Raises `InputError` for a text that is too short, or too long to be read twice, `ModelError` for a model that
-    `hf.attach` refuses.
+    `hf.attach` refuses, or none of whose layers attends to everything.
     """
     decoder = find_decoder(loaded.model)
     check_free(decoder)
     facts = probe(decoder)
-    for layer, each in facts.items():
-        check_rotation(decoder, layer, each)
+    measured_layers = [layer for layer, each in facts.items() if each.window is None]
+    if not measured_layers:
+        raise ModelError("no layer of this model attends to everything, so there are no rows to share; leave heads out")
+    for layer in measured_layers:
+        check_rotation(decoder, layer, facts[layer])
     tokens = whole_number("tokens", tokens, 2 * ASKED, 2**20)
     budgets = [whole_number("rows", each, 4 * SINKS, tokens // 2) for each in rows]
     config = decoder.config
@@ -112,6 +118,8 @@ def measure_profile(
             done: int = number,
         ) -> None:
             here = facts[layer]
+            if here.window is not None:
+                return
             assert here.rotation is not None  # checked above
             queries, keys = here.turning_first(query), here.turning_first(key)[:, :, :tokens]
             asked: list[Tensor] = []
@@ -122,14 +130,18 @@ def measure_profile(
             roots = [row_worth(each, keys, value[:, :, :tokens], scale)[0][0] for each in asked]
             scores.append(torch.stack(roots).square().mean(0).sqrt())
             if progress is not None:
-                progress("head profile", done * layers + len(scores), len(documents) * layers)
+                every = len(measured_layers)
+                progress("head profile", done * every + len(scores), len(documents) * every)
 
         with attention_function(decoder.module, NAME):
             given = ids if readers == "next" else [*ids, *words, *ids]
-            decoder.module(torch.tensor([given], device=loaded.model.device), use_cache=False, memkit_look=look)
+            shown_to = {"memkit_look": look, "memkit_facts": facts}
+            decoder.module(torch.tensor([given], device=loaded.model.device), use_cache=False, **shown_to)
         found.append(torch.stack([_ratios(torch.stack(scores), budget) for budget in budgets]).mean(0))
-    each = torch.stack(found)
-    ratios = _rounded(each.mean(0))
+    each = torch.ones(len(found), layers, heads)
+    each[:, measured_layers] = torch.stack(found)
+    ratios = torch.ones(layers, heads, dtype=torch.float64)
+    ratios[measured_layers] = _rounded(each[:, measured_layers].mean(0))
     measured = {
         "texts": list(names) if names else f"{len(documents)} texts",
         "tokens": tokens,
@@ -140,7 +152,7 @@ def measure_profile(
         model=facts_of(config),
         readers=readers,
         measured=measured,
-        ratios=tuple(tuple(row) for row in ratios.view(layers, heads).tolist()),
+        ratios=tuple(tuple(row) for row in ratios.tolist()),
     )
     return Measured(profile, each)
 
@@ -174,13 +186,14 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float,
     memkit_look: Callable[[int, Tensor, Tensor, Tensor, float], None],
+    memkit_facts: Mapping[int, LayerFacts],
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Full attention, which shows what it is given: [b, h, t, d] in, [b, t, h, d] out."""
+    """The stock model's attention, which shows what it is given: [b, h, t, d] in, [b, t, h, d] out."""
     memkit_look(module.layer_idx, query, key, value, scaling)
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-    )
+    facts = memkit_facts[module.layer_idx]
+    turned = facts.turning_first(query), facts.turning_first(key)
+    output, _memory = attend(as_in_stock(facts.window), *turned, value, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 

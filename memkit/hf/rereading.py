@@ -75,6 +75,11 @@ def twice(arguments: dict[str, Any], words: Sequence[int], embed: Any, longest: 
             f"observe.readers repeat and mixed read a prompt twice, here {columns} tokens, and the model knows "
             f"{longest} positions; use readers: next, or a shorter prompt"
         )
+    if arguments.get("output_router_logits"):
+        raise InputError(
+            "observe.readers repeat and mixed read a prompt twice, and so would the router whose logits are asked for; "
+            "leave output_router_logits out, or use readers: next"
+        )
     for other, each in arguments.items():
         if other not in (name, "position_ids") and isinstance(each, Tensor) and each.shape[:2] == (rows, tokens):
             raise InputError(

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
 
 import memkit
 from memkit import hf
@@ -14,6 +14,7 @@ from memkit.errors import InputError, ModelError
 from memkit.hf.cache import MemoryLayer
 from memkit.hf.names import CACHE, returned_cache
 from memkit.hf.rewinding import KEEP
+from tests.hf.tiny import randomised, tiny_config
 
 SMALL = {"chunker.size": 8, "growth.slots": 20, "observe.queries": 8, "heads": {}}
 OBSERVED = memkit.load_policy("untrained-observed", SMALL)
@@ -126,3 +127,12 @@ def test_a_model_may_be_detached_without_its_handle(tiny, ids):
         hf.detach(tiny)
         assert torch.equal(tiny(ids).logits, stock)
         hf.detach(tiny)  # twice is no error
+
+
+def test_router_logits_of_a_prompt_that_is_read_twice_are_refused(ids):
+    config = tiny_config(MixtralConfig, num_local_experts=4, num_experts_per_tok=2)
+    model = randomised(MixtralForCausalLM(config))
+    with torch.no_grad(), hf.attach(model, RECALL, prefill="full"):
+        with pytest.raises(InputError, match="leave output_router_logits out"):
+            model(ids[:1], output_router_logits=True)
+        assert model(ids[:1], use_cache=False, output_router_logits=True).router_logits[0].shape[0] == ids.shape[1]

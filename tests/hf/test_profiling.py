@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import memkit
 from memkit import hf
+from memkit.errors import ModelError
 from memkit.hf import profiling
 from memkit.hf.decoder import facts_of
 from memkit.hf.names import CACHE, returned_cache
 from memkit.memory import HeadsMemory
 from memkit.profiles import HeadProfile
+from memkit.texts import default_text
 from tests.hf.tiny import randomised, tiny_config
 
 SMALL = {"chunker.size": 8, "growth.slots": 24, "observe.queries": 8}
@@ -143,3 +145,39 @@ def test_the_shipped_model_finds_its_shipped_profile(smollm: hf.LoadedModel):
     slots = [layer.head_policies or ((3, layer),) for layer in handle.policies.values()]
     total = sum(heads * policy.slots_after(10_000) for layer in slots for heads, policy in layer)
     assert abs(total - 90 * 384) <= 45  # but for rounding, as many as with even shares
+
+
+def test_layers_that_slide_have_no_part_in_a_profile(monkeypatch):
+    config = tiny_config(
+        Gemma3TextConfig, sliding_window=16, head_dim=8, layer_types=["sliding_attention", "full_attention"]
+    )
+    model = randomised(Gemma3ForCausalLM(config))
+    loaded = hf.LoadedModel(model, Words(), "tiny", 0.0)
+    text = default_text()
+    seen: list[torch.Tensor] = []
+    whole = profiling.row_worth
+
+    def noted(readers, keys, values, *rest):
+        seen.append(values)
+        return whole(readers, keys, values, *rest)
+
+    monkeypatch.setattr(profiling, "row_worth", noted)
+    measured = hf.measure_profile(loaded, [text], tokens=600, rows=[64])
+    sliding, attending = measured.profile.ratios
+    assert sliding == (1.0, 1.0)
+    assert sum(attending) == pytest.approx(2)
+    assert len(set(attending)) == 2
+    stock: list[torch.Tensor] = []
+    values: Any = model.get_submodule("model.layers.1.self_attn.v_proj")
+    hook = values.register_forward_hook(lambda _module, _given, output: stock.append(output))
+    with torch.no_grad():
+        model(torch.tensor([Words()(text[:600])["input_ids"]]))
+    hook.remove()
+    torch.testing.assert_close(seen[0], stock[0].unflatten(-1, (2, -1)).transpose(1, 2), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_without_rows_to_share_is_refused():
+    config = tiny_config(MistralConfig, sliding_window=100)
+    loaded = hf.LoadedModel(randomised(MistralForCausalLM(config)), Words(), "tiny", 0.0)
+    with pytest.raises(ModelError, match="no layer of this model attends to everything"):
+        hf.measure_profile(loaded, [default_text()], tokens=600, rows=[64])
