@@ -40,6 +40,7 @@ class Catalog(Generic[AnySpec]):
         fields: what messages call the fields of a file.
         inside: the file that is meant where a folder is given; None: folders are not read.
         former: how shipped names began in former releases, and how they begin now.
+        elsewhere: fields by which a file is seen to be of another kind, and what messages say of it.
     """
 
     what: str
@@ -52,6 +53,7 @@ class Catalog(Generic[AnySpec]):
     fields: str = "fields"
     inside: str | None = None
     former: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
     _shipped: dict[str, AnySpec] = field(default_factory=dict, init=False, repr=False)
 
     def shipped_folder(self) -> Path:
@@ -86,6 +88,8 @@ class Catalog(Generic[AnySpec]):
             path = self.path(given)
             name = path.parent.name if path.name == self.inside else path.stem
             source, data = short(str(given)), self.read(path)
+            for other in self.elsewhere.keys() & data.keys():
+                raise self.error(f"{source}: {self.elsewhere[other]}")
         for changed, value in sorted(changes.items(), key=lambda change: change[0].split(".")[-1] != "kind"):
             self._override(data, source, changed, value)
         spec = self._validated(data, source).named(name)
@@ -175,6 +179,10 @@ POLICIES = Catalog(
     looked_for="the path of a policy's YAML or one of",
     fields="families",
     former={"free-": "untrained-"},
+    elsewhere={
+        "default": "is a policy for each layer; memkit show, check and bench take one policy, "
+        "memkit cost --layers N and memkit compare the whole"
+    },
 )
 
 

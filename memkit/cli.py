@@ -424,6 +424,7 @@ def generate(
     A model without weights beside its YAML is one that has learned nothing.
     """
     from memkit.lm import load_model
+    from memkit.lm.catalog import weights_file
 
     if bool(prompt_ids) == (prompt is not None):
         raise InputError(f"give --prompt-ids or --prompt, got {'both' if prompt_ids else 'neither'}")
@@ -438,6 +439,8 @@ def generate(
     new = load_model(model).generate(
         prompts, max_new_tokens=max_new_tokens, stop_ids=stops, seed=seed, pad_id=0, **settings
     )
+    if weights_file(model) is None:
+        typer.echo(f"{short(model)} has no weights: freshly initialised", err=True)
     for row in new.tolist():
         end = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
         typer.echo(",".join(str(token) for token in row[:end]) if tokenizer is None else tokenizer.decode(row[:end]))

@@ -193,6 +193,7 @@ def compare(
         the `skip` tokens that `prefill="full"` compresses; bytes: as many as take no more bytes, for policies none of
         whose layers grows. One of the three at most.
     seed: for torch, set while this runs; nothing here draws at random unless a policy of yours does.
+    progress: called with (policy, tokens done, tokens in all) as each policy is measured.
 
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `load_policy`, `hf.load` and
     `hf.attach` do.

@@ -52,6 +52,7 @@ class Cost:
 
     slots, window: slots, and tokens kept exactly, of each row, layer and key/value head after a prefill (where layers
     or heads differ, the mean, rounded);
+    shape: the layers, rows, heads, widths and dtype that it was counted for;
     slot_bytes, window_bytes: what the memories of all layers and rows hold then, room to decode included;
     decoding_bytes: the most that they hold while tokens are decoded after it, until a chunk more has left;
     prefill: operations for all tokens; decode: for one more; exponent: prefill grows as tokens^exponent from 4k to 1M.

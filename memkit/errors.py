@@ -34,6 +34,8 @@ class ModelError(MemkitError):
 
 MOST_SHOWN = 120
 """Characters of a refused value that a message shows: who gave a megabyte need not read it again."""
+LEAST_BEGINNING = 3
+"""Characters from which on names that begin with an unknown one are what was meant."""
 
 
 def shown(value: Any) -> str:
@@ -52,8 +54,10 @@ def short(text: str) -> str:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` when a known name is close, else nothing."""
-    close = difflib.get_close_matches(name[:MOST_SHOWN], list(known), n=1)
+    """`; did you mean 'x'?` when a known name begins with this one or is close to it, else nothing."""
+    names, name = list(known), name[:MOST_SHOWN]
+    longer = [each for each in names if each.startswith(name)] if len(name) >= LEAST_BEGINNING else []
+    close = difflib.get_close_matches(name, longer, n=1, cutoff=0) or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -26,6 +26,9 @@ class PolicyParameters(nn.Module):
     key_norm_weight, key_norm_bias [d]: the memory-key LayerNorm, shared by all heads (1 and 0 at first);
     query_scale_window, query_scale_memory [h]: factors on the queries (1 at first).
 
+    Made with policy: a shipped policy's name, the path of a YAML file, a PolicySpec or a Policy; heads: query heads, h;
+    head_width: channels of a key, d.
+
     A memory that decodes keeps a copy of its slots as these tensors read them, and reads them anew when one has
     changed: by an optimiser, by `load_state_dict`, by any change in place under `torch.no_grad()`. A change through
     `.data` or a NumPy view is one that PyTorch does not count, and is not seen until the next chunk leaves the window;

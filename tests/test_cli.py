@@ -330,6 +330,7 @@ def test_pieces_of_ones_own_from_the_working_folder(tmp_path: Path):
     without = memkit_command("show", "mine.yaml")
     assert without.returncode == 2
     assert without.stderr.startswith("mine.yaml: merging.kind: unknown merging kind 'my-sum'")
+    assert "a kind of your own must be imported first: `--import MODULE`" in without.stderr
 
 
 def test_a_module_that_cannot_be_imported_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -351,6 +352,22 @@ def test_a_typo_in_a_policy_file_is_one_line_and_exit_code_2(tmp_path: Path):
         message = run(*command, str(file), code=2)
         known = "floor, cap, round_down, counts, first_chunk, factor"
         assert message == f"{file}: growth.fctor: unknown field; did you mean 'factor'? known: {known}"
+
+
+def test_a_file_of_layers_policies_is_no_policy(tmp_path: Path):
+    file = tmp_path / "mixed.yaml"
+    file.write_text('default: full\nat: {"0": streaming-4-512}\n')
+    for command in ("show", "check", "bench"):
+        assert run(command, str(file), code=2).startswith(f"{file}: is a policy for each layer; memkit show, check and")
+    assert "mixed" in run("cost", str(file), "--layers", "3", "--tokens", "100")
+
+
+def test_a_model_without_weights_says_so_before_what_it_generates():
+    arguments = ["generate", "--prompt-ids", "1,2", "--max-new-tokens", "2"]
+    drawn = CliRunner().invoke(app, [*arguments, "tiny-ovq"])
+    assert drawn.stderr == "tiny-ovq has no weights: freshly initialised\n"
+    assert len(drawn.stdout.split(",")) == 2
+    assert CliRunner().invoke(app, [*arguments, "tiny-full"]).stderr == ""
 
 
 @pytest.mark.parametrize(

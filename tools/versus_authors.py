@@ -1,6 +1,6 @@
 """Key-Value Means by its authors' code and by memkit, on the same tensors and in one run.
 
-    git clone https://github.com/recursal/KVM-paper
+    git clone https://github.com/featherless-ai/KVM-paper
     python tools/versus_authors.py --repo KVM-paper
 
 Both are held against PyTorch's fused full attention: prefill of a long text, forward and backward of a shorter one,

@@ -57,7 +57,8 @@ def attend(
         values: [b, g, t, v], of the queries' dtype.
         weights: merge weights ≥ 0, [b, g, t], only with `weight: learned`; None: 1.
         parameters: what the policy has learned; None: LayerNorm 1 and 0, query scales 1.
-        rotation: how keys were rotated, needed by `unrotate` and `rerotate`, refused elsewhere.
+        rotation: how keys were rotated, needed by `unrotate`, `rerotate` and `admission: expected-attention`; refused
+            elsewhere.
         scale: of the scores; None: 1/√d.
         memory: what an earlier call returned. Without gradients this call takes it over, updating it in place: the old
             handle raises when used again, `memory.fork()` copies. With gradients it is left as it is, and they flow

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ LEAST_SHARE = 1e-7
 
 @torch.no_grad()
 def compress(
-    policy: str | PolicySpec | Policy,
+    policy: str | Path | PolicySpec | Policy,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -75,6 +75,7 @@ class NamedSpec(Spec):
 AnySpec = TypeVar("AnySpec", bound=type[FamilySpec])
 
 MISSING = "is required and missing"
+OWN_KIND = "a kind of your own must be imported first: `--import MODULE`, or `import` it in Python"
 MOST_DEEP = 32
 """Lists and mappings within each other: a spec has five."""
 MOST_PROBLEMS = 8
@@ -130,7 +131,7 @@ class AnyOf:
         if not isinstance(kind, str):
             raise SpecError([("kind", f"says which {self.family} is meant; one of {', '.join(kinds(self.family))}")])
         if kind not in kinds(self.family):
-            raise SpecError([("kind", unknown_name(f"{self.family} kind", kind, kinds(self.family)))])
+            raise SpecError([("kind", f"{unknown_name(f'{self.family} kind', kind, kinds(self.family))}; {OWN_KIND}")])
         return kinds(self.family)[kind](**value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

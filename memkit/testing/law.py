@@ -21,7 +21,8 @@ class Broken(AssertionError):
 class LawBroken(AssertionError):
     """A law does not hold.
 
-    law: which one; code: the example as code that runs; numbers: what was found and what was expected.
+    law: which one; code: the example as code, which runs where a piece can be made without arguments or comes from a
+    spec; numbers: what was found and what was expected.
     """
 
     def __init__(self, law: Law, says: str, code: str, numbers: str) -> None:

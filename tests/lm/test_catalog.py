@@ -140,6 +140,8 @@ def test_a_model_of_ones_own(tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(ModelError, match="unknown model 'kvm-sqt-120m'; did you mean 'kvm-sqrt-120m'"):
         load_model("kvm-sqt-120m")
+    with pytest.raises(ModelError, match="unknown model 'tiny-kvm'; did you mean 'tiny-kvm-sqrt'"):
+        load_model("tiny-kvm")
     with pytest.raises(ModelError, match=r"none\.yaml: no such file"):
         load_model(tmp_path / "none.yaml")
     path = tmp_path / "bad.yaml"
