@@ -71,6 +71,11 @@ class MemoryTrainer(Trainer):
         if progress:
             self.add_callback(ProgressBar())
 
+    def _run_epoch(self, *given: Any, **settings: Any) -> None:
+        """None once all steps are done: transformers looks after a step, not before a resumed run's first."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*given, **settings)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices, embeddings among them; no vector decays, be it a bias, a norm or a factor per channel."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]

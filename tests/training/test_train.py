@@ -83,6 +83,28 @@ def test_a_finished_run_is_not_run_again(once):
     assert again.losses == once.losses
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> list[Path]:
+    """Eight batches an epoch, as `TEXT` reads it."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 24)
+    return [tmp_path / "text.txt"]
+
+
+TEXT = TrainingSpec(steps=5, batch=2, length=64, warmup=2, log_every=1, save_every=3)
+
+
+def test_a_run_that_ended_within_an_epoch_is_not_run_again(text: list[Path], tmp_path: Path):
+    first = run(tmp_path / "out", TEXT, task=None, text=text)
+    (first.folder / "model.safetensors").unlink()  # a kill after the last checkpoint, before the model was written
+    again = run(tmp_path / "out", TEXT, task=None, text=text)
+    assert again.resumed == 5
+    assert again.losses == first.losses
+    loaded = load_model(again.folder)
+    assert all(map(torch.equal, loaded.state_dict().values(), first.model.state_dict().values()))
+    state = json.loads((again.folder / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"]) == (5, 5)
+
+
 def test_the_loss_is_of_answers_alone(tmp_path: Path):
     settings = FAST.model_copy(update={"steps": 1, "learning_rate": 1e-9, "warmup": 0})
     found = run(tmp_path / "out", settings)
