@@ -68,6 +68,7 @@ class MemoryTrainer(Trainer):
         super().__init__(*given, **settings)
         for each in (PrinterCallback, ProgressCallback):
             self.remove_callback(each)
+        self.add_callback(LineAtCheckpoint())
         if progress:
             self.add_callback(ProgressBar())
 
@@ -79,6 +80,14 @@ class MemoryTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices, embeddings among them; no vector decays, be it a bias, a norm or a factor per channel."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+
+class LineAtCheckpoint(TrainerCallback):
+    """A checkpoint ends a line of the log: a sum that it cut in two would begin at zero in the run that goes on."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Where the step is saved, its line is written first."""
+        control.should_log = control.should_log or control.should_save
 
 
 class ProgressBar(TrainerCallback):

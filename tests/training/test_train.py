@@ -105,6 +105,33 @@ def test_a_run_that_ended_within_an_epoch_is_not_run_again(text: list[Path], tmp
     assert (state["global_step"], state["max_steps"]) == (5, 5)
 
 
+def test_lines_of_the_log_are_whole_after_a_stop(text: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Checkpoints at 3, 6 and the end, lines of two steps: none spans a checkpoint, so a stop at 5 changes none."""
+    settings = TEXT.model_copy(update={"steps": 7, "log_every": 2})
+    whole = run(tmp_path / "whole", settings, task=None, text=text)
+    assert [step for step, _ in whole.losses] == [1, 2, 3, 4, 6, 7]
+    each = run(tmp_path / "each", settings.model_copy(update={"log_every": 1}), task=None, text=text)
+    alone = dict(each.losses)
+    assert whole.losses[4][1] == pytest.approx((alone[5] + alone[6]) / 2, rel=1e-4)
+
+    step = MemoryTrainer.training_step
+
+    def stopping(self, *given):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", settings, task=None, text=text)
+    resumed = run(tmp_path / "stopped", settings, task=None, text=text)
+    assert resumed.resumed == 3
+    assert [step for step, _ in resumed.losses] == [step for step, _ in whole.losses]
+    for (_, found), (_, expected) in zip(resumed.losses, whole.losses, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_loss_is_of_answers_alone(tmp_path: Path):
     settings = FAST.model_copy(update={"steps": 1, "learning_rate": 1e-9, "warmup": 0})
     found = run(tmp_path / "out", settings)
