@@ -84,12 +84,11 @@ class MemoryLM(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head_norm = nn.LayerNorm(spec.width)
         self.head = Linear(spec.width, spec.vocabulary)
-        mixers = spec.mixers
         self.takes_boundaries = any(block.mixer.takes_boundaries for block in blocks)
         """Whether any layer lets the caller say where chunks end."""
         self.exchange: HeadExchange | None = None
         """Where a text is split over processes, see `split_text`."""
-        self._first_of_kind = [mixers.index(mixer) for mixer in mixers]
+        self._first_of_kind = spec.value_layers
         if not self.head.weight.is_meta:
             self.initialise()
 
