@@ -19,7 +19,9 @@ from memkit import yaml12
 from memkit.errors import InputError, short, shown
 from memkit.evals import TaskSpec, task
 from memkit.hf import MemkitForCausalLM
-from memkit.lm import MemoryLM, ModelSpec, Tokenizer, load_model, load_model_spec
+from memkit.lm import MemoryLM, ModelSpec, Tokenizer, load_model_spec
+from memkit.lm.catalog import weights_file
+from memkit.lm.loading import load_model, with_its_weights
 from memkit.texts import default_text, read_text
 from memkit.training.data import TaskBatches, collate_batches, collate_sequences, text_sequences
 from memkit.training.settings import TrainingSpec
@@ -75,23 +77,18 @@ def train(
         settings: None: the defaults of `TrainingSpec`.
         overrides: fields of the model to change, by dotted path.
         tokenizer: the folder of a Hugging Face tokenizer; None: bytes.
-        from_weights: begin with the weights that lie beside the model's YAML; else initialise.
+        from_weights: begin with the weights that lie beside the model's YAML; else initialise, by the settings' seed.
         progress: show a bar on standard error.
 
     Raises:
-        InputError: arguments that do not fit each other, or a folder that holds another run.
+        InputError: arguments that do not fit each other, no weights to begin with, or a folder that holds another run.
         ModelError, PolicyError: as `load_model` does.
     """
     settings = TrainingSpec() if settings is None else settings
     _check_parallelism()
     folder, chosen = Path(out), _task(text, task)
     encoder = load_tokenizer(tokenizer)
-    if isinstance(model, ModelSpec):
-        if overrides or from_weights:
-            raise InputError("overrides and from_weights need a model by name or path, got a ModelSpec")
-        spec = model
-    else:
-        spec = load_model_spec(model, overrides)
+    spec = _declared(model, overrides, from_weights)
     _check_vocabulary(spec, chosen, encoder)
     if chosen is not None:
         batches = settings.steps * settings.accumulate * _processes()
@@ -125,6 +122,24 @@ def train(
     trainer.accelerator.wait_for_everyone()
     losses = tuple((int(line["step"]), float(line["loss"])) for line in trainer.state.log_history if "loss" in line)
     return Trained(trained, folder, losses, 0 if checkpoint is None else _step(checkpoint))
+
+
+def _declared(model: str | Path | ModelSpec, overrides: Mapping[str, Any] | None, from_weights: bool) -> ModelSpec:
+    """The model's declaration; with `from_weights`, that of weights which are there."""
+    if isinstance(model, ModelSpec):
+        if overrides or from_weights:
+            raise InputError("overrides and from_weights need a model by name or path, got a ModelSpec")
+        return model
+    if not from_weights:
+        return load_model_spec(model, overrides)
+    spec, weights = with_its_weights(model, overrides)
+    if weights is None:
+        changed = " under overrides that change more than policies" if overrides and weights_file(model) else ""
+        raise InputError(
+            f"from_weights needs weights that fit beside the model's YAML, got {shown(str(model))}{changed}, which has "
+            "none; leave it out to initialise, or name another model"
+        )
+    return spec
 
 
 def _task(text: Sequence[str | Path], given: Mapping[str, Any] | TaskSpec | None) -> TaskSpec | None:

@@ -212,6 +212,28 @@ def test_weights_to_begin_with(once, tmp_path: Path):
 # What is refused
 
 
+def test_weights_to_begin_with_that_are_not_there(tmp_path: Path):
+    for model, overrides, message in (
+        (
+            "tiny-ovq",
+            {"width": 32, "heads": 2},
+            "from_weights needs weights that fit .*, got 'tiny-ovq', which has none",
+        ),
+        ("tiny-kvm-sqrt", {"width": 64}, "got 'tiny-kvm-sqrt' under overrides that change more than policies, which"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(model, tmp_path / "out", task=TASK, settings=FAST, overrides=overrides, from_weights=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_begun_with_under_another_policy(tmp_path: Path):
+    settings = FAST.model_copy(update={"steps": 1, "learning_rate": 1e-9})
+    overrides = {"layers.overrides": [{"at": [1], "mixer": {"kind": "attention", "policy": "window-512"}}]}
+    found = train("tiny-full", tmp_path / "on", task=TASK, settings=settings, overrides=overrides, from_weights=True)
+    torch.testing.assert_close(found.model.head.weight, load_model("tiny-full").head.weight)
+    assert found.model.spec.value_layers == [0] * 4
+
+
 def test_another_run_in_the_folder(once, tmp_path: Path):
     with pytest.raises(InputError, match="holds a run with another settings"):
         run(once.folder, FAST.model_copy(update={"seed": 3}))
