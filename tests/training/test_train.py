@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from memkit import InputError, load_model
 from memkit.cli import app
-from memkit.training import TrainingSpec, load_settings, train
+from memkit.training import Trained, TrainingSpec, load_settings, train
 from memkit.training.data import collate_sequences, text_sequences
 from memkit.training.trainer import MemoryTrainer
 
@@ -242,6 +242,26 @@ def test_another_run_in_the_folder(once, tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no run"):
         run(tmp_path)
+
+
+def test_another_text_or_other_weights_under_the_same_name(text: list[Path], tmp_path: Path):
+    settings = TEXT.model_copy(update={"steps": 1})
+    for seed in (0, 1):
+        load_model("tiny-kvm-sqrt", SMALL, seed=seed).save_pretrained(tmp_path / f"model {seed}")
+
+    def again() -> Trained:
+        return train(tmp_path / "model 0", tmp_path / "out", text=text, settings=settings, from_weights=True)
+
+    first = again()
+    assert again().losses == first.losses
+    written = text[0].read_text()
+    text[0].write_text(written + "; and more")
+    with pytest.raises(InputError, match=r"holds a run with another sha256 of text, .*; name another folder"):
+        again()
+    text[0].write_text(written)
+    (tmp_path / "model 1" / "model.safetensors").replace(tmp_path / "model 0" / "model.safetensors")
+    with pytest.raises(InputError, match=r"holds a run with another sha256 of weights, .*; name another folder"):
+        again()
 
 
 def test_arguments_that_do_not_fit(tmp_path: Path):
