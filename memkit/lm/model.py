@@ -258,7 +258,11 @@ class MemoryLM(nn.Module):
         return stream(self, prompts, **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.yaml`, every field and policy written out, and `model.safetensors`; makes the folder."""
+        """Write `model.yaml`, every field and policy written out, and `model.safetensors`; makes the folder.
+
+        Where heads, or parameters, are split over processes every process calls it, and the first writes them whole.
+        Raises `ModelError` for parameters that share memory.
+        """
         write_model(folder, self.spec, self.state_dict())
 
     @classmethod
