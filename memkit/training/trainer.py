@@ -78,8 +78,12 @@ class MemoryTrainer(Trainer):
             super()._run_epoch(*given, **settings)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices, embeddings among them; no vector decays, be it a bias, a norm or a factor per channel."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+        """Matrices, embeddings among them; no vector decays, be it a bias, a norm or a factor per channel.
+
+        A factor per channel may be written head by head, on two axes, as RWKV-7's `bonus`; matrices are called weight.
+        """
+        named = model.named_parameters()
+        return [name for name, parameter in named if parameter.ndim >= 2 and name.endswith(".weight")]
 
 
 class LineAtCheckpoint(TrainerCallback):

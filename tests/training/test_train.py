@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from memkit import InputError, load_model
 from memkit.cli import app
+from memkit.lm import MemoryLM, load_model_spec
 from memkit.training import Trained, TrainingSpec, load_settings, train
 from memkit.training.data import collate_sequences, text_sequences
 from memkit.training.trainer import MemoryTrainer
@@ -190,15 +192,23 @@ def test_mixed_precision_is_close(once, tmp_path: Path):
     assert found.model.head.weight.dtype == torch.float32
 
 
-def test_vectors_do_not_decay(once):
+@pytest.mark.parametrize("name", ["tiny-kvm-sqrt", "tiny-kvm-rwkv7", "tiny-ovq"])
+def test_vectors_do_not_decay(name: str):
+    """What multiplies vectors decays, and the embedding; nothing else."""
+
     class Bare(MemoryTrainer):
         def __init__(self):
             pass
 
-    names = Bare().get_decay_parameter_names(once.model)
-    shapes = {name: parameter.ndim for name, parameter in once.model.named_parameters()}
-    assert {name for name, axes in shapes.items() if axes == 2} == set(names)
-    assert any(axes == 1 for axes in shapes.values())
+    model = MemoryLM(load_model_spec(name, {"depth": 2}))
+    matrices = [each for each, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    names = Bare().get_decay_parameter_names(model)
+    assert sorted(names) == sorted(f"{each}.weight" for each in matrices)
+    axes = {each: parameter.ndim for each, parameter in model.named_parameters() if each not in names}
+    assert 1 in axes.values()
+    assert {each for each, number in axes.items() if number > 1} == (
+        {"blocks.0.mixer.bonus"} if name == "tiny-kvm-rwkv7" else set()
+    )
 
 
 def test_weights_to_begin_with(once, tmp_path: Path):
