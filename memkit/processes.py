@@ -6,7 +6,8 @@ of the text. `memkit.lm.split_heads` and `split_text` put a model on these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, distributed
 
 from memkit.errors import InputError
 
-__all__ = ["HeadExchange", "is_split", "local"]
+__all__ = ["HeadExchange", "is_split", "local", "whole_tensors"]
 
 Given = TypeVar("Given", bound=Tensor | None)
 Map = Callable[[Tensor], Tensor]
@@ -37,6 +38,28 @@ def local(parameter: Given) -> Given:
     assert isinstance(parameter, DTensor)
     gradient = [Partial() if placement.is_replicate() else placement for placement in parameter.placements]
     return cast(Given, parameter.to_local(grad_placements=gradient))
+
+
+@contextmanager
+def whole_tensors(tensors: Mapping[str, Tensor]) -> Generator[dict[str, Tensor] | None]:
+    """Tensors put together where they are split over processes (DTensor): on the first of these, None on the others.
+
+    Every process enters, and leaves once the first has. Where no tensor is split nobody waits, and all have theirs.
+    """
+    meshes = [cast(Any, tensor).device_mesh for tensor in tensors.values() if is_split(tensor)]
+    first = not meshes or not any(meshes[0].get_coordinate())
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach()
+        if is_split(tensor):
+            whole = cast(Any, whole).full_tensor()  # with the other processes, which need it not
+        if first:
+            own[name] = whole.contiguous()
+    try:
+        yield own if first else None
+    finally:
+        for group in meshes[0].get_all_groups() if meshes else ():
+            distributed.barrier(group)
 
 
 class HeadExchange:

@@ -54,7 +54,7 @@ def harness_model(model: Any, tokenizer: Tokenizer, prefix_id: int) -> Any:
             return [_likelihood(model, [prefix_id], text)[0] for text in texts]
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            return [_generated(model, tokenizer, *request.args) for request in requests]
+            return [_generated(model, tokenizer, prefix_id, *request.args) for request in requests]
 
     return Judged()
 
@@ -122,12 +122,12 @@ def _likelihood(model: Any, context: list[int], continuation: list[int]) -> tupl
     return -float(nats.sum()), bool(right.all())
 
 
-def _generated(model: Any, tokenizer: Tokenizer, context: str, settings: dict[str, Any]) -> str:
-    """The likeliest continuation, up to the first of the texts at which to stop."""
+def _generated(model: Any, tokenizer: Tokenizer, prefix_id: int, context: str, settings: dict[str, Any]) -> str:
+    """The likeliest continuation, up to the first of the texts at which to stop; of an empty context, the prefix's."""
     until = settings.get("until") or []
     until = [until] if isinstance(until, str) else list(until)
     most = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
-    prompt = torch.tensor([tokenizer.encode(context)])
+    prompt = torch.tensor([tokenizer.encode(context) or [prefix_id]])
     text = tokenizer.decode(_new_tokens(model, prompt, most))
     ends = [text.index(stop) for stop in until if stop in text]
     return text[: min(ends)] if ends else text

@@ -22,6 +22,8 @@ __all__ = ["DepthSetting", "NeedleSpec", "PasskeySpec"]
 PLACES = ("harbour", "orchard", "library", "bakery", "chapel", "station", "market", "garden")
 THINGS = ("compass", "lantern", "violin", "anchor", "ladder", "mirror", "basket", "hammer", "kettle", "saddle")
 LEAST_TOKENS = 64
+LONGEST_TOKEN = 16
+"""Characters: tokens are seldom longer, and their mean never is."""
 
 
 class DepthSetting(SettingSpec):
@@ -71,11 +73,7 @@ class _OverText(TaskSpec):
                     f"settings.{setting}.tokens: must leave room for text besides the sentence and its question, "
                     f"{chosen.tokens - room} tokens, got {chosen.tokens}"
                 )
-            # A token is at least a byte long in any tokenizer here, and seldom longer than 16.
-            begin = int(torch.randint(max(1, len(source) - 16 * room), (), generator=generator))
-            words = tokenizer.encode(source[begin : begin + 16 * room])
-            if len(words) < room:
-                raise InputError(f"{self.text}: must have {room} tokens from any place on, got {len(words)}")
+            words = self._filler(source, room, generator, tokenizer)
             drawn = torch.rand((), generator=generator).item()
             depth = drawn if chosen.depth is None else chosen.depth
             at = round(depth * room)
@@ -83,6 +81,19 @@ class _OverText(TaskSpec):
             made.append((ids, torch.arange(len(ids)) >= len(ids) - len(answer), depth))
         ids, targets, depths = zip(*made, strict=True)
         return Batch(torch.stack(ids), torch.stack(targets), setting, torch.tensor(depths))
+
+    def _filler(self, source: str, room: int, generator: torch.Generator, tokenizer: Tokenizer) -> list[int]:
+        """At least so many tokens of the text, from any place with as many after it, each as likely."""
+        begin = len(source)
+        while begin:  # where too few tokens follow, too few follow any later place
+            begin = int(torch.randint(begin, (), generator=generator))
+            words = tokenizer.encode(source[begin : begin + LONGEST_TOKEN * room])
+            if len(words) >= room:
+                return words
+        raise InputError(
+            f"{self.text}: must have at least {room} tokens, got {len(tokenizer.encode(source))}; "
+            "give a longer text, or lower settings' tokens"
+        )
 
 
 @register

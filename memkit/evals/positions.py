@@ -87,7 +87,12 @@ def stretches(values: Tensor, edges: Sequence[int], against: Tensor | None = Non
 
 
 def without_slots(policy: str | PolicySpec) -> PolicySpec:
-    """The policy with its slots deleted: its window and its sinks, and nothing of what left the window."""
+    """The policy with its slots deleted: its window and its sinks, and nothing of what left the window.
+
+    What shares, judges or evicts slots goes with them; what layers learn for the window stays. Raises `PolicyError` as
+    `load_policy` does.
+    """
     spec = load_policy(policy)
     name = f"{spec.name or 'policy'}, no slots"
-    return load_policy(spec, {"growth.kind": "none"}).named(name)
+    neutral = {"heads": {}, "admission": {"kind": "novelty"}, "observe": {}, "eviction": "never"}
+    return load_policy(spec, {"growth.kind": "none", **neutral}).named(name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from memkit.catalog import Catalog, is_file
 from memkit.errors import ModelError
 from memkit.lm.spec import ModelSpec
+from memkit.processes import whole_tensors
 
 __all__ = [
     "is_model",
@@ -82,9 +83,23 @@ def weights_file(model: str | Path) -> Path | None:
 
 
 def write_model(folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Write a folder that `load_model_spec` and `weights_file` read: `model.yaml` and `model.safetensors`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.yaml").write_text(spec.to_yaml(), encoding="utf-8")
-    own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(own, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    """Write a folder that `load_model_spec` and `weights_file` read: `model.yaml` and `model.safetensors`.
+
+    Where tensors are split over processes (DTensor) each of these calls it; the first writes, and all wait for that.
+    Raises `ModelError` for tensors that share memory.
+    """
+    with whole_tensors(tensors) as own:
+        if own is None:
+            return
+        held: dict[int, str] = {}
+        for name, tensor in own.items():
+            former = held.setdefault(tensor.data_ptr(), name)
+            if former != name and tensor.numel():
+                raise ModelError(
+                    f"weights must each have memory of their own to be written, got {name} in that of {former}; "
+                    "give it a copy"
+                )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+        save_file(own, str(folder / "model.safetensors"), metadata={"format": "pt"})

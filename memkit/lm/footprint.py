@@ -23,7 +23,7 @@ def memory_bytes(
     carried = {mixer: mixer.memory_bytes(model, lengths, dtype, rows) for mixer in set(mixers)}
     shift = rows * dtype.itemsize * model.width if model.mlp.token_shift else 0
     totals = [[carried[mixer][index] + shift for mixer in mixers] for index in range(len(lengths))]
-    for mixer in set(mixers):
+    for layer in set(model.value_layers):
         for total in totals:
-            total[mixers.index(mixer)] += mixer.first_memory_bytes(model, dtype, rows)
+            total[layer] += mixers[layer].first_memory_bytes(model, dtype, rows)
     return totals

@@ -12,7 +12,6 @@ import torch
 from memkit.catalog import load_policy
 from memkit.errors import ModelError
 from memkit.lm.catalog import is_shipped, load_model_spec, weights_file
-from memkit.lm.mixers import AttentionMixerSpec
 from memkit.lm.model import MemoryLM
 from memkit.lm.spec import MixerSpec, ModelSpec
 from memkit.policy import PolicySpec
@@ -36,8 +35,9 @@ def load_model(
 
     Args:
         model: a name, a path.
-        overrides: fields to change, by dotted path. Weights are kept where policies alone change; a shipped model with
-            other sizes is another one, and initialised.
+        overrides: fields to change, by dotted path. Weights are kept where policies alone change, and layers go on
+            mixing in the first values they were trained with; a shipped model with other sizes is another one, and
+            initialised.
         seed: of the initialisation; torch's own generator is left as it was.
         policy: every attention layer remembers as this one says, whatever it was trained with. What only the former
             policy learned is left out, and what this one could learn is as it starts: LayerNorm 1 and 0, query scales
@@ -48,14 +48,10 @@ def load_model(
     Raises `ModelError`, and `PolicyError` as `load_policy` does.
     """
     seed = whole_number("seed", seed, *SEEDS)
-    declared = load_model_spec(model)
-    spec = load_model_spec(model, overrides) if overrides else declared
-    if policy is not None:
-        spec = with_policy(spec, policy)
-    weights, shipped = weights_file(model), is_shipped(model)
-    if weights is not None and (not shipped or with_policy(spec, "full") == with_policy(declared, "full")):
-        made = MemoryLM.with_weights(spec, weights, other_policies=spec != declared)
-        dtype = torch.get_default_dtype() if dtype is None and shipped else dtype
+    spec, weights = with_its_weights(model, overrides, policy)
+    if weights is not None:
+        made = MemoryLM.with_weights(spec, weights, other_policies=spec != load_model_spec(model))
+        dtype = torch.get_default_dtype() if dtype is None and is_shipped(model) else dtype
         return made if dtype is None else made.to(dtype)
     with torch.device("meta"):
         _check_room(model, MemoryLM(spec).parameter_count)
@@ -65,19 +61,36 @@ def load_model(
     return made if dtype is None else made.to(dtype)
 
 
+def with_its_weights(
+    model: str | Path, overrides: Mapping[str, Any] | None = None, policy: str | Path | PolicySpec | None = None
+) -> tuple[ModelSpec, Path | None]:
+    """A model's declaration as `load_model` has it, and the file whose weights it takes.
+
+    None instead of a file: there is none beside the declaration, or the model is a shipped one with other sizes.
+    """
+    declared = load_model_spec(model)
+    spec = load_model_spec(model, overrides) if overrides else declared
+    weights = weights_file(model)
+    if is_shipped(model) and _but_for_policies(spec) != _but_for_policies(declared):
+        weights = None
+    if weights is not None:
+        spec = spec.valued_as(declared)
+    return spec if policy is None else with_policy(spec, policy), weights
+
+
 def with_policy(model: ModelSpec, policy: str | Path | PolicySpec) -> ModelSpec:
-    """The same model, its attention layers under another policy; its name stays."""
-    spec = load_policy(policy)
-
-    def changed(mixer: MixerSpec) -> MixerSpec:
-        return mixer.model_copy(update={"policy": spec}) if isinstance(mixer, AttentionMixerSpec) else mixer
-
-    overrides = tuple(each.model_copy(update={"mixer": changed(each.mixer)}) for each in model.layers.overrides)
-    layers = model.layers.model_copy(update={"default": changed(model.layers.default), "overrides": overrides})
+    """The same model, its attention layers under another policy; its name, and where first values come from, stay."""
+    spec, layers = load_policy(policy), model.layers
+    overrides = tuple(each.model_copy(update={"mixer": each.mixer.under(spec)}) for each in layers.overrides)
     fields: dict[str, Any] = {name: getattr(model, name) for name in ModelSpec.model_fields}
-    fields["layers"] = layers
-    made = ModelSpec(**fields)
-    return made.named(model.name)
+    fields["layers"] = layers.model_copy(update={"default": layers.default.under(spec), "overrides": overrides})
+    return ModelSpec(**fields).valued_as(model).named(model.name)
+
+
+def _but_for_policies(model: ModelSpec) -> tuple[dict[str, Any], list[MixerSpec]]:
+    """What two declarations have in common where weights of one fit the other."""
+    full = load_policy("full")
+    return model.model_dump(exclude={"layers", "first_values"}), [mixer.under(full) for mixer in model.mixers]
 
 
 def _check_room(model: str | Path, parameters: int) -> None:

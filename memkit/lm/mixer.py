@@ -14,8 +14,9 @@ __all__ = ["Mixer"]
 class Mixer(nn.Module, ABC):
     """Mixes the tokens of a layer, and carries a state from one call to the next.
 
-    Layers of equal mixer specs are of one kind. The first of a kind computes `first_values` from the embeddings, and
-    every layer of the kind, itself included, may mix them into its values.
+    Layers declared with equal mixer specs are of one kind, and stay so when policies change (`ModelSpec.value_layers`).
+    The first of a kind computes `first_values` from the embeddings, and every layer of the kind, itself included, may
+    mix them into its values.
     """
 
     @property

@@ -45,7 +45,7 @@ class AttentionMixerSpec(MixerSpec):
         "(its own for the first)",
     )
     value_residual: Literal["gated", "linear", "none"] = Field(
-        default="gated", description="how values are mixed with those of the first layer of this kind"
+        default="gated", description="how values are mixed with those of the first layer with an equal mixer"
     )
     value_residual_rank: int | None = Field(
         default=None,
@@ -70,6 +70,16 @@ class AttentionMixerSpec(MixerSpec):
         shape = {"heads": model.heads, "kv_heads": kv_heads, "head_width": width, "rows": rows}
         shift = rows * dtype.itemsize * width * (model.heads + 2 * kv_heads) if self.token_shift else 0
         return [entry.bytes + shift for entry in cost(self.policy, lengths, dtype=dtype, **shape)]
+
+    def under(self, policy: PolicySpec) -> AttentionMixerSpec:
+        return self.model_copy(update={"policy": policy})
+
+    def takes_values_of(self, other: MixerSpec, model: ModelSpec) -> bool:
+        if not isinstance(other, AttentionMixerSpec):
+            return False
+        usual = model.kv_heads or model.heads
+        there = self.value_residual == "none" or other.value_residual != "none"
+        return there and (self.kv_heads or usual) == (other.kv_heads or usual)
 
     @property
     def label(self) -> str:

@@ -84,12 +84,11 @@ class MemoryLM(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head_norm = nn.LayerNorm(spec.width)
         self.head = Linear(spec.width, spec.vocabulary)
-        mixers = spec.mixers
         self.takes_boundaries = any(block.mixer.takes_boundaries for block in blocks)
         """Whether any layer lets the caller say where chunks end."""
         self.exchange: HeadExchange | None = None
         """Where a text is split over processes, see `split_text`."""
-        self._first_of_kind = [mixers.index(mixer) for mixer in mixers]
+        self._first_of_kind = spec.value_layers
         if not self.head.weight.is_meta:
             self.initialise()
 
@@ -171,7 +170,8 @@ class MemoryLM(nn.Module):
             boundaries: [b, t], as for a call.
 
         Raises:
-            InputError: what does not fit ids; targets that leave nothing to predict (looked at on the CPU alone).
+            InputError: what does not fit ids, or leaves nothing to predict (what tensors hold is looked at on the CPU
+                alone).
         """
         if self.exchange is not None:
             if lengths is not None or documents is not None or targets is not None or boundaries is not None:
@@ -179,10 +179,8 @@ class MemoryLM(nn.Module):
             return self._loss_of_stretch(ids, self.exchange)
         lengths = self._lengths(ids, lengths)
         chosen = None if targets is None else self._targets(ids, targets)
-        if documents is None:
-            logits = self(ids, lengths=lengths, boundaries=boundaries)[0]
-        else:
-            logits = self.read_packed(ids, documents, boundaries)
+        if documents is not None:
+            self._check_documents(ids, documents)
         wanted = ids[:, 1:].clone()
         if lengths is not None:
             valid = Span(lengths.to(ids.device), None).valid(ids.shape[1])
@@ -192,6 +190,15 @@ class MemoryLM(nn.Module):
             wanted = wanted.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
         if chosen is not None:
             wanted = wanted.masked_fill(~chosen[:, 1:], -100)
+        if not wanted.numel() or (wanted.device.type == "cpu" and not bool((wanted != -100).any())):
+            raise InputError(
+                "a loss needs at least one token after a row's first, within its length, of the document of the one "
+                f"before it, and a target, got none in ids {tuple(ids.shape)}; give more of the text, or other targets"
+            )
+        if documents is None:
+            logits = self(ids, lengths=lengths, boundaries=boundaries)[0]
+        else:
+            logits = self.read_packed(ids, documents, boundaries)
         logits = logits[:, :-1].flatten(0, 1)
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted.flatten())
 
@@ -212,9 +219,7 @@ class MemoryLM(nn.Module):
         """
         self._lengths(ids, None)
         ends = checked(boundaries, ids, self.takes_boundaries)
-        if not isinstance(documents, Tensor) or documents.shape != ids.shape:
-            got = tuple(documents.shape) if isinstance(documents, Tensor) else shown(documents)
-            raise InputError(f"documents must be as ids, {tuple(ids.shape)}, got {got}")
+        self._check_documents(ids, documents)
         begins = torch.ones_like(documents, dtype=torch.bool)
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
         starts = begins.flatten().nonzero()[:, 0]
@@ -253,7 +258,11 @@ class MemoryLM(nn.Module):
         return stream(self, prompts, **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.yaml`, every field and policy written out, and `model.safetensors`; makes the folder."""
+        """Write `model.yaml`, every field and policy written out, and `model.safetensors`; makes the folder.
+
+        Where heads, or parameters, are split over processes every process calls it, and the first writes them whole.
+        Raises `ModelError` for parameters that share memory.
+        """
         write_model(folder, self.spec, self.state_dict())
 
     @classmethod
@@ -319,13 +328,17 @@ class MemoryLM(nn.Module):
         return whole_numbers("lengths", lengths, 0, ids.shape[1], count=ids.shape[0], limits=limits)
 
     @staticmethod
+    def _check_documents(ids: Tensor, documents: Tensor) -> None:
+        if not isinstance(documents, Tensor) or documents.shape != ids.shape:
+            got = tuple(documents.shape) if isinstance(documents, Tensor) else shown(documents)
+            raise InputError(f"documents must be as ids, {tuple(ids.shape)}, got {got}")
+
+    @staticmethod
     def _targets(ids: Tensor, targets: Tensor) -> Tensor:
         """targets [b, t] bool, checked."""
         if not isinstance(targets, Tensor) or targets.dtype != torch.bool or targets.shape != ids.shape:
             got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else shown(targets)
             raise InputError(f"targets must be true or false for each of ids, {tuple(ids.shape)}, got {got}")
-        if targets.device.type == "cpu" and not bool(targets[:, 1:].any()):
-            raise InputError("targets must hold at least one token after a row's first, got none")
         return targets.to(ids.device)
 
     @property

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from memkit.attention import RotaryEmbeddingSpec
 from memkit.lm.mixer import Mixer
 from memkit.lm.parts import MlpSpec
 from memkit.pieces.registry import AnyOf, FamilySpec, NamedSpec, Spec
+from memkit.policy import PolicySpec
 
 __all__ = ["LayersSpec", "MixerSpec", "ModelSpec", "OverrideSpec"]
 
@@ -41,6 +42,14 @@ class MixerSpec(FamilySpec):
     def label(self) -> str:
         """The mixer in a word or two, for tables."""
         return self.kind
+
+    def under(self, policy: PolicySpec) -> MixerSpec:
+        """The same mixer under another policy; itself where it has none."""
+        return self
+
+    def takes_values_of(self, other: MixerSpec, model: ModelSpec) -> bool:
+        """Whether a layer with this mixer may mix in the first values of a layer with the other."""
+        return type(self) is type(other)
 
     def check(self, model: ModelSpec) -> None:
         """Raise `ValueError` where the mixer does not fit the model's sizes."""
@@ -119,6 +128,29 @@ class ModelSpec(NamedSpec):
         "model's dtype, as in the training of the published Key-Value Means checkpoints",
     )
     layers: LayersSpec = Field(description="which mixer each layer has")
+    first_values: tuple[int, ...] | None = Field(
+        default=None,
+        description="for each layer the number of the one whose first values it mixes in; left out: of the first with "
+        "an equal mixer. It is written where policies were changed since, for trained layers belong together as before",
+    )
+
+    @property
+    def value_layers(self) -> list[int]:
+        """For each layer the one whose first values it mixes in: a former one, or itself."""
+        mixers = self.mixers
+        return [mixers.index(mixer) for mixer in mixers] if self.first_values is None else list(self.first_values)
+
+    def valued_as(self, trained: ModelSpec) -> ModelSpec:
+        """The same model, but that first values come from the same layers as in `trained`, which has as many.
+
+        Itself where its own declaration says where they come from, or where its mixers could not take them.
+        """
+        wanted, mixers = trained.value_layers, self.mixers
+        if self.first_values is not None or self.depth != trained.depth or self.value_layers == wanted:
+            return self
+        if not all(mixer.takes_values_of(mixers[first], self) for mixer, first in zip(mixers, wanted, strict=True)):
+            return self
+        return self.model_copy(update={"first_values": tuple(wanted)})
 
     @property
     def mixers(self) -> list[MixerSpec]:
@@ -128,6 +160,11 @@ class ModelSpec(NamedSpec):
             for layer in override.layers(self.depth):
                 mixers[layer] = override.mixer
         return mixers
+
+    @field_validator("first_values", mode="before")
+    @classmethod
+    def _a_list_will_do(cls, given: Any) -> Any:
+        return tuple(given) if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
@@ -149,4 +186,24 @@ class ModelSpec(NamedSpec):
                         f"layers.overrides.{number}.at: must name layers from 0 to {self.depth - 1} "
                         f"(negative: from the end), got {layer}"
                     )
+        if self.first_values is not None:
+            self._check_first_values(self.first_values)
         return self
+
+    def _check_first_values(self, firsts: tuple[int, ...]) -> None:
+        """Raise where a layer mixes in what no layer before it has computed, or what does not fit it."""
+        remedy = "or leave it out"
+        if len(firsts) != self.depth:
+            raise ValueError(f"first_values must name a layer for each of {self.depth}, got {len(firsts)}; {remedy}")
+        mixers = self.mixers
+        for layer, first in enumerate(firsts):
+            if not 0 <= first <= layer or firsts[first] != first:
+                raise ValueError(
+                    f"first_values.{layer}: must be {layer}, or a layer before it that mixes in its own, got {first}; "
+                    f"{remedy}"
+                )
+            if not mixers[layer].takes_values_of(mixers[first], self):
+                raise ValueError(
+                    f"first_values.{layer}: must be a layer with a mixer of the same kind and as many values, got "
+                    f"{first}; {remedy}"
+                )

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from memkit import yaml12
 from memkit.errors import InputError, short, shown
 from memkit.evals import TaskSpec, task
 from memkit.hf import MemkitForCausalLM
-from memkit.lm import MemoryLM, ModelSpec, Tokenizer, load_model, load_model_spec
+from memkit.lm import MemoryLM, ModelSpec, Tokenizer, load_model_spec
+from memkit.lm.catalog import weights_file
+from memkit.lm.loading import load_model, with_its_weights
 from memkit.texts import default_text, read_text
 from memkit.training.data import TaskBatches, collate_batches, collate_sequences, text_sequences
 from memkit.training.settings import TrainingSpec
@@ -75,38 +78,44 @@ def train(
         settings: None: the defaults of `TrainingSpec`.
         overrides: fields of the model to change, by dotted path.
         tokenizer: the folder of a Hugging Face tokenizer; None: bytes.
-        from_weights: begin with the weights that lie beside the model's YAML; else initialise.
+        from_weights: begin with the weights that lie beside the model's YAML; else initialise, by the settings' seed.
         progress: show a bar on standard error.
 
     Raises:
-        InputError: arguments that do not fit each other, or a folder that holds another run.
+        InputError: arguments that do not fit each other, no weights to begin with, or a folder that holds another run.
         ModelError, PolicyError: as `load_model` does.
     """
     settings = TrainingSpec() if settings is None else settings
     _check_parallelism()
     folder, chosen = Path(out), _task(text, task)
     encoder = load_tokenizer(tokenizer)
-    if isinstance(model, ModelSpec):
-        if overrides or from_weights:
-            raise InputError("overrides and from_weights need a model by name or path, got a ModelSpec")
-        spec = model
-    else:
-        spec = load_model_spec(model, overrides)
+    spec, weights = _declared(model, overrides, from_weights)
     _check_vocabulary(spec, chosen, encoder)
+    texts = [default_text() if str(file) == DEFAULT else read_text(Path(file)) for file in text]
     if chosen is not None:
         batches = settings.steps * settings.accumulate * _processes()
         data: Any = TaskBatches(chosen, settings.batch, settings.seed, batches, encoder)
     else:
-        texts = [default_text() if str(file) == DEFAULT else read_text(Path(file)) for file in text]
         data = text_sequences(texts, encoder, settings.length, settings.sequences == "packed")
-    checkpoint = _begin(folder, _record(spec, text, chosen, settings, tokenizer, from_weights))
+    record = {
+        "model": spec.model_dump(mode="json"),
+        "text": [str(file) for file in text],
+        "sha256_of_text": [sha256(each.encode()).hexdigest() for each in texts],
+        "task": None if chosen is None else chosen.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "from_weights": from_weights,
+        "sha256_of_weights": None if weights is None else _sha256(weights),
+        "processes": _processes(),
+    }
+    checkpoint = _begin(folder, record)
 
     set_seed(settings.seed)
-    if from_weights:
+    if weights is None:
+        made = MemoryLM(spec)
+    else:
         assert not isinstance(model, ModelSpec)
         made = load_model(model, overrides, dtype=torch.float32)
-    else:
-        made = MemoryLM(spec)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     trainer = MemoryTrainer(
@@ -125,6 +134,26 @@ def train(
     trainer.accelerator.wait_for_everyone()
     losses = tuple((int(line["step"]), float(line["loss"])) for line in trainer.state.log_history if "loss" in line)
     return Trained(trained, folder, losses, 0 if checkpoint is None else _step(checkpoint))
+
+
+def _declared(
+    model: str | Path | ModelSpec, overrides: Mapping[str, Any] | None, from_weights: bool
+) -> tuple[ModelSpec, Path | None]:
+    """The model's declaration, and the file with the weights to begin with; None: initialise."""
+    if isinstance(model, ModelSpec):
+        if overrides or from_weights:
+            raise InputError("overrides and from_weights need a model by name or path, got a ModelSpec")
+        return model, None
+    if not from_weights:
+        return load_model_spec(model, overrides), None
+    spec, weights = with_its_weights(model, overrides)
+    if weights is None:
+        changed = " under overrides that change more than policies" if overrides and weights_file(model) else ""
+        raise InputError(
+            f"from_weights needs weights that fit beside the model's YAML, got {shown(str(model))}{changed}, which has "
+            "none; leave it out to initialise, or name another model"
+        )
+    return spec, weights
 
 
 def _task(text: Sequence[str | Path], given: Mapping[str, Any] | TaskSpec | None) -> TaskSpec | None:
@@ -162,28 +191,13 @@ def _processes() -> int:
     return PartialState().num_processes
 
 
-def _record(
-    spec: ModelSpec,
-    text: Sequence[str | Path],
-    chosen: TaskSpec | None,
-    settings: TrainingSpec,
-    tokenizer: str | Path | None,
-    from_weights: bool,
-) -> dict[str, Any]:
-    """All that decides a run, as plain data."""
-    return {
-        "model": spec.model_dump(mode="json"),
-        "text": [str(file) for file in text],
-        "task": None if chosen is None else chosen.model_dump(mode="json"),
-        "settings": settings.model_dump(mode="json"),
-        "tokenizer": None if tokenizer is None else str(tokenizer),
-        "from_weights": from_weights,
-        "processes": _processes(),
-    }
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
 
 
 def _begin(folder: Path, record: dict[str, Any]) -> Path | None:
-    """Make the folder and write down what the run is; the checkpoint to go on from, where it is this run's."""
+    """Make the folder and write down all that decides the run; the checkpoint to go on from, where it is this run's."""
     state = PartialState()
     if state.is_main_process:
         _check_folder(folder, record)
@@ -204,8 +218,9 @@ def _check_folder(folder: Path, record: dict[str, Any]) -> None:
         held = held if isinstance(held, dict) else {}
         for name, value in record.items():
             if held.get(name) != value:
+                what = name.replace("_", " ")
                 raise InputError(
-                    f"{folder}: holds a run with another {name}, {shown(held.get(name))} instead of {shown(value)}; "
+                    f"{folder}: holds a run with another {what}, {shown(held.get(name))} instead of {shown(value)}; "
                     "name another folder, or remove this one"
                 )
     elif folder.is_dir() and any(folder.iterdir()):

@@ -47,7 +47,12 @@ class TrainingSpec(Spec):
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of the initialisation and the order of the data")
     save_every: int = Field(default=200, ge=1, le=MOST, description="steps between checkpoints")
-    log_every: int = Field(default=10, ge=1, le=MOST, description="steps whose mean loss is one line of the log")
+    log_every: int = Field(
+        default=10,
+        ge=1,
+        le=MOST,
+        description="steps whose mean loss is one line of the log; a checkpoint, and the last step, end a line too",
+    )
 
     @field_validator("betas", mode="before")
     @classmethod

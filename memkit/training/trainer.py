@@ -68,12 +68,30 @@ class MemoryTrainer(Trainer):
         super().__init__(*given, **settings)
         for each in (PrinterCallback, ProgressCallback):
             self.remove_callback(each)
+        self.add_callback(LineAtCheckpoint())
         if progress:
             self.add_callback(ProgressBar())
 
+    def _run_epoch(self, *given: Any, **settings: Any) -> None:
+        """None once all steps are done: transformers looks after a step, not before a resumed run's first."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*given, **settings)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices, embeddings among them; no vector decays, be it a bias, a norm or a factor per channel."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+        """Matrices, embeddings among them; no vector decays, be it a bias, a norm or a factor per channel.
+
+        A factor per channel may be written head by head, on two axes, as RWKV-7's `bonus`; matrices are called weight.
+        """
+        named = model.named_parameters()
+        return [name for name, parameter in named if parameter.ndim >= 2 and name.endswith(".weight")]
+
+
+class LineAtCheckpoint(TrainerCallback):
+    """A checkpoint ends a line of the log: a sum that it cut in two would begin at zero in the run that goes on."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Where the step is saved, its line is written first."""
+        control.should_log = control.should_log or control.should_save
 
 
 class ProgressBar(TrainerCallback):

@@ -95,6 +95,14 @@ def test_split_heads_and_texts_are_those_of_one_process(how: str, kind: str, fou
     torch.testing.assert_close(found[f"{how} {kind}"]["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("heads", "unit"), ("sharded", None)])
+def test_a_split_model_is_saved_whole(name: str, kind: str | None, found: dict[str, Any]):
+    expected = workers.made(None if kind is None else workers.KINDS[kind]).state_dict()
+    for there in found["saved"][name]:
+        assert set(there) == set(expected)
+        assert all(torch.equal(there[each], tensor) for each, tensor in expected.items())
+
+
 def test_what_cannot_be_split_is_refused_by_name(found: dict[str, Any]):
     said = found["refused"]
     for name, message in {

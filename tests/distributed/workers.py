@@ -155,6 +155,22 @@ def heads_split(kind: str) -> dict[str, Any]:
     return {"loss": loss.detach(), "gradients": gradients(model), "logits": torch.cat((first, second), 1)}
 
 
+def saved(folder: str) -> dict[str, Any]:
+    """Models whose heads, or parameters, are split are written whole, and there for every process once it goes on."""
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = made()
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    result: dict[str, Any] = {}
+    for name, model in {"heads": split_heads(made(KINDS["unit"]), mesh), "sharded": sharded}.items():
+        path = Path(folder) / f"saved {name}"
+        model.save_pretrained(path)
+        there = [None, None]
+        distributed.all_gather_object(there, memkit.load_model(path).state_dict())
+        result[name] = there
+    return result
+
+
 def text_split(kind: str) -> dict[str, Any]:
     """Each process has its stretch of the text, and heads are exchanged; then a text goes on where it stopped."""
     model = split_text(made(KINDS[kind]))
@@ -203,10 +219,10 @@ def refused() -> dict[str, Any]:
 ALONE = (data_parallel, fully_sharded, attached_data_parallel, attached_fully_sharded, refused)
 
 
-def everything() -> dict[str, Any]:
+def everything(folder: str) -> dict[str, Any]:
     """All of the above."""
     kinds = {f"{each.__name__} {kind}": each(kind) for each in (heads_split, text_split) for kind in KINDS}
-    return kinds | {each.__name__: each() for each in ALONE}
+    return kinds | {each.__name__: each() for each in ALONE} | {"saved": saved(folder)}
 
 
 def trainer(folder: str) -> dict[str, Any]:
@@ -230,7 +246,7 @@ if __name__ == "__main__":
         result = trainer(folder)
     else:
         distributed.init_process_group("gloo")
-        result = everything()
+        result = everything(folder)
     if os.environ["RANK"] == "0":
         torch.save(result, Path(folder) / f"{name}.pt")
     if distributed.is_initialized():

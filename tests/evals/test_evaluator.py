@@ -3,7 +3,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from memkit import InputError, MemoryLM, ModelError, PolicySpec, hf
+from memkit import InputError, MemoryLM, ModelError, PolicySpec, hf, load_policy
+from memkit.catalog import policy_names
 from memkit.evals import MqarSpec, PairsSetting, documents_of, evaluate, loss_by_position, stretches, without_slots
 from memkit.lm import load_model_spec
 from tests.hf.tiny import randomised, tiny_config
@@ -137,4 +138,12 @@ def test_without_slots_nothing_old_is_left(made: MemoryLM):
     spec = without_slots("kvm-sqrt-16")
     assert spec.growth.kind == "none"
     assert spec.name == "kvm-sqrt-16, no slots"
+    assert spec.build().sinks_only
+
+
+@pytest.mark.parametrize("name", [*policy_names(), "untrained-kvm-sqrt"])
+def test_every_shipped_policy_may_lose_its_slots(name: str):
+    spec, own = without_slots(name), load_policy(name)
+    assert (spec.growth.kind, spec.observe.queries, spec.eviction) == ("none", 0, "never")
+    assert (spec.window, spec.sinks, spec.rotary) == (own.window, own.sinks, own.rotary)
     assert spec.build().sinks_only

@@ -43,10 +43,15 @@ def test_likelihoods_by_hand(made: MemoryLM):
 
 
 def test_generation_stops_at_what_it_is_told(made: MemoryLM):
-    whole = _generated(made, ByteTokenizer(), "abc", {"max_gen_toks": 12})
+    whole = _generated(made, ByteTokenizer(), 10, "abc", {"max_gen_toks": 12})
     assert len(whole) > 0
     stop = whole[len(whole) // 2 :][:1]
-    assert _generated(made, ByteTokenizer(), "abc", {"max_gen_toks": 12, "until": [stop]}) == whole.split(stop)[0]
+    assert _generated(made, ByteTokenizer(), 10, "abc", {"max_gen_toks": 12, "until": [stop]}) == whole.split(stop)[0]
+
+
+def test_generation_without_a_context_begins_after_the_prefix(made: MemoryLM):
+    settings = {"max_gen_toks": 6}
+    assert _generated(made, ByteTokenizer(), 10, "", settings) == _generated(made, ByteTokenizer(), 10, "\n", settings)
 
 
 def test_stock_models_generate_too():
@@ -60,10 +65,10 @@ def test_stock_models_generate_too():
             return " ".join(str(int(each)) for each in ids)
 
     stock = randomised(LlamaForCausalLM(tiny_config()))
-    plain = _generated(stock, Ids(), "3 4 5", {"max_gen_toks": 4})
+    plain = _generated(stock, Ids(), 1, "3 4 5", {"max_gen_toks": 4})
     assert len(plain.split()) == 4
     with hf.attach(stock, "full"):
-        assert _generated(stock, Ids(), "3 4 5", {"max_gen_toks": 4}) == plain
+        assert _generated(stock, Ids(), 1, "3 4 5", {"max_gen_toks": 4}) == plain
 
 
 @pytest.mark.skipif(lm_eval is not None, reason="lm_eval is installed")

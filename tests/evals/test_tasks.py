@@ -146,6 +146,24 @@ def test_text_of_ones_own(tmp_path):
         task({"kind": "passkey", "text": str(tmp_path / "missing.txt")}).batch(1, seed=0, index=0)
 
 
+def test_long_sequences_begin_anywhere_in_the_text(tmp_path):
+    """Filler of numbered words: the first of a sequence says where that begins, among some 160 places."""
+    file = tmp_path / "numbered.txt"
+    file.write_text("".join(f"{number:03d} " for number in range(1000)))
+    chosen = task({"kind": "needle", "text": str(file), "settings": [{"tokens": 3400, "depth": 1.0}]})
+    begins = [int(_word(chosen.batch(1, seed=0, index=index).ids[0])) for index in range(40)]
+    assert min(begins) < 40 < 120 < max(begins)
+    assert len(set(begins)) > 20
+    with pytest.raises(InputError, match=r"numbered\.txt: must have at least \d+ tokens, got 4000; give a longer text"):
+        task({"kind": "needle", "text": str(file), "settings": [{"tokens": 4300}]}).batch(1, seed=0, index=0)
+    task({"kind": "needle", "text": str(file), "settings": [{"tokens": 4000}]}).batch(1, seed=0, index=0)
+
+
+def _word(ids: torch.Tensor) -> str:
+    """The first whole word."""
+    return bytes(ids[:8].tolist()).decode().split(" ")[1]
+
+
 @pytest.mark.parametrize(
     ("declared", "message"),
     [

@@ -175,6 +175,12 @@ def test_config_sections_and_hugging_face_fields():
         ({"d_v_head": 32}, "d_v_head must be the width of queries and keys, got 32"),
         ({"kvm_use_vlens": 2}, "kvm_use_vlens must be 0 or 1, got 2"),
         ({"chunk_len": "16"}, "chunk_len must be a whole number, got '16'"),
+        ({"chunk_len": float("nan")}, "chunk_len must be a whole number, got nan"),
+        ({"chunk_len": float("inf")}, "chunk_len must be a whole number, got inf"),
+        ({"residual_scale": float("nan")}, "residual_scale must be a finite number, got nan"),
+        ({"residual_scale": 10**400}, "residual_scale must be a finite number, got 1000"),
+        ({"token_mixer": ["kvm"]}, r"token_mixer must be one of .*, got \['kvm'\]"),
+        ({"kvm_token_shift_mode": ["rwkv"]}, r"kvm_token_shift_mode must be rwkv or none, got \['rwkv'\]"),
         (
             {"kvm_apply_merge_gate_to_initial_state": 1, "kvm_use_merge_gate_keys": 0},
             "kvm_apply_merge_gate_to_initial_state weighs keys and values alike",
@@ -221,6 +227,29 @@ def test_weights_that_do_not_fit_are_named():
         kvm_paper.load_model(info["config"], {**given, "transformer.h.0.attn.beta": torch.ones(4)})
     with pytest.raises(ModelError, match=r"lm_head\.weight must have shape \(97, 64\), got \(96, 64\)"):
         kvm_paper.load_model(info["config"], {**given, "lm_head.weight": given["lm_head.weight"][:96]})
+    with pytest.raises(ModelError, match=r"lm_head\.weight must be of a floating-point dtype, got torch\.int64"):
+        kvm_paper.load_model(info["config"], {**given, "lm_head.weight": given["lm_head.weight"].long()})
+    with pytest.raises(ModelError, match=r"no place for foo1\.weight;"):
+        kvm_paper.load_model(info["config"], {**given, "foo1.weight": torch.tensor(1.0)})
+    gate = "transformer.h.0.attn.v_gate1.weight"
+    with pytest.raises(ModelError, match=r"v_gate1\.weight must have shape \(.*\), got \(\)"):
+        kvm_paper.load_model(info["config"], {**given, gate: torch.tensor(1.0)})
+
+
+def test_shards_hold_each_weight_once(tmp_path):
+    info, tensors = golden("kvm-fixed16")
+    (tmp_path / "config.json").write_text(json.dumps(info["config"]))
+    given = weights(tensors)
+    half = len(given) // 2
+    save_file(dict(list(given.items())[:half]), tmp_path / "a.safetensors")
+    save_file(dict(list(given.items())[half:]), tmp_path / "b.safetensors")
+    found = kvm_paper.import_files(tmp_path / "config.json", tmp_path)
+    assert torch.equal(found.head.weight, given["lm_head.weight"])
+    save_file({"lm_head.weight": torch.zeros_like(given["lm_head.weight"])}, tmp_path / "z.safetensors")
+    with pytest.raises(
+        ModelError, match=r"must be in one file, got lm_head\.weight in [ab]\.safetensors and z\.safetensors"
+    ):
+        kvm_paper.import_files(tmp_path / "config.json", tmp_path)
 
 
 def test_a_loaded_model_shares_nothing_with_the_tensors_given():

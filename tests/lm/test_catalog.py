@@ -125,6 +125,14 @@ def test_save_and_load(tmp_path, name):
     loaded.loss(ids).backward()  # type: ignore[possibly-undefined]
 
 
+def test_parameters_that_share_memory_are_not_written(tmp_path):
+    model = load_model("tiny-ovq")
+    model.head.weight = model.embedding.weight
+    with pytest.raises(ModelError, match=r"memory of their own .*, got head\.weight in that of embedding\.weight"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_of_ones_own(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("vocabulary: 9\nwidth: 8\ndepth: 1\nheads: 2\nlayers: {default: {kind: attention, policy: full}}\n")

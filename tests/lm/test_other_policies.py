@@ -1,6 +1,7 @@
 """Weights read under other policies than they were trained with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,79 @@ def test_what_the_new_policy_learns_starts_as_in_training(folder: Path, tmp_path
 def test_an_override_of_the_policy_is_taken_as_policy(folder: Path):
     one = load_model(folder, {"layers.default.policy": {"from": "kvm-sqrt-16", "chunker.size": 32}})
     assert torch.equal(logits(one), logits(load_model(folder, policy=load_policy("kvm-sqrt-16", {"chunker.size": 32}))))
+
+
+def layered(*policies: str) -> dict[str, Any]:
+    """One policy for each layer."""
+    at = [{"at": [layer], "mixer": {"kind": "attention", "policy": each}} for layer, each in enumerate(policies)]
+    return {"layers.overrides": at}
+
+
+@pytest.mark.parametrize(
+    "own", [("full",) * 4, ("window-512", "full") * 2, ("full", "full", "window-512", "window-512")]
+)
+def test_first_values_come_from_where_they_came_in_training(own: tuple[str, ...], tmp_path: Path):
+    """Nothing leaves these windows, so whatever policies say, logits are those of full attention."""
+    torch.manual_seed(0)
+    model = MemoryLM(load_model_spec("tiny-full", SMALL | {"depth": 4} | layered(*own)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "own")
+    expected = logits(model)
+    for number, (overrides, policy) in enumerate(
+        [
+            (None, "full"),
+            (None, "window-512"),
+            (layered("full", "window-512", "window-512", "full"), None),
+            (layered("full", "window-512", "streaming-4-512", "full"), None),
+            (layered("window-512", "window-512", "full", "full"), "full"),
+        ]
+    ):
+        other = load_model(tmp_path / "own", overrides, policy=policy)
+        torch.testing.assert_close(logits(other), expected, rtol=1e-4, atol=1e-4)
+        other.save_pretrained(tmp_path / str(number))
+        torch.testing.assert_close(logits(load_model(tmp_path / str(number))), expected, rtol=1e-4, atol=1e-4)
+        back = load_model(tmp_path / str(number), layered(*own))
+        torch.testing.assert_close(logits(back), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shipped_model_with_other_policies_in_some_layers_keeps_its_weights():
+    own = load_model("tiny-full")
+    other = load_model("tiny-full", layered("full", "window-512", "window-512"))
+    assert torch.equal(own.head.weight, other.head.weight)
+    torch.testing.assert_close(logits(other), logits(own), rtol=1e-4, atol=1e-4)
+
+
+def test_kinds_of_a_hybrid_stay_apart():
+    spec = load_model_spec("kvm-swa-120m")
+    assert spec.value_layers == [0, 1] * 6
+    assert with_policy(spec, "full").value_layers == [0, 1] * 6
+    assert with_policy(load_model_spec("tiny-full"), "window-512").first_values is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first_values": [0]}, "first_values must name a layer for each of 2, got 1"),
+        ({"first_values": [1, 1]}, r"first_values\.0: must be 0, or a layer before it that mixes in its own, got 1"),
+        ({"first_values": [0, -1]}, r"first_values\.1: must be 1, or a layer before it .*, got -1"),
+        (
+            {"first_values": [0, 0], "layers.overrides": [{"at": [1], "mixer": {"kind": "rwkv7"}}]},
+            r"first_values\.1: must be a layer with a mixer of the same kind",
+        ),
+        (
+            {
+                "first_values": [0, 0],
+                "layers.overrides": [{"at": [1], "mixer": {"kind": "attention", "policy": "full", "kv_heads": 1}}],
+            },
+            r"first_values\.1: must be a layer with a mixer of the same kind and as many values, got 0",
+        ),
+    ],
+)
+def test_first_values_that_are_not_there(changes: dict[str, Any], message: str):
+    with pytest.raises(ModelError, match=message):
+        load_model_spec("tiny-full", SMALL | changes)
 
 
 def test_other_sizes_are_still_refused(folder: Path):

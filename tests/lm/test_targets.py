@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -46,6 +48,31 @@ def test_targets_that_do_not_fit(made: MemoryLM, ids: torch.Tensor):
     first[:, 0] = True
     with pytest.raises(InputError, match="at least one token after a row's first"):
         made.loss(ids, targets=first)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given"),
+    [
+        ((2, 1), {}),
+        ((2, 0), {}),
+        ((0, 5), {}),
+        ((2, 9), {"lengths": [1, 0]}),
+        ((1, 5), {"documents": torch.arange(5)[None]}),
+        ((1, 5), {"lengths": [2], "targets": torch.tensor([[False, False, False, True, True]])}),
+        ((1, 4), {"documents": torch.tensor([[0, 0, 1, 1]]), "targets": torch.tensor([[True, False, True, False]])}),
+    ],
+)
+def test_nothing_to_predict(made: MemoryLM, shape: tuple[int, int], given: dict[str, Any]):
+    with pytest.raises(InputError, match=r"a loss needs at least one token .*, got none in ids"):
+        made.loss(torch.zeros(shape, dtype=torch.long), **given)
+
+
+def test_one_token_to_predict_will_do(made: MemoryLM, ids: torch.Tensor):
+    expected = made.loss(ids[:1, :2])
+    torch.testing.assert_close(made.loss(ids, lengths=[2, 1]), expected)
+    documents = torch.arange(2, 42).expand(2, -1).clone()
+    documents[0, 1] = 2
+    torch.testing.assert_close(made.loss(ids, documents=documents), expected)
 
 
 def test_bytes_are_tokens():

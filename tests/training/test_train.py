@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from memkit import InputError, load_model
 from memkit.cli import app
-from memkit.training import TrainingSpec, load_settings, train
+from memkit.lm import MemoryLM, load_model_spec
+from memkit.training import Trained, TrainingSpec, load_settings, train
 from memkit.training.data import collate_sequences, text_sequences
 from memkit.training.trainer import MemoryTrainer
 
@@ -83,6 +85,55 @@ def test_a_finished_run_is_not_run_again(once):
     assert again.losses == once.losses
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> list[Path]:
+    """Eight batches an epoch, as `TEXT` reads it."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 24)
+    return [tmp_path / "text.txt"]
+
+
+TEXT = TrainingSpec(steps=5, batch=2, length=64, warmup=2, log_every=1, save_every=3)
+
+
+def test_a_run_that_ended_within_an_epoch_is_not_run_again(text: list[Path], tmp_path: Path):
+    first = run(tmp_path / "out", TEXT, task=None, text=text)
+    (first.folder / "model.safetensors").unlink()  # a kill after the last checkpoint, before the model was written
+    again = run(tmp_path / "out", TEXT, task=None, text=text)
+    assert again.resumed == 5
+    assert again.losses == first.losses
+    loaded = load_model(again.folder)
+    assert all(map(torch.equal, loaded.state_dict().values(), first.model.state_dict().values()))
+    state = json.loads((again.folder / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"]) == (5, 5)
+
+
+def test_lines_of_the_log_are_whole_after_a_stop(text: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Checkpoints at 3, 6 and the end, lines of two steps: none spans a checkpoint, so a stop at 5 changes none."""
+    settings = TEXT.model_copy(update={"steps": 7, "log_every": 2})
+    whole = run(tmp_path / "whole", settings, task=None, text=text)
+    assert [step for step, _ in whole.losses] == [1, 2, 3, 4, 6, 7]
+    each = run(tmp_path / "each", settings.model_copy(update={"log_every": 1}), task=None, text=text)
+    alone = dict(each.losses)
+    assert whole.losses[4][1] == pytest.approx((alone[5] + alone[6]) / 2, rel=1e-4)
+
+    step = MemoryTrainer.training_step
+
+    def stopping(self, *given):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", settings, task=None, text=text)
+    resumed = run(tmp_path / "stopped", settings, task=None, text=text)
+    assert resumed.resumed == 3
+    assert [step for step, _ in resumed.losses] == [step for step, _ in whole.losses]
+    for (_, found), (_, expected) in zip(resumed.losses, whole.losses, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_loss_is_of_answers_alone(tmp_path: Path):
     settings = FAST.model_copy(update={"steps": 1, "learning_rate": 1e-9, "warmup": 0})
     found = run(tmp_path / "out", settings)
@@ -141,15 +192,23 @@ def test_mixed_precision_is_close(once, tmp_path: Path):
     assert found.model.head.weight.dtype == torch.float32
 
 
-def test_vectors_do_not_decay(once):
+@pytest.mark.parametrize("name", ["tiny-kvm-sqrt", "tiny-kvm-rwkv7", "tiny-ovq"])
+def test_vectors_do_not_decay(name: str):
+    """What multiplies vectors decays, and the embedding; nothing else."""
+
     class Bare(MemoryTrainer):
         def __init__(self):
             pass
 
-    names = Bare().get_decay_parameter_names(once.model)
-    shapes = {name: parameter.ndim for name, parameter in once.model.named_parameters()}
-    assert {name for name, axes in shapes.items() if axes == 2} == set(names)
-    assert any(axes == 1 for axes in shapes.values())
+    model = MemoryLM(load_model_spec(name, {"depth": 2}))
+    matrices = [each for each, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    names = Bare().get_decay_parameter_names(model)
+    assert sorted(names) == sorted(f"{each}.weight" for each in matrices)
+    axes = {each: parameter.ndim for each, parameter in model.named_parameters() if each not in names}
+    assert 1 in axes.values()
+    assert {each for each, number in axes.items() if number > 1} == (
+        {"blocks.0.mixer.bonus"} if name == "tiny-kvm-rwkv7" else set()
+    )
 
 
 def test_weights_to_begin_with(once, tmp_path: Path):
@@ -163,6 +222,28 @@ def test_weights_to_begin_with(once, tmp_path: Path):
 # What is refused
 
 
+def test_weights_to_begin_with_that_are_not_there(tmp_path: Path):
+    for model, overrides, message in (
+        (
+            "tiny-ovq",
+            {"width": 32, "heads": 2},
+            "from_weights needs weights that fit .*, got 'tiny-ovq', which has none",
+        ),
+        ("tiny-kvm-sqrt", {"width": 64}, "got 'tiny-kvm-sqrt' under overrides that change more than policies, which"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(model, tmp_path / "out", task=TASK, settings=FAST, overrides=overrides, from_weights=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_begun_with_under_another_policy(tmp_path: Path):
+    settings = FAST.model_copy(update={"steps": 1, "learning_rate": 1e-9})
+    overrides = {"layers.overrides": [{"at": [1], "mixer": {"kind": "attention", "policy": "window-512"}}]}
+    found = train("tiny-full", tmp_path / "on", task=TASK, settings=settings, overrides=overrides, from_weights=True)
+    torch.testing.assert_close(found.model.head.weight, load_model("tiny-full").head.weight)
+    assert found.model.spec.value_layers == [0] * 4
+
+
 def test_another_run_in_the_folder(once, tmp_path: Path):
     with pytest.raises(InputError, match="holds a run with another settings"):
         run(once.folder, FAST.model_copy(update={"seed": 3}))
@@ -171,6 +252,26 @@ def test_another_run_in_the_folder(once, tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no run"):
         run(tmp_path)
+
+
+def test_another_text_or_other_weights_under_the_same_name(text: list[Path], tmp_path: Path):
+    settings = TEXT.model_copy(update={"steps": 1})
+    for seed in (0, 1):
+        load_model("tiny-kvm-sqrt", SMALL, seed=seed).save_pretrained(tmp_path / f"model {seed}")
+
+    def again() -> Trained:
+        return train(tmp_path / "model 0", tmp_path / "out", text=text, settings=settings, from_weights=True)
+
+    first = again()
+    assert again().losses == first.losses
+    written = text[0].read_text()
+    text[0].write_text(written + "; and more")
+    with pytest.raises(InputError, match=r"holds a run with another sha256 of text, .*; name another folder"):
+        again()
+    text[0].write_text(written)
+    (tmp_path / "model 1" / "model.safetensors").replace(tmp_path / "model 0" / "model.safetensors")
+    with pytest.raises(InputError, match=r"holds a run with another sha256 of weights, .*; name another folder"):
+        again()
 
 
 def test_arguments_that_do_not_fit(tmp_path: Path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
-from memkit.errors import ModelError, nearest_name
+from memkit.errors import ModelError, nearest_name, shown
 
 __all__ = ["CLASS_PATHS", "Fields"]
 
@@ -127,8 +128,8 @@ class Fields:
 
     def number(self, name: str) -> float:
         value = self.value(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ModelError(f"config: {name} must be a number, got {value!r}")
+        if not _is_number(value):
+            raise ModelError(f"config: {name} must be a finite number, got {shown(value)}")
         return float(value)
 
     def integer(self, name: str, *missing: None) -> Any:
@@ -136,8 +137,8 @@ class Fields:
         value = self.value(name)
         if value is None and missing:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-            raise ModelError(f"config: {name} must be a whole number, got {value!r}")
+        if not _is_number(value) or value != int(value):
+            raise ModelError(f"config: {name} must be a whole number, got {shown(value)}")
         return int(value)
 
     def switch(self, name: str) -> bool:
@@ -145,3 +146,8 @@ class Fields:
         if value not in (0, 1):
             raise ModelError(f"config: {name} must be 0 or 1, got {value!r}")
         return bool(value)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a number that float has: neither infinite nor none."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

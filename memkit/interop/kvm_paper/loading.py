@@ -28,7 +28,9 @@ def load_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], bf16_ro
     bf16_rounding: round cos, sin and slot values to bfloat16 as the released checkpoints were trained; a property of
     the model that comes back, saved along with it. Raises `ModelError` naming what does not fit.
     """
-    ranks = {name: int(tensor.shape[0]) for name, tensor in tensors.items() if name.endswith("1.weight")}
+    ranks = {
+        name: int(tensor.shape[0]) for name, tensor in tensors.items() if name.endswith("1.weight") and tensor.ndim
+    }
     spec = model_spec(config, bf16_rounding, ranks)
     with torch.device("meta"):
         model = MemoryLM(spec)
@@ -46,6 +48,8 @@ def load_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], bf16_ro
         given, shape = tensors[theirs], wanted[ours].shape
         if given.numel() != shape.numel() or given.squeeze().shape != torch.Size(n for n in shape if n != 1):
             raise ModelError(f"weights: {theirs} must have shape {tuple(shape)}, got {tuple(given.shape)}")
+        if not given.is_floating_point():
+            raise ModelError(f"weights: {theirs} must be of a floating-point dtype, got {given.dtype}")
         state[ours] = given.detach().clone().view(shape)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_().eval()
@@ -88,9 +92,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not files:
         raise ModelError(f"{path}: no safetensors files in this folder")
     tensors: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
     for file in files:
         try:
-            tensors |= load_file(str(file))
+            read = load_file(str(file))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file}: cannot be read as safetensors: {error}") from None
+        for name in read:
+            if name in source:
+                raise ModelError(
+                    f"{path}: each weight must be in one file, got {name} in {source[name]} and {file.name}; "
+                    "give a folder with the files of one model, or one file"
+                )
+            source[name] = file.name
+        tensors |= read
     return tensors

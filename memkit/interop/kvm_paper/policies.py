@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from memkit.errors import MemkitError, ModelError
+from memkit.errors import MemkitError, ModelError, shown
 from memkit.interop.kvm_paper.fields import CLASS_PATHS, Fields
 from memkit.lm.parts import rank
 from memkit.lm.spec import ModelSpec
@@ -62,13 +62,18 @@ def mixers_of(fields: Fields) -> tuple[str, str]:
         given = fields.config.get(path)
         if given is not None:  # model.kvm_triton_mixer.SequenceMixer: the same mathematics, faster
             name = str(given).removeprefix("model.").removesuffix("_mixer.SequenceMixer").removesuffix("_triton")
-        if name not in MIXERS and (field == "token_mixer" or fields.integer("alt_layer_every") > 1):
+        if not _known(name, MIXERS) and (field == "token_mixer" or fields.integer("alt_layer_every") > 1):
             raise ModelError(
                 f"config: {path if given is not None else field} must be one of {', '.join(MIXERS)}, "
-                f"got {given if given is not None else name!r}"
+                f"got {shown(name if given is None else given)}"
             )
         names.append(name)
     return names[0], names[1]
+
+
+def _known(name: Any, names: Mapping[str, Any]) -> bool:
+    """Whether what a field holds, which may be anything, is one of the names."""
+    return isinstance(name, str) and name in names
 
 
 def rotary_of(fields: Fields, alternate: bool) -> dict[str, Any]:
@@ -91,8 +96,8 @@ def attention_of(
     modes: dict[str, str] = {}
     for part, known in (("value_residual", {"rwkv": "gated", "linear": "linear"}), ("token_shift", TOKEN_SHIFTS)):
         given = fields.value(f"{name}_{part}_mode") or fields.value(f"{fallback}_{part}_mode") or "rwkv"
-        if given not in known:
-            raise ModelError(f"config: {name}_{part}_mode must be {' or '.join(known)}, got {given!r}")
+        if not _known(given, known):
+            raise ModelError(f"config: {name}_{part}_mode must be {' or '.join(known)}, got {shown(given)}")
         modes[part] = known[given]
     residual = modes["value_residual"] if fields.switch("use_value_residual") else "none"
     mixer = {
