@@ -92,16 +92,22 @@ class Contest:
         return None if len(set(self.after)) == 1 else _there(self.after, max(self.after), device)
 
 
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor; the host does not wait for the device."""
+    tensor = torch.tensor(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @functools.lru_cache(maxsize=256)
 def _per_row(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)[:, None, None]
+        return _on_device(numbers, device)[:, None, None]
 
 
 @functools.lru_cache(maxsize=256)
 def _there(numbers: tuple[int, ...], most: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.arange(most, device=device) < torch.tensor(numbers, device=device)[:, None, None]
+        return torch.arange(most, device=device) < _on_device(numbers, device)[:, None, None]
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,6 +116,6 @@ def _token_columns(
 ) -> Tensor:
     """Where tokens stand in [b, g, count, …] seen as [b·g·count, …], flat."""
     with torch.inference_mode(False):
-        offsets = torch.tensor(before, device=device)[:, None, None] - first + torch.arange(size, device=device)
+        offsets = _on_device(before, device)[:, None, None] - first + torch.arange(size, device=device)
         offsets = offsets.expand(-1, heads, -1)
         return (offsets + begins(offsets, count)).flatten()
