@@ -87,9 +87,10 @@ class Contest:
         columns = self.slots_of_tokens(candidates.device) + torch.arange(self.size, device=candidates.device)
         return candidates.gather(2, columns.expand(*candidates.shape[:2], -1))
 
-    def lines_there(self, device: torch.device) -> Tensor | None:
-        """Which slots there are afterwards, of as many as the row with the most has, bool [b, 1, n]; None: all are."""
-        return None if len(set(self.after)) == 1 else _there(self.after, max(self.after), device)
+    def empty_after(self, heads: int, device: torch.device) -> Tensor | None:
+        """Where in [b, heads, n, …], n the most slots of any row afterwards, there are none: numbers on the first axis
+        of [b·heads·n, …]; None: nowhere."""
+        return None if len(set(self.after)) == 1 else _beyond(self.after, heads, device)
 
 
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
@@ -105,9 +106,13 @@ def _per_row(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _there(numbers: tuple[int, ...], most: int, device: torch.device) -> Tensor:
+def _beyond(numbers: tuple[int, ...], heads: int, device: torch.device) -> Tensor:
+    most = max(numbers)
     with torch.inference_mode(False):
-        return torch.arange(most, device=device) < _on_device(numbers, device)[:, None, None]
+        rows = [
+            torch.arange(row * most + number, (row + 1) * most) for row, number in enumerate(np.repeat(numbers, heads))
+        ]
+        return _on_device(tuple(torch.cat(rows).tolist()), device)
 
 
 @functools.lru_cache(maxsize=256)

@@ -90,16 +90,16 @@ def replace(store: SlotStore, rules: SlotRules, assignment: Assignment, chunk: C
         own = torch.arange(kept, device=rows.device).expand(*rows.shape[:2], -1)
         founders = torch.cat((own, founders + kept), dim=2)
     lines = picked(rows, founders)
-    if (there := contest.lines_there(rows.device)) is not None:
-        lines = torch.where(there.unsqueeze(-1), lines, 0)
+    if (empty := contest.empty_after(lines.shape[1], rows.device)) is not None:
+        lines.view(-1, lines.shape[-1]).index_fill_(0, empty, 0)
     if policy.merging.joins and others.shape[2]:
         slot = assignment.slot.gather(2, others)
         stored = slot >= 0 if assignment.drops else None
         if stay is not None:
             stored = stay.expand_as(slot) if stored is None else stored & stay
         _join(lines, picked(rows, others + kept), slot, policy, line, stored)
-    if (empty := store.room - lines.shape[2]) > 0:
-        lines = torch.cat((lines, lines.new_zeros(*lines.shape[:2], empty, lines.shape[3])), dim=2)
+    if (more := store.room - lines.shape[2]) > 0:
+        lines = torch.cat((lines, lines.new_zeros(*lines.shape[:2], more, lines.shape[3])), dim=2)
     store.about_to_write()
     store.take_lines(lines, line.values.stop, line.numbers, line.evidence, line.founders_keys if line.turned else None)
 
