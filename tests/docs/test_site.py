@@ -31,8 +31,9 @@ OWN_TESTS = {"README.md", "stock-models.md", "testing.md", "write-a-merge-rule.m
 
 def blocks(path: Path, language: str) -> list[str]:
     """The fenced blocks of one language, indented ones too."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return [textwrap.dedent(block) for _, block in found]
+    # All of them, so that the end of one is never taken for the beginning of another.
+    found = re.findall(r"^( *)```(.*?)\n(.*?)^\1```$", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for _, named, block in found if named.strip() == language]
 
 
 @pytest.fixture
