@@ -58,6 +58,8 @@ LENGTHS = {"policy": (4096, 1024), "full": (2304, 2048)}
 
 Progress = Callable[[str, int, int], None]
 """Called with (policy, tokens done, tokens in all) as a policy is measured."""
+Head = Callable[[Tensor], Tensor]
+"""Logits of last hidden states."""
 
 
 @dataclass(frozen=True)
@@ -269,13 +271,11 @@ class _Reading:
     seconds: float
 
 
-def _read(loaded: LoadedModel, ids: Tensor, skip: int, prompt: int | None, progress: Callable[[int], None]) -> _Reading:
+def _read(model: Any, head: Head, ids: Tensor, skip: int, prompt: int | None, done: Callable[[int], None]) -> _Reading:
     """Let the attached model read `ids` [1, n], the first `prompt` of them in one call of their own."""
-    from memkit.hf.logits import output_head
     from memkit.hf.names import returned_cache, with_cache
 
-    model: Any = loaded.model
-    head, seconds, cache, hidden = output_head(model), 0.0, None, ids.new_empty(0)
+    seconds, cache, hidden = 0.0, None, ids.new_empty(0)
     losses: list[Tensor] = []
     starts = [*([] if prompt is None else [0]), *range(prompt or 0, ids.shape[1], SEGMENT), ids.shape[1]]
     for begin, end in pairwise(starts):
@@ -286,7 +286,7 @@ def _read(loaded: LoadedModel, ids: Tensor, skip: int, prompt: int | None, progr
         cache, hidden = returned_cache(output), output.last_hidden_state[0]
         first = max(0, skip - 1 - begin)  # the state of token i predicts token i + 1
         losses += _losses(head, hidden[first:], ids[0, begin + first + 1 : end + 1])
-        progress(end)
+        done(end)
     return _Reading(cache, hidden[-1], torch.cat(losses), seconds)
 
 
@@ -315,12 +315,13 @@ def _measure(
     words = hf.connecting_ids(loaded.tokenizer) if prefill == "full" else None
     with hf.attach(model, policies, prefill=prefill, connecting=words):
         model.base_model(ids[:, :SLICE], use_cache=True)  # the first call allocates; not counted
-        reading = _read(loaded, ids, skip, prompt, lambda done: progress(label, done, all_tokens))
+        head = output_head(model)
+        reading = _read(model, head, ids, skip, prompt, lambda done: progress(label, done, all_tokens))
         layers = hf.memories(reading.cache)
         held = peak = sum(memory.bytes for memory in layers)
         slots = round(statistics.mean(float(memory.slots[0].double().mean()) for memory in layers))
         window = round(statistics.mean(int(memory.held_rows[0]) for memory in layers))
-        token = output_head(model)(reading.last).argmax().view(1, 1)
+        token = head(reading.last).argmax().view(1, 1)
         for step in range(decoded):
             start = _now(ids.device)
             logits = model(token, use_cache=True, **with_cache(model, reading.cache)).logits
@@ -331,7 +332,7 @@ def _measure(
         second = None
         if second_ids is not None:
             before = tokens + decoded
-            second = _read(loaded, second_ids, skip, prompt, lambda done: progress(label, before + done, all_tokens))
+            second = _read(model, head, second_ids, skip, prompt, lambda n: progress(label, before + n, all_tokens))
     entry = Measurement(
         policy=label,
         loss=float(reading.losses.mean()),
@@ -351,7 +352,7 @@ def _measure(
     return _Measured(policies, entry, reading.losses, None if second is None else second.losses)
 
 
-def _losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
+def _losses(head: Head, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
     """−ln p(target) of states hidden [n, width] (one more than targets at the text's end), slice by slice."""
     for states, words in zip(hidden[: len(targets)].split(SLICE), targets.split(SLICE), strict=True):
         yield nn.functional.cross_entropy(head(states).float(), words, reduction="none").double().cpu()

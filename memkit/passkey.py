@@ -107,6 +107,8 @@ def find_passkeys(
 
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `compare` does.
     """
+    from memkit.hf.logits import output_head
+
     tokens = whole_number("tokens", tokens, LEAST_TOKENS, 2**24)
     placements = whole_number("placements", placements, 1, 2**16)
     seed = whole_number("seed", seed, *SEEDS)
@@ -118,11 +120,12 @@ def find_passkeys(
     hidden = _hidden(loaded, asked.text, tokens, placements, seed)
     found: list[Retrieval] = []
     with reading(loaded, seed):
+        head = output_head(loaded.model)
         for label, policy in asked.policies:
             each: list[tuple[float, bool, float]] = []
             most = 0
             for number, (depth, prompt, question, key) in enumerate(hidden):
-                exact, nats, held = _ask(loaded, policy, prefill, prompt, question, key)
+                exact, nats, held = _ask(loaded, head, policy, prefill, prompt, question, key)
                 each.append((depth, exact, nats))
                 most = max(most, held)
                 if progress is not None:
@@ -186,6 +189,7 @@ def _hidden(
 
 def _ask(
     loaded: LoadedModel,
+    head: Callable[[Tensor], Tensor],
     policy: LayerPoliciesSpec,
     prefill: Literal["policy", "full"],
     prompt: Tensor,
@@ -194,7 +198,6 @@ def _ask(
 ) -> tuple[bool, float, int]:
     """Whether the number is said exactly, its loss per token, and the bytes held."""
     from memkit import hf
-    from memkit.hf.logits import output_head
     from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
@@ -204,6 +207,5 @@ def _ask(
         asked = torch.cat((question, key[None, :-1]), dim=1)
         output = model.base_model(asked, use_cache=True, **with_cache(model.base_model, cache))
         held = sum(memory.bytes for memory in hf.memories(returned_cache(output)))
-        head = output_head(model)
     logits = head(output.last_hidden_state[0, question.shape[1] - 1 :]).float()
     return bool((logits.argmax(-1) == key).all()), float(nn.functional.cross_entropy(logits, key)), held

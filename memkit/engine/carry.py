@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
-from memkit.engine.schedule import Schedule, on_device
+from memkit.engine.schedule import Schedule
 from memkit.memory import Memory
 from memkit.memory.held import HeldSlots
 from memkit.memory.memory import DecodeBuffer
-from memkit.memory.rows import SlotRules, parameter_versions
+from memkit.memory.rows import SlotRules, on_device, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
 from memkit.pieces.rotary import Rotary

@@ -17,12 +17,12 @@ from memkit.engine.leaving import LeavingTokens
 from memkit.engine.observe import Observer, alike_rows
 from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
-from memkit.engine.schedule import LeavingChunk, Schedule, Step, on_device
+from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.engine.threads import one_thread
 from memkit.memory import Memory
 from memkit.memory.contest import Contest
 from memkit.memory.replacing import replace
-from memkit.memory.rows import Chunk, SlotRules, SlotView
+from memkit.memory.rows import Chunk, SlotRules, SlotView, on_device
 from memkit.memory.slots import SlotStore
 from memkit.pieces.chunk import Assignment
 

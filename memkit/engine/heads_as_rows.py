@@ -13,7 +13,6 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from memkit.engine.carry import close
 from memkit.engine.checks import check
@@ -22,6 +21,7 @@ from memkit.engine.heads import by_heads
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.schedule import Schedule
 from memkit.memory import HeadsMemory, Memory
+from memkit.memory.heads import side_by_side
 from memkit.memory.held import HeldSlots
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline, Window
@@ -139,10 +139,7 @@ def _memory_of_rows(memory: Memory, observes: bool) -> Memory:
 def _filled_up(each: list[Tensor | None]) -> Tensor | None:
     """[b, heads, m, s] of each part → all heads as rows [b·g, 1, M, s], 0 up to the most slots; None if one is None."""
     tensors = [tensor for tensor in each if tensor is not None]
-    if len(tensors) < len(each):
-        return None
-    most = max(tensor.shape[2] for tensor in tensors)
-    return _rows(torch.cat([pad(tensor, (0, 0, 0, most - tensor.shape[2])) for tensor in tensors], dim=1))
+    return _rows(side_by_side(tensors)) if len(tensors) == len(each) else None
 
 
 def _parts(inputs: AttendInputs, run: Pass) -> Iterator[Memory]:

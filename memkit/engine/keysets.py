@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from memkit.engine.read import KeySet
-from memkit.engine.schedule import Schedule, Step, common, on_device
-from memkit.memory.rows import SlotView
+from memkit.engine.schedule import Schedule, Step, common
+from memkit.memory.rows import SlotView, on_device
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkit.engine.schedule import Schedule, on_device
-from memkit.memory.rows import Chunk, Rows, SlotRules, contributions, memory_keys
+from memkit.engine.schedule import Schedule
+from memkit.memory.rows import Chunk, Rows, SlotRules, contributions, memory_keys, on_device
 from memkit.memory.window import Columns, Timeline
 
 __all__ = ["LeavingTokens"]

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from memkit.engine.expected import expected_shares
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries, scaled
-from memkit.engine.schedule import Schedule, Step, common, on_device
-from memkit.memory.rows import SlotRules, SlotView
+from memkit.engine.schedule import Schedule, Step, common
+from memkit.memory.rows import SlotRules, SlotView, on_device
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.pieces.evidence import SHARE, softmax_evidence

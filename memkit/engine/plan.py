@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from memkit.engine.inputs import Plan
-from memkit.engine.schedule import LeavingChunk, Schedule, common, on_device
+from memkit.engine.schedule import LeavingChunk, Schedule, common
 from memkit.memory.contest import Contest
-from memkit.memory.rows import Chunk, SlotRules, read_tokens
+from memkit.memory.rows import Chunk, SlotRules, on_device, read_tokens
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Columns, columns
 from memkit.pieces.admission import Admission

@@ -12,14 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from memkit.engine.course import Course, Rows, course_of
 from memkit.memory.cuts import Cuts
 from memkit.policy import Policy
 
-__all__ = ["BAND_STEP", "LeavingChunk", "Schedule", "Step", "common", "on_device"]
+__all__ = ["BAND_STEP", "LeavingChunk", "Schedule", "Step", "common"]
 
 BAND_STEP = 128
 """Queries read together under a sliding window: the part of the band that needs a mask is this wide."""
@@ -151,9 +149,3 @@ def common(numbers: Rows, among: Rows) -> int | None:
     """The number that all rows in `among` share; None where they differ."""
     chosen = numbers[among]
     return int(chosen[0]) if len(chosen) and (chosen == chosen[0]).all() else None
-
-
-def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor; the host does not wait for the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

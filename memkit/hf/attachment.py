@@ -28,7 +28,7 @@ from memkit.hf.decoder import NAME, Decoder, find_decoder
 from memkit.hf.hooks import Life, allow_batches, end, forbid_batches, hook, put_right, unhook
 from memkit.layers import AnyLayers, LayerFunction
 
-__all__ = ["Attached", "attach", "check_free"]
+__all__ = ["Attached", "attach", "check_free", "detach"]
 
 
 def attach(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memkit.memory.rows import on_device
 from memkit.pieces.chunk import Count, begins
 
 __all__ = ["Contest"]
@@ -36,7 +37,7 @@ class Contest:
         """before, new [b]: slots of each row, and how many more it has afterwards."""
         return cls(kept, size, tuple(before.tolist()), tuple((before + new).tolist()))
 
-    @property
+    @functools.cached_property
     def even(self) -> bool:
         """Whether all rows of the batch have the same numbers."""
         return len(set(self.before)) == len(set(self.after)) == 1
@@ -64,12 +65,6 @@ class Contest:
         """Candidates that there are, [b, 1, 1]; None where rows have equally many."""
         return None if self.even else _per_row(tuple(n + self.size - self.kept for n in self.before), device)
 
-    def slots_of_tokens(self, device: torch.device) -> Count:
-        """Where the chunk's tokens begin among the candidates: one number, or one per row [b, 1, 1]."""
-        return (
-            self.most_before - self.kept if self.even else _per_row(tuple(n - self.kept for n in self.before), device)
-        )
-
     def behind(self, slots: Tensor, tokens: Tensor, first: int = 0) -> Tensor:
         """Slots [b, g, m, …], from `first` on as many as the row with the most has, and right behind each row's last
         one the chunk's tokens [b, g, c, …]: [b, g, m + c, …]."""
@@ -84,7 +79,8 @@ class Contest:
         """What candidates [b, g, n] have, for the chunk's tokens alone, [b, g, c]."""
         if self.even:
             return candidates[:, :, self.most_before - self.kept :]
-        columns = self.slots_of_tokens(candidates.device) + torch.arange(self.size, device=candidates.device)
+        begin = _per_row(tuple(before - self.kept for before in self.before), candidates.device)
+        columns = begin + torch.arange(self.size, device=candidates.device)
         return candidates.gather(2, columns.expand(*candidates.shape[:2], -1))
 
     def empty_after(self, heads: int, device: torch.device) -> Tensor | None:
@@ -93,16 +89,10 @@ class Contest:
         return None if len(set(self.after)) == 1 else _beyond(self.after, heads, device)
 
 
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor; the host does not wait for the device."""
-    tensor = torch.tensor(numbers)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 @functools.lru_cache(maxsize=256)
 def _per_row(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return _on_device(numbers, device)[:, None, None]
+        return on_device(np.array(numbers), device)[:, None, None]
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,9 +100,9 @@ def _beyond(numbers: tuple[int, ...], heads: int, device: torch.device) -> Tenso
     most = max(numbers)
     with torch.inference_mode(False):
         rows = [
-            torch.arange(row * most + number, (row + 1) * most) for row, number in enumerate(np.repeat(numbers, heads))
+            np.arange(row * most + number, (row + 1) * most) for row, number in enumerate(np.repeat(numbers, heads))
         ]
-        return _on_device(tuple(torch.cat(rows).tolist()), device)
+        return on_device(np.concatenate(rows), device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -121,6 +111,6 @@ def _token_columns(
 ) -> Tensor:
     """Where tokens stand in [b, g, count, …] seen as [b·g·count, …], flat."""
     with torch.inference_mode(False):
-        offsets = _on_device(before, device)[:, None, None] - first + torch.arange(size, device=device)
+        offsets = on_device(np.array(before), device)[:, None, None] - first + torch.arange(size, device=device)
         offsets = offsets.expand(-1, heads, -1)
         return (offsets + begins(offsets, count)).flatten()

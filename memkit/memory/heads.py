@@ -20,7 +20,7 @@ from memkit.memory.memory import Memory
 from memkit.pieces.statistics import Statistic
 from memkit.policy import Policy
 
-__all__ = ["HeadsMemory"]
+__all__ = ["HeadsMemory", "side_by_side"]
 
 
 class HeadsMemory(Memory):
@@ -61,7 +61,7 @@ class HeadsMemory(Memory):
     @property
     def counts(self) -> Tensor:
         """Tokens in each slot, [b, g, m] int64; 0 past a head's slots."""
-        return self._together([part.counts for part in self.parts])
+        return side_by_side([part.counts for part in self.parts])
 
     @property
     def live_rows(self) -> np.ndarray:
@@ -86,11 +86,11 @@ class HeadsMemory(Memory):
     @property
     def sums(self) -> Tensor:
         """What slots sum of keys and values, [b, g, M, d + v]; 0 past a head's slots."""
-        return self._together([part.sums for part in self.parts])
+        return side_by_side([part.sums for part in self.parts])
 
     def number(self, statistic: Statistic) -> Tensor:
         """One of the numbers that slots keep, [b, g, M]; 0 past a head's slots."""
-        return self._together([part.number(statistic) for part in self.parts])
+        return side_by_side([part.number(statistic) for part in self.parts])
 
     @property
     def heads(self) -> int:
@@ -169,13 +169,6 @@ class HeadsMemory(Memory):
         held = int(self.held_rows.max(initial=0))
         return torch.cat([part.window.last(held)[name] for part in self.parts], dim=1)
 
-    def _together(self, each: list[Tensor]) -> Tensor:
-        """[b, heads, m, …] of each part → all heads side by side, with 0 up to the most slots."""
-        most = max(tensor.shape[2] for tensor in each)
-        return torch.cat(
-            [pad(tensor, (0, 0) * (tensor.ndim - 3) + (0, most - tensor.shape[2])) for tensor in each], dim=1
-        )
-
     def __repr__(self) -> str:
         ends = ", lost" if self.lost else ", taken over" if self.taken else ""
         return (
@@ -183,6 +176,12 @@ class HeadsMemory(Memory):
             f"{sum(self.heads_of_parts)} heads, seen {self.seen_rows.tolist()}, window {self.held_rows.tolist()}, "
             f"slots of each head {self.slots.tolist()}, {self.bytes:,} bytes{ends})"
         )
+
+
+def side_by_side(each: Sequence[Tensor]) -> Tensor:
+    """[b, heads, m, …] of each part → all heads side by side, [b, g, M, …], with 0 up to the most slots."""
+    most = max(tensor.shape[2] for tensor in each)
+    return torch.cat([pad(tensor, (0, 0) * (tensor.ndim - 3) + (0, most - tensor.shape[2])) for tensor in each], dim=1)
 
 
 Memory.of_parts = HeadsMemory

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ __all__ = [
     "key_mass",
     "mean_position",
     "memory_keys",
+    "on_device",
     "parameter_versions",
     "read_slots",
     "read_tokens",
@@ -167,6 +169,12 @@ def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> Row
         rows = torch.cat((keys, values), dim=-1)
         return rows if weight is None else rows * for_keys.unsqueeze(-1), numbers
     return torch.cat((keys * for_keys.unsqueeze(-1), values * for_values.unsqueeze(-1)), dim=-1), numbers
+
+
+def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor; the host does not wait for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @functools.lru_cache(maxsize=64)
