@@ -99,6 +99,7 @@ def memories() -> list[Any]:
         ([0, 3], "rows must be a list of numbers from 0 to 2, got [0, 3]"),
         ([-1], "rows must be a list of numbers from 0 to 2, got [-1]"),
         (1, "got 1"),
+        ([], "rows must name one row at least, got none"),
     ],
 )
 def test_rows_to_reorder_are_row_numbers(memories: list[Any], rows: Any, message: str):

@@ -59,7 +59,8 @@ def attend(
         parameters: what the policy has learned; None: LayerNorm 1 and 0, query scales 1.
         rotation: how keys were rotated, needed by `unrotate`, `rerotate` and `admission: expected-attention`; refused
             elsewhere.
-        scale: of the scores; None: 1/√d.
+        scale: of the scores, above 0; None: 1/√d. A number that carries no gradient: what is learned, or may be
+            negative, multiplies the queries.
         memory: what an earlier call returned. Without gradients this call takes it over, updating it in place: the old
             handle raises when used again, `memory.fork()` copies. With gradients it is left as it is, and they flow
             through.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +54,7 @@ def check(given: AttendInputs) -> AttendInputs:
         )
     if given.plan is not None:
         _check_plan(policy, keys, given.plan, given.memory, lengths, boundaries)
-    if given.scale is not None and not is_finite(given.scale):
-        raise InputError(f"scale must be a finite number, got {shown(given.scale)}")
+    _check_scale(given.scale)
     scale = default_scale(keys.shape[-1]) if given.scale is None else given.scale
     sources = [queries, keys, values, weights, *([] if given.parameters is None else given.parameters.tensors())]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in sources)
@@ -121,6 +121,18 @@ def check_signs(weights: Tensor) -> None:
     """Weights are at least 0; looked at on the CPU alone, for elsewhere the host would wait for the device."""
     if weights.device.type == "cpu" and weights.numel() and (least := weights.amin().item()) < 0:
         raise InputError(f"weights must be at least 0, got {least}; KVM takes 1 + ELU of its gate")
+
+
+def _check_scale(scale: Any) -> None:
+    """That a scale is above 0, for the kernels' causal masks take it for granted, and one that nobody learns."""
+    if scale is None:
+        return
+    if not is_finite(scale):
+        raise InputError(f"scale must be a finite number, got {shown(scale)}")
+    if scale <= 0:
+        raise InputError(f"scale must be above 0, got {shown(scale)}; multiply the queries by it instead")
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise InputError("scale has no gradient, got a tensor that asks for one; multiply the queries by it instead")
 
 
 def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> None:

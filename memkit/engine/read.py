@@ -176,7 +176,8 @@ class _Layout:
 
     Grouped queries: a group's queries stand in a row before their one key/value head; where the causal mask forbids
     that, the set's keys and values (a chunk's at most) are repeated. Unequal widths: zeros fill the narrower tensors,
-    which changes no score and no value.
+    which changes no score and no value. Channels that do not stand next to each other: a copy in which they do, for the
+    kernels take that for granted, and the CPU's reads what stands there instead without a word.
     """
 
     def __init__(self, key_set: KeySet) -> None:
@@ -196,7 +197,8 @@ class _Layout:
             queries, keys = pad(queries, (0, missing)), pad(keys, (0, missing))
         elif missing < 0:
             values = pad(values, (0, -missing))
-        self.queries, self.keys, self.values, self.bias = queries, keys, values, bias
+        self.queries, self.keys, self.values = _dense(queries), _dense(keys), _dense(values)
+        self.bias = bias
 
     def group(self, tensor: Tensor) -> Tensor:
         """Per query head [b, h, s, …] → as the kernel's queries are laid out."""
@@ -237,6 +239,7 @@ def _backward(
     missing = layout.values.shape[-1] - grad.shape[-1]
     if missing:
         output, grad = pad(output, (0, missing)), pad(grad, (0, missing))
+    output, grad = _dense(output), _dense(grad)
     match _kernel(layout):
         case "flash":
             tensors = (grad, layout.queries, layout.keys, layout.values, output, lse)
@@ -265,6 +268,11 @@ def _backward(
             queries, keys = layout.queries.to(shares.dtype), layout.keys.to(shares.dtype)
             grads = (per_score @ keys, per_score.mT @ queries, shares.mT @ wide)
             return tuple(tensor.to(grad.dtype) for tensor in grads)  # type: ignore[return-value]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with the numbers of its last axis next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _kernel(layout: _Layout) -> Literal["flash", "gpu flash", "efficient", "plain"]:

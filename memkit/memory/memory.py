@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memkit.catalog import as_policy
-from memkit.errors import MemoryStateError
+from memkit.errors import MemoryStateError, shown
 from memkit.memory import file
 from memkit.memory.cuts import Cuts
 from memkit.memory.held import HeldSlots
@@ -194,9 +194,14 @@ class Memory:
         return self._mapped(lambda tensor: tensor.detach().clone())
 
     def to(self, device: torch.device | str) -> Memory:
-        """A copy on a device, be it the same one. Shares nothing with this memory, as a fork does."""
+        """A copy on a device, be it the same one. Shares nothing with this memory, as a fork does.
+
+        Raises `MemoryStateError` for what is no device: a memory keeps its dtype, for its counts and sums are wider
+        than its keys, and would not be what they are in another.
+        """
         self.check_usable()
-        return self._mapped(lambda tensor: tensor.to(device, copy=True))
+        there = _device(device)
+        return self._mapped(lambda tensor: tensor.to(there, copy=True))
 
     def reorder(self, rows: Tensor | list[int]) -> Memory:
         """A memory whose row i is this one's row rows[i]; rows may repeat (beam search) or be left out."""
@@ -363,10 +368,21 @@ class Memory:
         )
 
 
+def _device(given: Any) -> torch.device:
+    """A device by its name or number."""
+    try:
+        return torch.device(given)
+    except (TypeError, RuntimeError):
+        raise MemoryStateError(
+            f"device must be one of this machine's, such as 'cpu' or 'cuda:0', got {shown(given)}; "
+            "a memory keeps its dtype"
+        ) from None
+
+
 def row_numbers(rows: Any, batch: int) -> Tensor:
-    """Rows of a batch as numbers, [n] int64 on the CPU; a mask, or rows that are not there, raise."""
+    """Rows of a batch as numbers, [n] int64 on the CPU; a mask, no row at all, or rows that are not there, raise."""
     masked = isinstance(rows, Tensor) and rows.dtype == torch.bool
-    return whole_numbers(
+    index = whole_numbers(
         "rows",
         rows,
         0,
@@ -375,6 +391,9 @@ def row_numbers(rows: Any, batch: int) -> Tensor:
         kind=MemoryStateError,
         remedy="; a mask's rows are mask.nonzero().flatten()" if masked else "",
     )
+    if not len(index):
+        raise MemoryStateError("rows must name one row at least, got none; a memory of no rows cannot go on")
+    return index
 
 
 def held(policy: Policy, seen: np.ndarray) -> np.ndarray:

@@ -6,12 +6,16 @@ Both follow one injected plan, so that a flipped choice neither hides nor fakes 
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch import Tensor
 
 import memkit
 from memkit.pieces.admission import ExpectedAttentionSpec
 from tests.engine.cases import (
+    WIDTH,
     Case,
     assert_close,
     awkward_lengths,
@@ -92,6 +96,42 @@ def test_values_of_any_width(name: str, value_width: int):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (6, 3)])
 def test_any_grouping_of_heads(heads: int, kv_heads: int):
     assert_agrees(make_case(small("kvm-sqrt-16"), 43, heads=heads, kv_heads=kv_heads))
+
+
+def apart(tensor: Tensor, step: int) -> Tensor:
+    """The same numbers, those of a channel `step` numbers apart: as a convolution leaves them, or as every other of
+    twice as many channels, between which there is none."""
+    if step == 2:
+        return torch.stack((tensor, torch.full_like(tensor, torch.nan)), dim=-1).flatten(-2)[..., ::2]
+    return tensor.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("step", [2, 43])
+@pytest.mark.parametrize("which", ["queries", "keys", "values"])
+@pytest.mark.parametrize("name", ["full", "streaming-4-512", "kvm-sqrt-16", "snapkv-512"])
+def test_channels_need_not_stand_next_to_each_other(name: str, which: str, step: int):
+    case = make_case(small(name), 43, heads=2, kv_heads=2, value_width=WIDTH)
+    direction, limit = cotangent(case), tolerance(torch.float64)
+    output, _, gradients = case.gradients(direction)
+
+    def moved(leaves: Case) -> Case:
+        changed = {**leaves.tensors, which: apart(leaves.tensors[which], step)}
+        assert changed[which].stride(-1) == step
+        return dataclasses.replace(leaves, tensors=changed)
+
+    leaves = case.leaves()
+    actual, _ = moved(leaves).attend()
+    assert_close(actual, output, limit, "output")
+    found = torch.autograd.grad(actual, list(leaves.tensors.values()), apart(direction, step))
+    for of, gradient in zip(leaves.tensors, found, strict=True):
+        assert_close(gradient, gradients[of], limit, f"gradient of {of}")
+    with torch.no_grad():
+        first, memory = moved(case).part(0, 40).attend()
+        pieces = [first]
+        for index in range(40, 43):
+            piece, memory = moved(case).part(index, index + 1).attend(memory=memory)
+            pieces.append(piece)
+    assert_close(torch.cat(pieces, dim=2), output, limit, "output in pieces")
 
 
 def test_a_scale_of_ones_own():

@@ -121,6 +121,14 @@ def test_what_is_no_memory_is_refused():
         case.attend(memory={})
 
 
+@pytest.mark.parametrize("device", [torch.bfloat16, None, "nowhere", 3.0])
+def test_a_memory_goes_to_devices_alone(device: Any):
+    _, memory = started()
+    with pytest.raises(memkit.MemoryStateError, match=re.escape("device must be one of this machine's")):
+        memory.to(device)
+    assert memory.to("cpu").dtype == memory.to(torch.device("cpu")).dtype == memory.dtype
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", memkit.policy_names())
 def test_rows_reordered_go_on_as_themselves(name: str):

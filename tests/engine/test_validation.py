@@ -216,6 +216,18 @@ REFUSALS = [
         "scale must be a finite number, got nan",
     ),
     (
+        changed(PLAIN, scale=-0.3),
+        "scale must be above 0, got -0.3; multiply the queries by it instead",
+    ),
+    (
+        changed(PLAIN, scale=0),
+        "scale must be above 0, got 0; multiply the queries by it instead",
+    ),
+    (
+        changed(PLAIN, scale=torch.tensor(0.3, requires_grad=True)),
+        "scale has no gradient, got a tensor that asks for one; multiply the queries by it instead",
+    ),
+    (
         changed(PLAIN, backend="cuda"),
         "backend must be 'auto', 'torch' or 'reference', got 'cuda'",
     ),
