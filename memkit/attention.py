@@ -258,9 +258,12 @@ class MemoryAttention(nn.Module):
 
     @staticmethod
     def _positions(keys: Tensor, memory: Memory | None) -> Tensor:
-        """Positions of this call's tokens, [b, t]: they continue from the memory."""
+        """Positions of this call's tokens, [b, t]: they continue from the memory. What is none of these rows is refused
+        by `attend`, which says why."""
         positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], -1)
-        return positions if memory is None else positions + memory.seen.to(keys.device)[:, None]
+        if not isinstance(memory, Memory) or len(memory.seen_rows) != keys.shape[0]:
+            return positions
+        return positions + memory.seen.to(keys.device)[:, None]
 
     def extra_repr(self) -> str:
         groups = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"

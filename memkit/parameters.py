@@ -31,8 +31,9 @@ class PolicyParameters(nn.Module):
 
     A memory that decodes keeps a copy of its slots as these tensors read them, and reads them anew when one has
     changed: by an optimiser, by `load_state_dict`, by any change in place under `torch.no_grad()`. A change through
-    `.data` or a NumPy view is one that PyTorch does not count, and is not seen until the next chunk leaves the window;
-    after such a change go on with `memory.fork()`, which has no such copy.
+    `.data` or a NumPy view is one that PyTorch does not count, as is any of a tensor that was made in inference mode,
+    and is not seen until the next chunk leaves the window; after such a change go on with `memory.fork()`, which has
+    no such copy.
     """
 
     key_norm_weight: nn.Parameter | None

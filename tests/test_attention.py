@@ -223,6 +223,20 @@ def test_errors(settings, message):
         MemoryAttention(**{"policy": "full", "width": WIDTH, "heads": HEADS, **settings})
 
 
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (lambda memory: memory, "memory is for 3 rows × 4 heads, got keys of 2 × 4"),
+        (lambda memory: (None, memory), "memory must be a memkit.Memory or None, got tuple"),
+    ],
+)
+def test_a_memory_that_is_not_of_these_rows_is_refused(memory, message):
+    layer = MemoryAttention("full", width=WIDTH, heads=HEADS)
+    _, before = layer(torch.zeros(3, 5, WIDTH))
+    with pytest.raises(InputError, match=re.escape(message)):
+        layer(torch.zeros(2, 5, WIDTH), memory(before))
+
+
 def test_odd_rotary_widths_are_refused():
     with pytest.raises(SpecError, match=r"rotary\.width must be even"):
         RotaryEmbeddingSpec(width=7)

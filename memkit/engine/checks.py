@@ -156,6 +156,10 @@ def _check_rotation(policy: Policy, keys: Tensor, rotation: Rotation | None) -> 
         )
     if not isinstance(rotation, Rotation):
         raise InputError(f"rotation must be a memkit.Rotation, got {shown(rotation)}")
+    if torch.is_grad_enabled():
+        for name, tensor in (("frequencies", rotation.frequencies), ("positions", rotation.positions)):
+            if tensor is not None and tensor.requires_grad:
+                raise InputError(f"rotation.{name} have no gradient, got a tensor that asks for one; detach() it")
     if rotation.width > keys.shape[-1]:
         raise InputError(f"rotation.width must be at most the head width {keys.shape[-1]}, got {rotation.width}")
     expected = (keys.shape[0], keys.shape[2])

@@ -75,6 +75,8 @@ def compress(
 ) -> Memory:
     """The memory of a text that was read in full, as if all that is older than the window left it now.
 
+    No gradient flows into it.
+
     Args:
         policy: as for `attend`, and so are the tensors.
         queries: [b, h, t, d]: the text's.

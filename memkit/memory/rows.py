@@ -221,7 +221,7 @@ def parameter_versions(parameters: PolicyParameters | None) -> tuple[int, ...]:
     """What the slots as they are read depend on besides their sums: the learned tensors, as they are now."""
     if parameters is None:
         return ()
-    # Tensors made in inference mode cannot change unseen, and have no version.
+    # Tensors made in inference mode have no version; `PolicyParameters` says what that means.
     versions = [(id(each), 0 if each.is_inference() else each._version) for each in parameters.tensors()]
     return tuple(number for pair in versions for number in pair)
 

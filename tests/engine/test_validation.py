@@ -48,6 +48,10 @@ def at(positions: torch.Tensor) -> Any:
     return lambda rotation: dataclasses.replace(rotation, positions=positions)
 
 
+def learned(rotation: memkit.Rotation) -> memkit.Rotation:
+    return dataclasses.replace(rotation, frequencies=rotation.frequencies.clone().requires_grad_())
+
+
 REFUSALS = [
     # Shapes
     (
@@ -226,6 +230,10 @@ REFUSALS = [
     (
         changed(PLAIN, scale=torch.tensor(0.3, requires_grad=True)),
         "scale has no gradient, got a tensor that asks for one; multiply the queries by it instead",
+    ),
+    (
+        changed(ROTATED, rotation=learned),
+        "rotation.frequencies have no gradient, got a tensor that asks for one; detach() it",
     ),
     (
         changed(PLAIN, backend="cuda"),
