@@ -29,8 +29,10 @@ from memkit.pieces.growth import (
     SqrtGrowthSpec,
 )
 from memkit.pieces.merging import DropSpec, MeanSpec, WeightedMeanSpec
+from memkit.pieces.readout import Readout
 from memkit.pieces.registry import kinds
 from memkit.pieces.routing import NearestSpec, SegmentSpec
+from memkit.pieces.statistics import Numbers
 from memkit.testing import CLAIMS, LawBroken, check, check_growth, check_merge_rule, check_policy, examine, laws
 from memkit.testing.claims import claimed
 from memkit.testing.laws import POLICY_LAWS
@@ -64,6 +66,7 @@ PIECES = [
     ReadoutSpec(key="l2", value="birth-radius"),
     ReadoutSpec(key="mean-norm", value="mean-norm", count_bias=True),
     ReadoutSpec(key="layer-norm", value="count-mean", temperatures=True),
+    ReadoutSpec(value="count-mean", bias="mass"),
 ]
 EVERY = [getattr(laws, name) for name in laws.__all__ if not name.isupper()]
 OF_PIECES = tuple(law for law in EVERY if law not in POLICY_LAWS)
@@ -245,6 +248,27 @@ def test_importing_memkit_imports_neither_the_kit_nor_hypothesis():
         "import sys, memkit, memkit.cli; print([m for m in sys.modules if 'hypothesis' in m or 'memkit.testing' in m])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+class SumsAreRead(Readout):
+    """Forgets to divide."""
+
+    def value(self, sums: torch.Tensor, numbers: Numbers) -> torch.Tensor:
+        return sums
+
+
+class SumsAreReadSpec(ReadoutSpec):
+    def build(self) -> Readout:
+        return SumsAreRead(self)
+
+
+def test_the_laws_of_policies_are_asked_of_a_readout_that_a_policy_can_have():
+    of_family = [law.name for law in laws.READOUT_LAWS]
+    report = examine(SumsAreRead(ReadoutSpec()), 10, shrink=False)
+    assert [verdict.law.name for verdict in report.verdicts] == of_family  # its spec builds memkit's own
+    assert "values keep their size" in [error.law.name for error in report.broken]
+    built = examine(SumsAreReadSpec(), 1, laws=POLICY_LAWS[-1:], shrink=False)
+    assert [verdict.law for verdict in built.verdicts] == [POLICY_LAWS[-1]]
 
 
 def test_admission_is_checked_too():

@@ -11,7 +11,7 @@ from torch import Tensor
 import memkit
 from memkit.parameters import PolicyParameters
 from memkit.pieces.readout import Readout
-from memkit.pieces.statistics import COUNT, KEY_NORM, MASS, RADIUS, VALUE_NORM, Numbers
+from memkit.pieces.statistics import COUNT, FOUNDER_MASS, KEY_NORM, MASS, RADIUS, VALUE_NORM, Numbers
 from memkit.testing.agreement import agree, by_differences, identical, show
 from memkit.testing.cases import DATA, Case, Data, make
 from memkit.testing.law import Broken, law
@@ -57,8 +57,8 @@ class Sums:
             sums.append(((weight[:, None] * keys).sum(0), (weight[:, None] * values).sum(0)))
             norms = [float((weight * tensor.norm(dim=-1)).sum()) for tensor in (keys, values)]
             radius = float(values[0].norm()) * float(many > 0)
-            rows.append([many, float(weight.sum()), radius, *norms])
-        statistics = (COUNT, MASS, RADIUS, KEY_NORM, VALUE_NORM)
+            rows.append([many, float(weight.sum()), radius, *norms, float(weight[0])])
+        statistics = (COUNT, MASS, RADIUS, KEY_NORM, VALUE_NORM, FOUNDER_MASS)
         columns = torch.tensor(rows, dtype=torch.float64).unbind(-1)
         keys, values = (torch.stack(column) for column in zip(*sums, strict=True))
         return keys, values, dict(zip(statistics, columns, strict=True))
@@ -105,7 +105,9 @@ def alone_it_is_itself(readout: Readout, example: Sums) -> None:
     # Directions of vectors shorter than 1e-12 are not taken: see the readout's formulas.
     sound = (values.norm(dim=-1, keepdim=True) > 1e-11) & (keys.norm(dim=-1, keepdim=True) > 1e-11)
     values, keys = values * sound, keys * sound
-    numbers = {which: number * (sound[:, 0] | (which in (COUNT, MASS))) for which, number in numbers.items()}
+    numbers = {
+        which: number * (sound[:, 0] | (which in (COUNT, MASS, FOUNDER_MASS))) for which, number in numbers.items()
+    }
     size = float(values.abs().max())
     agree({"value": readout.value(values, numbers)}, {"value": values}, scales={"value": size}, eps=2**-40)
     read = readout.key(keys, numbers, None)
@@ -121,7 +123,7 @@ def alone_it_is_itself(readout: Readout, example: Sums) -> None:
 
 @law("bias of single tokens", "readout")
 def bias_of_single_tokens(readout: Readout, example: Sums) -> None:
-    """The bias is log(count): 0 for sinks and single tokens, 0 for an empty slot.
+    """The bias is log(count), or log(mass / founder's mass): 0 for sinks and single tokens, 0 for an empty slot.
 
     A slot of n tokens draws as much attention as n equal tokens would; one token draws what it did before it left.
     """
@@ -129,7 +131,11 @@ def bias_of_single_tokens(readout: Readout, example: Sums) -> None:
     bias = readout.bias(numbers)
     if bias is None:
         return
-    expected = torch.tensor([max(count, 1) for count in example.counts], dtype=torch.float64).log()
+    expected = torch.tensor([max(count, 1) for count in example.counts], dtype=torch.float64)
+    if readout.spec.bias == "mass":
+        alone = expected == 1
+        expected = torch.where(alone, 1, numbers[MASS] / torch.where(alone, 1, numbers[FOUNDER_MASS])).clamp(min=1)
+    expected = expected.log()
     agree({"bias": bias}, {"bias": expected}, scales={"bias": 1.0}, eps=2**-40)
 
 
