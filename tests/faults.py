@@ -97,6 +97,27 @@ class Loudest(Merging):
         return torch.maximum(slot, token)
 
 
+class DividesByTheWay(Merging):
+    """Half way to the token, written so that 0 is divided by 0 where a number is there already."""
+
+    additive = False
+    convex = True
+
+    def combine(self, slot, token):
+        way = token - slot
+        return slot + 0.5 * way * (way / way)
+
+
+class SeldomSteps(Merging):
+    """Forgets a token now and then, as dropout would."""
+
+    additive = False
+    order_free = True
+
+    def combine(self, slot, token):
+        return slot + token * float(torch.rand(()) > 0.05)
+
+
 class NoGradient(Merging):
     """A moving average whose tokens get no gradient."""
 
@@ -161,6 +182,18 @@ class Shrinks(Growth):
 
     def size(self, tokens):
         return min(tokens, max(0, 80 - tokens))
+
+
+class NeverLooksBack(Growth):
+    """As many slots as the longest text that it was ever asked about has: a state of its own."""
+
+    def __init__(self):
+        super().__init__(FixedGrowthSpec(slots=1))
+        self.longest = 0
+
+    def size(self, tokens):
+        self.longest = max(self.longest, tokens)
+        return self.longest
 
 
 class OverItsCap(Growth):
@@ -521,6 +554,8 @@ FAULTS = (
     Fault(laws.order_of_tokens, LastWins),
     Fault(laws.associativity, Halves),
     Fault(laws.convexity, Overshoots),
+    Fault(laws.duplicates, DividesByTheWay),
+    Fault(laws.merging_is_pure, SeldomSteps),
     Fault(laws.isotropy, Loudest),
     Fault(laws.merge_gradients, NoGradient),
     Fault(laws.weights_are_weights, NegativeWeight),
@@ -528,6 +563,7 @@ FAULTS = (
     Fault(laws.weight_zero, WeighsNothing),
     Fault(laws.chunks_do_not_matter, Tired),
     Fault(laws.merging_is_pure, WritesToSlots),
+    Fault(laws.growth_is_pure, NeverLooksBack),
     Fault(laws.growth_is_monotone, Shrinks),
     Fault(laws.growth_within_bounds, OverItsCap),
     Fault(laws.whole_slots, FloatSlots),

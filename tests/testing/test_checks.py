@@ -36,7 +36,7 @@ from memkit.pieces.statistics import Numbers
 from memkit.testing import CLAIMS, LawBroken, check, check_growth, check_merge_rule, check_policy, examine, laws
 from memkit.testing.claims import claimed
 from memkit.testing.laws import POLICY_LAWS
-from tests.faults import ForgetsMass, NearestAdmitted, Overshoots, Shrinks
+from tests.faults import ForgetsMass, NearestAdmitted, NeverLooksBack, Overshoots, SeldomSteps, Shrinks
 from tests.testing.ema import Ema
 
 # Fewer, and not made smaller, where the same tests try hundreds of mutants (make mutants).
@@ -269,6 +269,17 @@ def test_the_laws_of_policies_are_asked_of_a_readout_that_a_policy_can_have():
     assert "values keep their size" in [error.law.name for error in report.broken]
     built = examine(SumsAreReadSpec(), 1, laws=POLICY_LAWS[-1:], shrink=False)
     assert [verdict.law for verdict in built.verdicts] == [POLICY_LAWS[-1]]
+
+
+def test_what_a_piece_keeps_from_earlier_laws_hides_nothing():
+    report = examine(NeverLooksBack, 20, laws=laws.GROWTH_LAWS, shrink=False)
+    assert [error.law for error in report.broken] == [laws.growth_is_pure]
+
+
+def test_a_piece_that_breaks_a_law_now_and_then_is_a_broken_law_too():
+    torch.manual_seed(0)
+    for error in examine(SeldomSteps, 100, laws=(laws.merging_is_pure, laws.chunks_do_not_matter)).broken:
+        assert isinstance(error, LawBroken)
 
 
 def test_admission_is_checked_too():

@@ -31,6 +31,8 @@ def merge_gradients(rule: Merging, example: Merge) -> None:
         return fold(rule, dataclasses.replace(tokens, keys=leaves[0], values=leaves[1], weights=weights))[1].sum()
 
     result = output(leaves)
+    if not bool(result.isfinite()):
+        raise Broken(f"the sum of what is read of slots is {float(result.detach())} for tokens of\n{show(leaves[0])}")
     found = torch.autograd.grad(result, leaves, allow_unused=True)
     for name, leaf, gradient in zip(("keys", "values", "weights"), leaves, found, strict=False):
         gradient = torch.zeros_like(leaf) if gradient is None else gradient

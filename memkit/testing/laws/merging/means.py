@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from memkit.pieces.merging import Merging
-from memkit.testing.agreement import agree, eps_of, size
+from memkit.testing.agreement import Results, agree, eps_of, show, size
 from memkit.testing.law import Broken, law
 from memkit.testing.laws.merging.tokens import Merge, by_slot, sums
 
@@ -26,7 +27,7 @@ def convexity(rule: Merging, example: Merge) -> None:
     for name, vectors in (("key_sum", tokens.keys), ("value_sum", tokens.values)):
         vectors = vectors.double()
         for slot in range(int(tokens.slot.max()) + 1):
-            inside, mass = tokens.slot[0, 0] == slot, found["mass"][0, :, slot]
+            inside, mass = tokens.slot[0, 0] == slot, _masses(found)[0, :, slot]
             if not bool((mass > 0).all()):
                 continue
             mean = found[name][0, :, slot].double() / mass.unsqueeze(-1)
@@ -55,7 +56,7 @@ def duplicates(rule: Merging, example: Merge) -> None:
         values=tokens.values[:, :, :1].expand_as(tokens.values),
     )
     found = sums(rule, same)
-    sound = found["mass"] > 0
+    sound = _masses(found) > 0
     for name, vector in (("key_sum", same.keys[:, :, :1]), ("value_sum", same.values[:, :, :1])):
         mean = found[name].double() / torch.where(sound, found["mass"], 1).unsqueeze(-1)
         expected = torch.where(sound.unsqueeze(-1), vector.double(), 0).expand_as(mean)
@@ -63,3 +64,11 @@ def duplicates(rule: Merging, example: Merge) -> None:
         agree({name: mean}, {name: expected}, scales={name: size(vector)}, eps=eps_of(tokens.keys.dtype))
     counts = by_slot(torch.ones_like(tokens.slot, dtype=torch.float64), tokens.slot)
     agree({"count": found["count"]}, {"count": counts}, scales={}, eps=0)
+
+
+def _masses(found: Results) -> Tensor:
+    """The slots' masses, which must be numbers: no slot can be divided by NaN."""
+    mass = found["mass"]
+    if not bool(mass.isfinite().all()):
+        raise Broken(f"mass:\n{show(mass)}")
+    return mass
