@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from memkit import Memory, PolicySpec
-from memkit.engine import carry, forward, gradients, heads, keysets, leaving, observe, schedule
+from memkit.engine import carry, forward, gradients, heads, keysets, leaving, observe, read, schedule
 from memkit.memory import replacing, slots
 from memkit.pieces import Merging, Readout, ReadoutSpec
 from memkit.pieces.admission import Admission, Novelty, OutputErrorSpec
@@ -449,6 +449,10 @@ def _undoes_nothing(right):
     return lambda self, fold, *sums: None
 
 
+def _channels_side_by_side(right):
+    return lambda tensor: tensor
+
+
 def _noisy(right):
     def attend_key_sets(*arguments, **named):
         output, lse = right(*arguments, **named)
@@ -598,6 +602,7 @@ FAULTS = (
     _in_policies(laws.split_equals_whole, _one_chunk_late, (schedule.Schedule, "_leaving"), growth=GROWS),
     _in_policies(laws.same_plan_same_answer, _window_too_long, (BlockWindow, "begin")),
     _in_policies(laws.causality, _sees_what_follows, (keysets.KeySets, "of")),
+    _in_policies(laws.same_plan_same_answer, _channels_side_by_side, (read, "_dense")),
     _in_policies(laws.limits, _positions_halved, (slots, "read_slots"), rotary=RerotateSpec()),
     _in_policies(
         laws.same_plan_same_answer,

@@ -45,7 +45,8 @@ class Case:
     given (with gaps), or continue from the memory; pieces: how to split the tokens, repeated until they are used up
     (row r begins with the r-th, so that rows get out of step);
     ends: where the policy lets the caller say where chunks end, tokens of each chunk, repeated (row r begins with the
-    r-th); left out: nobody says; gradients: whether gradients are compared, too.
+    r-th); left out: nobody says; gradients: whether gradients are compared, too; strided: whether the channels of
+    queries, keys and values stand apart from each other, as those of a transposed tensor do.
     """
 
     lengths: tuple[int, ...] = (4,)
@@ -63,6 +64,7 @@ class Case:
     pieces: tuple[int, ...] = (1,)
     ends: tuple[int, ...] = ()
     gradients: bool = False
+    strided: bool = False
 
     @property
     def tokens(self) -> int:
@@ -122,7 +124,7 @@ class Case:
             frequencies = 0.7 ** torch.arange(1, turned // 2 + 1, dtype=torch.float64)
             rotation = Rotation(("adjacent", "half-split")[self.seed % 2], turned, frequencies, positions)
         lengths, boundaries = torch.tensor(self.lengths), self._boundaries() if policy.takes_boundaries else None
-        return Inputs(queries, keys, values, weights, parameters, rotation, lengths, boundaries)
+        return Inputs(queries, keys, values, weights, parameters, rotation, lengths, boundaries, self.strided)
 
     def _boundaries(self) -> Tensor | None:
         """Which tokens the case says are the last of their chunk, [b, t] bool."""
@@ -138,7 +140,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a call, as `memkit.attend` takes them."""
+    """The tensors of a call, as `memkit.attend` takes them; strided: channels are set apart before it is called."""
 
     queries: Tensor
     keys: Tensor
@@ -148,6 +150,7 @@ class Inputs:
     rotation: Rotation | None
     lengths: Tensor
     boundaries: Tensor | None = None
+    strided: bool = False
 
     def chunks(self, policy: Policy, row: int, tokens: int) -> list[tuple[int, int]]:
         """The chunks (begin, end) of a row's first tokens, from the definition; the last may not be complete."""
@@ -185,9 +188,9 @@ class Inputs:
         """`memkit.attend` on them."""
         return memkit.attend(
             policy,
-            self.queries,
-            self.keys,
-            self.values,
+            self._laid_out(self.queries),
+            self._laid_out(self.keys),
+            self._laid_out(self.values),
             weights=self.weights,
             parameters=self.parameters,
             rotation=self.rotation,
@@ -206,7 +209,7 @@ class Inputs:
         """`memkit.plan` on them."""
         return memkit.plan(
             policy,
-            self.keys,
+            self._laid_out(self.keys),
             weights=self.weights,
             parameters=self.parameters,
             rotation=self.rotation,
@@ -214,6 +217,10 @@ class Inputs:
             lengths=self.lengths if self.padded else None,
             boundaries=self.boundaries,
         )
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        """The same numbers; with NaN between the channels, where these are set apart."""
+        return torch.stack((tensor, torch.full_like(tensor, torch.nan)), dim=-1)[..., 0] if self.strided else tensor
 
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
         """The same call with every differentiable tensor changed."""
@@ -406,6 +413,7 @@ def cases(
         pieces=draw(splits()),
         ends=draw(st.one_of(st.just(()), splits())) if policy.takes_boundaries else (),
         gradients=draw(st.integers(0, 2)) == 2,
+        strided=draw(st.integers(0, 3)) == 3,
     )
 
 
