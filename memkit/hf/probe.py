@@ -79,6 +79,11 @@ def _look(
     layer = getattr(module, "layer_idx", None)
     if memkit_seen is None or not isinstance(layer, int):
         raise ModelError(f"{type(module).__name__} hands its attention function neither its arguments nor its number")
+    if layer in memkit_seen:
+        raise ModelError(
+            f"a layer must attend once, and {type(module).__name__} calls its attention function several times in "
+            f"layer {layer}, where a memory would read the tokens as often; use another model"
+        )
     if attention_mask is not None:
         keywords["attention_mask"] = attention_mask
     keywords = {name: each for name, each in keywords.items() if name not in ("scaling", "dropout")}

@@ -214,6 +214,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         sizes("GptOss", head_dim=16, num_local_experts=4),
         r"got s_aux a tensor \(4,\) \(sinks in the softmax\) from GptOssAttention",
     ),
+    "diffllama": (sizes("DiffLlama"), r"DiffLlamaAttention calls its attention function several times in layer 0"),
     "bloom": (sizes("Bloom"), r"BloomModel \(bloom\) has its own"),
     "mamba": (sizes("Mamba"), r"no layer of MambaModel \(mamba\) calls one"),
     "t5": (
