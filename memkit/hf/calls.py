@@ -203,13 +203,13 @@ class Calls:
         return None if call.reading is None else first_reading(output, call.reading)
 
     def _check_depth(self) -> None:
-        """Every layer must be read. Early exit lets the config name fewer, and does not take that back after an error."""
+        """All layers must read. Early exit lets the config name fewer, and does not set it back after an error."""
         depth = self.config.num_hidden_layers
         if depth != self.layers:
             self.config.num_hidden_layers = self.layers
             raise InputError(
-                f"an attached model reads all of its {self.layers} layers, got num_hidden_layers {depth} in its config, "
-                "as generate sets it for assistant_early_exit; it is set back now. Assist by another model "
+                f"an attached model reads all of its {self.layers} layers, got num_hidden_layers {depth} in its "
+                "config, as generate sets it for assistant_early_exit; it is set back now. Assist by another model "
                 "(assistant_model), or by the prompt (prompt_lookup_num_tokens)"
             )
 

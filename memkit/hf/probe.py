@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine.autocast import autocasts, without_autocast
 from memkit.errors import ModelError, short
 from memkit.hf.decoder import Decoder, windows_of
 from memkit.hf.keywords import check_keywords
+from memkit.hf.names import with_cache
 from memkit.pieces.rotary import Rotation
 from memkit.processes import is_split
 
@@ -147,13 +149,17 @@ def _seen(decoder: Decoder, positions: Tensor) -> dict[int, _Seen]:
     module.eval()
     try:
         with attention_function(module, NAME), torch.no_grad(), _exactly(device):
-            _called(decoder)(input_ids=ids, position_ids=where, use_cache=False, memkit_seen=seen)
+            called = _called(decoder)
+            called(input_ids=ids, position_ids=where, use_cache=False, memkit_seen=seen)
+            if seen:  # it must take a cache, too: one of its own that it insists on could not be exchanged for ours
+                cache = with_cache(module, DynamicCache(config=decoder.config))
+                called(input_ids=ids[:1], use_cache=True, memkit_seen={}, **cache)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{type(module).__name__} must read {len(ids)} rows of one token to show how it attends, got "
-            f"{type(error).__name__}: {short(' '.join(str(error).split()))}"
+            f"{type(module).__name__} must read {len(ids)} rows of one token to show how it attends, and one with a "
+            f"cache, got {type(error).__name__}: {short(' '.join(str(error).split()))}"
         ) from error
     finally:
         for each, training in modes.items():

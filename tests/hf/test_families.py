@@ -216,6 +216,10 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     ),
     "diffllama": (sizes("DiffLlama"), r"DiffLlamaAttention calls its attention function several times in layer 0"),
     "bloom": (sizes("Bloom"), r"BloomModel \(bloom\) has its own"),
+    "minimax": (
+        sizes("MiniMax", num_local_experts=2, layer_types=["linear_attention", "full_attention"]),
+        "MiniMaxModel must read .* got ValueError: MiniMax uses cache of its own",
+    ),
     "mamba": (sizes("Mamba"), r"no layer of MambaModel \(mamba\) calls one"),
     "t5": (
         lambda: transformers.T5ForConditionalGeneration(
