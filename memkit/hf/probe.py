@@ -67,6 +67,13 @@ class _Seen:
     keywords: dict[str, Any]
 
 
+class _Record:
+    """What is seen, by layer. No mapping: accelerate's hooks hand copies of these to modules on several devices."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, _Seen] = {}
+
+
 def _look(
     module: nn.Module,
     query: Tensor,
@@ -74,14 +81,14 @@ def _look(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    memkit_seen: dict[int, _Seen] | None = None,
+    memkit_seen: _Record | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one token: its value, [b, 1, h, v]."""
     layer = getattr(module, "layer_idx", None)
     if memkit_seen is None or not isinstance(layer, int):
         raise ModelError(f"{type(module).__name__} hands its attention function neither its arguments nor its number")
-    if layer in memkit_seen:
+    if layer in memkit_seen.layers:
         raise ModelError(
             f"a layer must attend once, and {type(module).__name__} calls its attention function several times in "
             f"layer {layer}, where a memory would read the tokens as often; use another model"
@@ -90,7 +97,7 @@ def _look(
         keywords["attention_mask"] = attention_mask
     keywords = {name: each for name, each in keywords.items() if name not in ("scaling", "dropout")}
     keywords.setdefault("is_causal", getattr(module, "is_causal", True))
-    memkit_seen[layer] = _Seen(module, key[:, :, 0].detach(), query.shape[1], value.shape[-1], keywords)
+    memkit_seen.layers[layer] = _Seen(module, key[:, :, 0].detach(), query.shape[1], value.shape[-1], keywords)
     return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
@@ -141,7 +148,7 @@ def probe(decoder: Decoder) -> dict[int, LayerFacts]:
 
 def _seen(decoder: Decoder, positions: Tensor) -> dict[int, _Seen]:
     """Let the decoder read TOKENS × positions rows of a token each."""
-    module, seen = decoder.module, dict[int, _Seen]()
+    module, seen = decoder.module, _Record()
     device, words = module.device, decoder.config.vocab_size
     ids = torch.linspace(1, words - 1, TOKENS).long().repeat_interleave(len(positions))[:, None].to(device)
     where = positions.repeat(TOKENS)[:, None].to(device)
@@ -151,9 +158,9 @@ def _seen(decoder: Decoder, positions: Tensor) -> dict[int, _Seen]:
         with attention_function(module, NAME), torch.no_grad(), _exactly(device):
             called = _called(decoder)
             called(input_ids=ids, position_ids=where, use_cache=False, memkit_seen=seen)
-            if seen:  # it must take a cache, too: one of its own that it insists on could not be exchanged for ours
+            if seen.layers:  # it must take a cache, too: one of its own, insisted on, could not be exchanged for ours
                 cache = with_cache(module, DynamicCache(config=decoder.config))
-                called(input_ids=ids[:1], use_cache=True, memkit_seen={}, **cache)
+                called(input_ids=ids[:1], use_cache=True, memkit_seen=_Record(), **cache)
     except ModelError:
         raise
     except Exception as error:
@@ -164,7 +171,7 @@ def _seen(decoder: Decoder, positions: Tensor) -> dict[int, _Seen]:
     finally:
         for each, training in modes.items():
             each.training = training
-    return seen
+    return seen.layers
 
 
 def _called(decoder: Decoder) -> Any:
