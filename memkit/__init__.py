@@ -71,5 +71,14 @@ show_in_notebooks(Comparison, Cost, Memory, MemoryLM, ModelSpec, Plan, Policy, P
 def __getattr__(name: str) -> ModuleType:
     """`memkit.hf`, `memkit.interop` and `memkit.testing` without an import of their own; each loads when first used."""
     if name in ("hf", "interop", "testing"):
-        return importlib.import_module(f"memkit.{name}")
+        try:
+            return importlib.import_module(f"memkit.{name}")
+        except ModuleNotFoundError as error:
+            if name == "interop" or (error.name or "memkit").partition(".")[0] == "memkit":
+                raise
+            raise ModuleNotFoundError(
+                f"memkit.{name} needs {error.name}, which is not installed; "
+                f"run: pip install 'memkit-attention[{name}]'",
+                name=error.name,
+            ) from None
     raise AttributeError(f"module 'memkit' has no attribute '{name}'")

@@ -241,7 +241,13 @@ def profile(
     Policies use it by `heads: {profile: FILE}`. Minutes on a laptop for a small model.
     """
     check_writable("--out", out)
-    from memkit import hf, texts, viz
+    try:
+        from memkit import hf
+    except ImportError as error:
+        raise InputError(
+            f"memkit profile needs transformers, accelerate and gguf, got: {error}; pip install 'memkit-attention[hf]'"
+        ) from None
+    from memkit import texts, viz
     from memkit.viz.comparison import progress_bar
     from memkit.viz.profiles import table
 

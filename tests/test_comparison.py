@@ -20,20 +20,13 @@ from memkit.errors import InputError, ModelError, PolicyError
 from memkit.hf.names import returned_cache
 from memkit.layers import as_layers
 from memkit.rendering import render
-from tests.hf.tiny import randomised, tiny_config
+from tests.hf.tiny import Letters, randomised, tiny_config
 
 mpl.use("agg")
 
 # Merges by place in the text: equal letters have all but equal keys, and ties that rounding decides differ by split.
 FREE = memkit.load_policy("untrained-block-mean", {"chunker.size": 8})
 WINDOW = memkit.load_policy("window-512", {"window.size": 20})
-
-
-class Letters:
-    """A tokenizer: one token per character."""
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [3 + ord(letter) % 208 for letter in text]}
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,12 @@ def _outside(path: Path) -> set[str]:
     return {imported.split(".")[0] for imported in imports(path)}
 
 
+def test_the_tests_of_stock_models_need_no_others():
+    """They also run where only the extras `hf` and `testing` are (make test-hf-floor, make test-hf-newest)."""
+    found = {each for path in (ROOT / "tests/hf").glob("*.py") for each in imports(path) if each.startswith("tests.")}
+    assert {each for each in found if not each.startswith("tests.hf.")} == set()
+
+
 def test_importing_memkit_loads_nothing_heavy():
     program = f"import sys, memkit; print([name for name in {(*OUTSIDE, 'pandas')} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

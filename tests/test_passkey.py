@@ -14,8 +14,7 @@ from memkit import comparison, hf, passkey
 from memkit.hf.names import returned_cache, with_cache
 from memkit.passkey import find_passkeys
 from memkit.viz.passkeys import table
-from tests.hf.tiny import randomised, tiny_config
-from tests.test_comparison import Letters
+from tests.hf.tiny import Letters, randomised, tiny_config
 
 OPTIONS: dict[str, Any] = {"tokens": 300, "placements": 3}
 WINDOW = memkit.load_policy("window-512", {"window.size": 20})

@@ -104,5 +104,35 @@ def test_installed_command_works_without_extras(wheel: Path, python: Path, tmp_p
     assert run(memkit, "cost", "full", cwd=tmp_path).strip()
 
 
+@pytest.mark.parametrize("extra", ["hf", "testing"])
+def test_a_missing_extra_is_named_in_python(python: Path, tmp_path: Path, extra: str):
+    program = f"import memkit\ntry: memkit.{extra}\nexcept ImportError as error: print(error)"
+    missing = {"hf": "transformers", "testing": "hypothesis"}[extra]
+    assert run(python, "-c", program, cwd=tmp_path) == (
+        f"memkit.{extra} needs {missing}, which is not installed; run: pip install 'memkit-attention[{extra}]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (("profile",), "hf"),
+        (("compare", "full"), "hf"),
+        (("compare", "--passkey"), "hf"),
+        (("train", "tiny-full", "--text", "text.txt", "--out", "out"), "train"),
+        (("eval", "--model", "folder", "--tasks", "copa"), "hf"),
+        (("cost", "full", "--plot", "cost.png"), "notebook"),
+        (("check", "full"), "testing"),
+    ],
+)
+def test_a_missing_extra_is_named_by_the_command(python: Path, tmp_path: Path, command: tuple[str, ...], extra: str):
+    done = subprocess.run(
+        [python.with_name("memkit"), *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert f"pip install 'memkit-attention[{extra}]'" in done.stderr
+
+
 def test_requirements_agree_with_each_other(python: Path, tmp_path: Path):
     assert "No broken requirements" in run(python, "-m", "pip", "check", cwd=tmp_path)

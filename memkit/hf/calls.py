@@ -111,6 +111,7 @@ class Calls:
                 f"attention must stay as attach() has set it, got {implementation!r}, which no policy sees; detach the "
                 "model first, or leave set_attn_implementation out"
             )
+        self._check_depth()
         arguments: dict[str, Any] = self.signature.bind(decoder, *args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
         del arguments["self"]
@@ -200,6 +201,17 @@ class Calls:
         else:
             call.outer.caches.append(call.cache)
         return None if call.reading is None else first_reading(output, call.reading)
+
+    def _check_depth(self) -> None:
+        """All layers must read. Early exit lets the config name fewer, and does not set it back after an error."""
+        depth = self.config.num_hidden_layers
+        if depth != self.layers:
+            self.config.num_hidden_layers = self.layers
+            raise InputError(
+                f"an attached model reads all of its {self.layers} layers, got num_hidden_layers {depth} in its "
+                "config, as generate sets it for assistant_early_exit; it is set back now. Assist by another model "
+                "(assistant_model), or by the prompt (prompt_lookup_num_tokens)"
+            )
 
     def _check_padding(self, now: Tensor | None, before: int) -> None:
         if now is None:

@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine.autocast import autocasts, without_autocast
 from memkit.errors import ModelError, short
 from memkit.hf.decoder import Decoder, windows_of
 from memkit.hf.keywords import check_keywords
+from memkit.hf.names import with_cache
 from memkit.pieces.rotary import Rotation
 from memkit.processes import is_split
 
@@ -65,6 +67,13 @@ class _Seen:
     keywords: dict[str, Any]
 
 
+class _Record:
+    """What is seen, by layer. No mapping: accelerate's hooks hand copies of these to modules on several devices."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, _Seen] = {}
+
+
 def _look(
     module: nn.Module,
     query: Tensor,
@@ -72,18 +81,23 @@ def _look(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    memkit_seen: dict[int, _Seen] | None = None,
+    memkit_seen: _Record | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one token: its value, [b, 1, h, v]."""
     layer = getattr(module, "layer_idx", None)
     if memkit_seen is None or not isinstance(layer, int):
         raise ModelError(f"{type(module).__name__} hands its attention function neither its arguments nor its number")
+    if layer in memkit_seen.layers:
+        raise ModelError(
+            f"a layer must attend once, and {type(module).__name__} calls its attention function several times in "
+            f"layer {layer}, where a memory would read the tokens as often; use another model"
+        )
     if attention_mask is not None:
         keywords["attention_mask"] = attention_mask
     keywords = {name: each for name, each in keywords.items() if name not in ("scaling", "dropout")}
     keywords.setdefault("is_causal", getattr(module, "is_causal", True))
-    memkit_seen[layer] = _Seen(module, key[:, :, 0].detach(), query.shape[1], value.shape[-1], keywords)
+    memkit_seen.layers[layer] = _Seen(module, key[:, :, 0].detach(), query.shape[1], value.shape[-1], keywords)
     return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
@@ -134,7 +148,7 @@ def probe(decoder: Decoder) -> dict[int, LayerFacts]:
 
 def _seen(decoder: Decoder, positions: Tensor) -> dict[int, _Seen]:
     """Let the decoder read TOKENS × positions rows of a token each."""
-    module, seen = decoder.module, dict[int, _Seen]()
+    module, seen = decoder.module, _Record()
     device, words = module.device, decoder.config.vocab_size
     ids = torch.linspace(1, words - 1, TOKENS).long().repeat_interleave(len(positions))[:, None].to(device)
     where = positions.repeat(TOKENS)[:, None].to(device)
@@ -142,18 +156,22 @@ def _seen(decoder: Decoder, positions: Tensor) -> dict[int, _Seen]:
     module.eval()
     try:
         with attention_function(module, NAME), torch.no_grad(), _exactly(device):
-            _called(decoder)(input_ids=ids, position_ids=where, use_cache=False, memkit_seen=seen)
+            called = _called(decoder)
+            called(input_ids=ids, position_ids=where, use_cache=False, memkit_seen=seen)
+            if seen.layers:  # it must take a cache, too: one of its own, insisted on, could not be exchanged for ours
+                cache = with_cache(module, DynamicCache(config=decoder.config))
+                called(input_ids=ids[:1], use_cache=True, memkit_seen=_Record(), **cache)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{type(module).__name__} must read {len(ids)} rows of one token to show how it attends, got "
-            f"{type(error).__name__}: {short(' '.join(str(error).split()))}"
+            f"{type(module).__name__} must read {len(ids)} rows of one token to show how it attends, and one with a "
+            f"cache, got {type(error).__name__}: {short(' '.join(str(error).split()))}"
         ) from error
     finally:
         for each, training in modes.items():
             each.training = training
-    return seen
+    return seen.layers
 
 
 def _called(decoder: Decoder) -> Any:

@@ -76,6 +76,16 @@ def test_an_assistant_under_a_policy_of_its_own(tiny: Any, again: Tensor, remove
     assert max(removed) > 0 or policy == "full"
 
 
+def test_early_exit_is_refused_and_the_model_stays_whole(tiny: Any, again: Tensor):
+    expected = tiny(again).logits
+    with hf.attach(tiny, "full", croppable=True):
+        with pytest.raises(InputError, match="reads all of its 2 layers, got num_hidden_layers 1 in its config"):
+            tiny.generate(again, **PLAIN, assistant_early_exit=1)
+        assert tiny.config.num_hidden_layers == 2
+        torch.testing.assert_close(tiny(again).logits, expected, atol=1e-4, rtol=0)
+    assert torch.equal(tiny(again).logits, expected)
+
+
 @pytest.mark.parametrize("policy", ["sliding", "observed"])
 def test_a_stock_assistant(tiny: Any, again: Tensor, removed: list[int], policy: str):
     assistant = copy.deepcopy(tiny)

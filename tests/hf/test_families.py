@@ -214,7 +214,12 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         sizes("GptOss", head_dim=16, num_local_experts=4),
         r"got s_aux a tensor \(4,\) \(sinks in the softmax\) from GptOssAttention",
     ),
+    "diffllama": (sizes("DiffLlama"), r"DiffLlamaAttention calls its attention function several times in layer 0"),
     "bloom": (sizes("Bloom"), r"BloomModel \(bloom\) has its own"),
+    "minimax": (
+        sizes("MiniMax", num_local_experts=2, layer_types=["linear_attention", "full_attention"]),
+        "MiniMaxModel must read .* got ValueError: MiniMax uses cache of its own",
+    ),
     "mamba": (sizes("Mamba"), r"no layer of MambaModel \(mamba\) calls one"),
     "t5": (
         lambda: transformers.T5ForConditionalGeneration(

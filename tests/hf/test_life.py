@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -148,3 +149,14 @@ def test_continuous_batching_is_refused_while_it_lasts(tiny: Any, ids: torch.Ten
     twin(ids)
     assert "generate_batch" not in vars(twin)
     assert tiny.generate_batch.__func__ is twin.generate_batch.__func__
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_model_that_accelerate_spreads_over_devices(tiny: Any, ids: torch.Tensor, tmp_path: Path):
+    expected = tiny(ids).logits
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = accelerate.dispatch_model(tiny, places, main_device="cpu", offload_dir=tmp_path)
+    with hf.attach(spread, "full"):
+        torch.testing.assert_close(spread(ids).logits, expected, atol=1e-4, rtol=0)

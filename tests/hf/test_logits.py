@@ -15,8 +15,7 @@ from memkit.evals.reading import losses, read
 from memkit.hf.logits import output_head
 from memkit.passkey import find_passkeys
 from memkit.texts import default_text
-from tests.hf.tiny import randomised, tiny_config
-from tests.test_comparison import Letters
+from tests.hf.tiny import Letters, randomised, tiny_config
 
 SCALED = [
     (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 8.0}),

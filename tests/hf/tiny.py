@@ -1,4 +1,4 @@
-"""A small random Llama, for tests."""
+"""A small random Llama and a tokenizer, for tests."""
 
 from typing import TypeVar
 
@@ -33,3 +33,10 @@ def randomised(model: Model) -> Model:
             if weight.ndim == 2:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
     return model.eval()
+
+
+class Letters:
+    """A tokenizer: one token per character."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 208 for letter in text]}
