@@ -107,8 +107,6 @@ def find_passkeys(
 
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `compare` does.
     """
-    from memkit.hf.logits import output_head
-
     tokens = whole_number("tokens", tokens, LEAST_TOKENS, 2**24)
     placements = whole_number("placements", placements, 1, 2**16)
     seed = whole_number("seed", seed, *SEEDS)
@@ -116,6 +114,8 @@ def find_passkeys(
         raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
     budget = Budget.of(rows, share, bytes, prefill)
     asked = subject(ASKED_POLICIES if policies is None else policies, overrides, budget, tokens, model, text)
+    from memkit.hf.logits import output_head
+
     loaded = asked.loaded
     hidden = _hidden(loaded, asked.text, tokens, placements, seed)
     found: list[Retrieval] = []
