@@ -5,6 +5,7 @@ A file is data: loading one never imports or runs anything.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import warnings
@@ -90,8 +91,8 @@ class Catalog(Generic[AnySpec]):
             source, data = short(str(given)), self.read(path)
             for other in self.elsewhere.keys() & data.keys():
                 raise self.error(f"{source}: {self.elsewhere[other]}")
-        for changed, value in sorted(changes.items(), key=lambda change: change[0].split(".")[-1] != "kind"):
-            self._override(data, source, changed, value)
+        for changed in sorted(changes, key=_before):
+            self._override(data, source, changed, changes[changed])
         spec = self._validated(data, source).named(name)
         if not changes and isinstance(given, str) and not _is_path(given) and self._shipped_file(given) is not None:
             self._shipped[given] = spec
@@ -153,7 +154,7 @@ class Catalog(Generic[AnySpec]):
                 )
         if last == "kind" and data.get("kind") != value:
             data.clear()
-        data[last] = value
+        data[last] = copy.deepcopy(value)  # a field within may be changed next, and the value is the caller's
 
     def _default(self, name: str) -> dict[str, Any]:
         """What a file that leaves a field out means by that, for an override to change a part of it."""
@@ -201,6 +202,11 @@ def policy_names() -> list[str]:
     return POLICIES.names()
 
 
+def is_shipped(name: str) -> bool:
+    """Whether memkit ships a policy of that name, listed or not."""
+    return not _is_path(name) and POLICIES._shipped_file(name) is not None
+
+
 def policy_header(name: str) -> str:
     """The comment at the head of a shipped policy's file: what it is, where it comes from, when to use it."""
     return POLICIES.header(name)
@@ -234,6 +240,12 @@ def checked_overrides(overrides: Mapping[str, Any] | None, kind: type[MemkitErro
         if not isinstance(name, str) or not all(name.split(".")):
             raise kind(f"overrides must name fields by dotted paths, as 'growth.factor', got {shown(name)}")
     return dict(overrides)
+
+
+def _before(changed: str) -> tuple[int, bool]:
+    """Sorts overrides so that none is lost: a whole before its fields, a kind before the fields beside it."""
+    *parents, last = changed.split(".")
+    return len(parents), last != "kind"
 
 
 def is_file(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import re
@@ -80,8 +81,15 @@ def _notices_are_one_line() -> Generator[None]:
         yield
 
 
+def _take_any_text() -> None:
+    """Print what the encoding of standard output has no sign for as a question mark, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 class _Commands(TyperGroup):
     def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        _take_any_text()
         with _bad_input_is_one_line():
             return super().make_context(*arguments, **settings)
 
@@ -241,15 +249,15 @@ def profile(
     Policies use it by `heads: {profile: FILE}`. Minutes on a laptop for a small model.
     """
     check_writable("--out", out)
-    try:
-        from memkit import hf
-    except ImportError as error:
-        raise InputError(
-            f"memkit profile needs transformers, accelerate and gguf, got: {error}; pip install 'memkit-attention[hf]'"
-        ) from None
-    from memkit import texts, viz
+    from memkit.subject import check_stock_models
+
+    check_stock_models()
+    from memkit import hf, texts, viz
+    from memkit.hf.profiling import check_settings
     from memkit.viz.comparison import progress_bar
     from memkit.viz.profiles import table
+
+    check_settings(tokens, readers)
 
     if files:
         documents, names = [texts.read_text(file) for file in files], [file.name for file in files]
@@ -266,9 +274,11 @@ def profile(
             readers=readers,  # type: ignore[arg-type]
             progress=progress,
         )
-    viz.show(table(measured.profile, measured.stability if len(documents) > 1 else None))
-    if out is not None:
-        write(out, measured.profile.to_yaml())
+    try:
+        if out is not None:
+            write(out, measured.profile.to_yaml())
+    finally:
+        viz.show(table(measured.profile, measured.stability if len(documents) > 1 else None))
 
 
 @app.command()
@@ -315,9 +325,11 @@ def bench(
         peak=peak,
         progress=lambda line: typer.echo(line, err=True) if sys.stderr.isatty() else None,
     )
-    viz.show(result.table())
-    if json_file is not None:
-        write(json_file, result.to_json() + "\n")
+    try:
+        if json_file is not None:
+            write(json_file, result.to_json() + "\n")
+    finally:
+        viz.show(result.table())
     if figure is not None:
         save(result, figure)
 

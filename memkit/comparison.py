@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -56,6 +57,12 @@ SLICE = 256
 LENGTHS = {"policy": (4096, 1024), "full": (2304, 2048)}
 """Tokens, and the first that counts, where neither is given."""
 
+SHOWN_SETTINGS = (
+    "model", "parameters", "dtype", "context", "text", "tokens", "skip", "scored", "decoded", "overrides", "seed",
+    "load_seconds", "device", "machine", "cores", "threads", "versions",
+)  # fmt: skip
+"""Settings without which a comparison cannot be shown."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (policy, tokens done, tokens in all) as a policy is measured."""
 Head = Callable[[Tensor], Tensor]
@@ -71,7 +78,8 @@ class Measurement:
     difference: `loss` minus that of full attention at the same positions; difference_error: its standard error, taking
         positions for independent. Both None where full attention was not compared; so are the shares below.
     gap_closed: how much of the loss between StreamingLLM (`streaming-4-512`) and full attention it saves: 0 as the one,
-        1 as the other; gap_error: its standard error, paired by position. None where one of the two was not compared.
+        1 as the other; gap_error: its standard error, paired by position. None where one of the two was not compared,
+        where full attention predicts no better, or where a loss is no finite number.
     second_loss, second_gap_closed, second_gap_error: the same for the second text; None where there is none.
     slots, window: slots, and tokens seen exactly, once the text is read: the mean over layers and heads, rounded.
     held_share: slots + window as a share of full attention's.
@@ -79,7 +87,8 @@ class Measurement:
     peak_bytes: the most they held after reading or after any decoded token.
     read_seconds: to read the text, logits excluded; tokens_per_second: tokens read in one of them.
     decode_ms: milliseconds per token decoded after reading, logits included; the median of `settings["decoded"]`.
-    front: no other policy holds at most as many bytes and loses at most as much, one of the two strictly.
+    front: no other policy holds at most as many bytes and loses at most as much, one of the two strictly; and the loss
+        is a finite number.
     """
 
     policy: str
@@ -129,8 +138,10 @@ class Comparison:
         try:
             data = json.loads(text)
             settings, rows = dict(data["settings"]), [Measurement(**row) for row in data["policies"]]
-            if missing := [name for name in ("model", "tokens", "skip") if name not in settings]:
+            if missing := [name for name in SHOWN_SETTINGS if name not in settings]:
                 raise KeyError(missing[0])
+            if not rows:
+                raise ValueError("no policies")
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(
                 f"a comparison must be the JSON that memkit compare --json writes, got {type(error).__name__}: "
@@ -367,7 +378,8 @@ def _against_others(
     entries = [each.entry for each in measured]
     done: list[Measurement] = []
     for each in measured:
-        entry = replace(each.entry, front=not any(_dominates(other, each.entry) for other in entries))
+        beaten = any(_dominates(other, each.entry) for other in entries)
+        entry = replace(each.entry, front=math.isfinite(each.entry.loss) and not beaten)
         if full is not None:
             gap = each.losses - full.losses
             entry = replace(
@@ -389,11 +401,13 @@ def _against_others(
 
 
 def _closed(losses: Tensor, full: Tensor, streaming: Tensor) -> tuple[float | None, float | None]:
-    """The share of the gap from streaming to full attention that is closed, and its standard error; None: no gap."""
-    gap = float((streaming - full).mean())
-    if gap <= 0:
+    """The share of the gap from streaming to full attention that is closed, and its standard error.
+
+    Both None where there is no gap, or a loss is no finite number.
+    """
+    gap, saved = float((streaming - full).mean()), streaming - losses
+    if not (gap > 0 and math.isfinite(gap) and bool(saved.isfinite().all())):
         return None, None
-    saved = streaming - losses
     return float(saved.mean()) / gap, float(saved.std(correction=0)) / len(saved) ** 0.5 / gap
 
 

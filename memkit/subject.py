@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from memkit.texts import default_text, read_text
 if TYPE_CHECKING:
     from memkit.hf import LoadedModel
 
-__all__ = ["Subject", "reading", "subject", "text_and_source"]
+__all__ = ["Subject", "check_stock_models", "reading", "subject", "text_and_source"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,9 @@ def subject(
     prompt: tokens of which a budget's share is taken.
     Raises `InputError`, `PolicyError` and `ModelError`.
     """
-    try:
-        from memkit import hf
-    except ImportError as error:
-        raise ModelError(
-            f"comparing needs transformers, accelerate and gguf, got: {error}; run: pip install 'memkit-attention[hf]'"
-        ) from None
+    check_stock_models()
+    from memkit import hf
+
     rows, chosen = budget.rows_of(prompt), _chosen(policies, overrides)
     if rows is not None:
         chosen = [sized(each, rows) for each in chosen]
@@ -71,6 +69,17 @@ def subject(
     if budget.bytes is not None:
         chosen = [also(each) for each in chosen]
     return Subject(list(_labelled(chosen)), source, text, loaded, also)
+
+
+def check_stock_models() -> None:
+    """Raise `ModelError` where what `memkit.hf` needs is not installed."""
+    try:
+        importlib.import_module("memkit.hf")
+    except ImportError as error:
+        raise ModelError(
+            f"stock models need transformers, accelerate and gguf, got: {error}; run: "
+            "pip install 'memkit-attention[hf]'"
+        ) from None
 
 
 @contextmanager

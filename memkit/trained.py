@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from memkit.catalog import load_policy
 from memkit.comparison import SEGMENT, SLICE, Comparison, Measurement, Progress, _against_others, _machine, _Measured
-from memkit.errors import InputError, ModelError
+from memkit.errors import InputError, ModelError, shown
 from memkit.layers import as_layers
 from memkit.lm import AttentionMixerSpec, ByteTokenizer, MemoryLM, ModelMemory, load_model, load_model_spec
 from memkit.lm.catalog import weights_file
@@ -53,7 +53,7 @@ def compare_trained(
         policies: besides its own. None: the same with its slots deleted, and full attention.
         text: a path, or the text itself; None: IDLE's help, which no shipped model was trained on.
         tokens: read; skip: the loss is that of tokens skip … tokens − 1; decoded: tokens decoded for their time.
-        overrides: fields to change in `policies`.
+        overrides: fields to change in `policies`; refused where these are None, for they would change nothing.
         seed: for torch while this runs.
         progress: called as `compare` calls it.
 
@@ -63,6 +63,11 @@ def compare_trained(
     decoded, seed = whole_number("decoded", decoded, 1), whole_number("seed", seed, *SEEDS)
     if tokens <= skip:
         raise InputError(f"tokens must be at least skip + 1, {skip + 1}, got {tokens}")
+    if policies is None and overrides:
+        raise InputError(
+            f"overrides (--set) change the policies that are named besides the model's own, got {shown(overrides)} and "
+            "no policy; name one, or leave them out"
+        )
     spec = load_model_spec(model)
     if weights_file(model) is None:
         raise ModelError(f"{model}: no weights beside it, so there is nothing to compare; train it with memkit train")

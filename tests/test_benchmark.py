@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import memkit
@@ -36,6 +38,16 @@ def test_peak_is_of_a_process_that_trains() -> None:
     result = benchmark.bench(["window-512"], 64, heads=1, head_width=8, modes=["train"], repeats=1, peak=True)
     assert result.timings[0].peak_bytes is not None
     assert result.timings[0].peak_bytes > 50e6  # no process with PyTorch loaded is smaller
+
+
+def test_no_number_of_the_table_is_cut_off_in_80_columns() -> None:
+    timing = benchmark.Timing("untrained-observed-sqrt", "forward", 16_384, 1.234, 1.2, 1.4, 1.0, 1.0, 10**9)
+    settings = {"heads": 6, "versions": {"torch": "2"}}
+    written = io.StringIO()
+    Console(width=80, file=written).print(benchmark.Bench(settings, [timing]).table())
+    words = written.getvalue().split()
+    for word in ("untrained-observed-sqrt", "forward", "16,384", "1,234", "1,200–1,400", "0.81", "81%", "1.00"):
+        assert word in words
 
 
 def test_arguments_out_of_range_are_refused() -> None:

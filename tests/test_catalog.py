@@ -8,7 +8,7 @@ import yaml
 
 import memkit
 from memkit.catalog import as_policy, policies_folder, policy_header
-from memkit.pieces.growth import LogGrowthSpec, SqrtGrowthSpec
+from memkit.pieces.growth import FixedGrowthSpec, LogGrowthSpec, SqrtGrowthSpec
 
 SHIPPED = {
     "block-mean-8",
@@ -87,6 +87,14 @@ def test_overriding_the_kind_drops_the_other_fields_whatever_the_order(order: in
     changes = [("growth.kind", "log"), ("growth.per_doubling", 64), ("growth.start", 256)][::order]
     spec = memkit.load_policy("kvm-sqrt-16", dict(changes))
     assert spec.growth == LogGrowthSpec(per_doubling=64, start=256)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_family_and_a_field_of_it_may_be_set_in_any_order(order: int):
+    growth = {"kind": "fixed", "slots": 8}
+    changes = dict([("growth.slots", 9), ("growth", growth)][::order])
+    assert memkit.load_policy("kvm-sqrt-16", changes).growth == FixedGrowthSpec(slots=9)
+    assert growth == {"kind": "fixed", "slots": 8}  # the caller's, and left as it was
 
 
 def test_overriding_with_the_same_kind_keeps_the_fields():

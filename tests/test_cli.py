@@ -53,6 +53,17 @@ def test_list_names_every_policy_with_its_growth():
     assert any("kvm-sqrt-16" in line and "sqrt factor=16" in line and "Key-Value Means" in line for line in lines)
 
 
+def test_list_cuts_no_sentence_off():
+    words = " ".join(run("list").split())
+    assert "and the newest tokens, 512 a head" in words
+    for end in (
+        "read a text again.",
+        "small enough to train on a laptop.",
+        "beginning with the window (arXiv 2605.09877",
+    ):
+        assert end in words
+
+
 @pytest.mark.parametrize("name", memkit.policy_names())
 def test_show_tells_what_a_policy_is_and_does(name: str):
     text = run("show", name)
@@ -221,6 +232,48 @@ def test_compare_finds_out_that_it_cannot_write_before_it_works(compared: list[A
         message = run("compare", "--json", str(out), code=2)
         assert message == f"--json {out}: must be a file in a folder that exists; make the folder first"
     assert compared == []
+
+
+def test_a_file_that_may_not_be_written_to_is_found_out_before_work(
+    compared: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "held.json").touch()
+    for name, looked_at in {"out.json": tmp_path, "held.json": tmp_path / "held.json"}.items():
+        monkeypatch.setattr(os, "access", lambda path, mode, at=looked_at: (path, mode) != (at, os.W_OK))
+        message = run("compare", "--json", str(tmp_path / name), code=2)
+        assert message == f"--json {tmp_path / name}: cannot be written; name a file in a folder of yours"
+    assert compared == []
+
+
+def test_what_was_measured_is_written_even_where_nobody_reads_the_table(
+    compared: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def closed(*renderables: Any) -> None:
+        raise SystemExit(1)  # what rich does where a pipe is closed
+
+    monkeypatch.setattr("memkit.viz.show", closed)
+    result = CliRunner().invoke(app, ["compare", "--json", str(tmp_path / "out.json")])
+    assert result.exit_code == 1
+    assert json.loads((tmp_path / "out.json").read_text()) == {"settings": {}, "policies": []}
+
+
+def test_an_encoding_without_the_signs_of_a_table_is_no_error():
+    command = [sys.executable, "-c", "from memkit.cli import app; app()", "show", "kvm-sqrt-16"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"grows as 16??t" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["profile"], ["compare"], ["compare", "--passkey"], ["eval", "--tasks", "x"]])
+def test_where_transformers_is_missing_one_line_says_how_to_get_it(command: list[str], monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["memkit", "hf"]]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.cache_utils", None)
+    said = run(*command, code=2)
+    assert said.startswith("stock models need transformers, accelerate and gguf, got: ")
+    assert said.endswith("pip install 'memkit-attention[hf]'")
 
 
 # schema
@@ -401,6 +454,22 @@ def test_a_model_without_weights_says_so_before_what_it_generates():
         (["bench", "full", "--json", "x" * 300], "--json xxx"),
         (["compare", "--skip", "0"], "skip must be a whole number, at least 1, got 0"),
         (["compare", "--json", "x" * 300], "--json xxx"),
+        (["profile", "--readers", "some"], "readers must be 'next', 'repeat' or 'mixed', got 'some'"),
+        (["profile", "--tokens", "600"], "tokens must be a whole number, at least 1024, got 600"),
+        (
+            ["show", "full", "--set", "window=block"],
+            "full: window: must be a mapping with a kind, as {kind: block}, got 'block'; kinds: ",
+        ),
+        (["show", "full", "--set", "window.kind=1"], "full: window.kind: says which window is meant, got 1; one of "),
+        (["show", "full", "--set", "readout=plain"], "full: readout: must be a mapping of its fields, got 'plain'"),
+        *(
+            (["compare", "--model", "tiny-full", option, "0"], f"{option} is for stock models, got tiny-full")
+            for option in ("--rows", "--share", "--bytes")
+        ),
+        (
+            ["compare", "--model", "tiny-full", "--set", "sinks=1"],
+            "overrides (--set) change the policies that are named",
+        ),
         (["generate", "tiny-full", "--prompt-ids", "1_0"], "--prompt-ids 1_0: must be token ids with commas between"),
         (
             ["generate", "tiny-full", "--prompt-ids", "1", "--seed", "9" * 30],

@@ -20,6 +20,7 @@ from memkit.errors import InputError, ModelError, PolicyError
 from memkit.hf.names import returned_cache
 from memkit.layers import as_layers
 from memkit.rendering import render
+from memkit.viz.report import page
 from tests.hf.tiny import Letters, randomised, tiny_config
 
 mpl.use("agg")
@@ -107,6 +108,33 @@ def test_front():
     points = [("a", 10, 3.0), ("b", 10, 3.0), ("c", 10, 3.1), ("d", 20, 2.0), ("e", 30, 2.0), ("f", 5, 9.0)]
     measured = [comparison._Measured(as_layers(WINDOW), entry(*point), torch.zeros(1), None) for point in points]
     assert "".join(e.policy for e in comparison._against_others(measured) if e.front) == "abdf"
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_neither_on_the_front_nor_drawn(loss: float, small: Comparison):
+    losses = torch.full((4,), loss, dtype=torch.float64)
+    measured = [
+        comparison._Measured(as_layers(name), replace(entry(name, size, value)), each, None)
+        for name, size, value, each in (
+            ("full", 9, 1.0, torch.ones(4)),
+            ("streaming-4-512", 3, 2.0, 2 * torch.ones(4)),
+            ("h2o-512", 1, loss, losses),
+        )
+    ]
+    found = comparison._against_others(measured)
+    assert [each.front for each in found] == [True, True, False]
+    assert [each.gap_closed for each in found] == [1.0, 0.0, None]
+    shown = Comparison(small.settings, found)
+    assert shown.plot().get_title(loc="left").endswith("no finite loss: h2o-512")
+    assert "data-value=''" in page(shown)
+    with pytest.raises(InputError, match="a loss must be a finite number to be drawn"):
+        Comparison(small.settings, found[2:]).plot()
+
+
+def test_where_there_is_no_gap_the_table_says_so(small: Comparison):
+    both = Comparison(small.settings, (entry("full", 9, 2.0), entry("streaming-4-512", 3, 1.0)))
+    assert "gap closed: unknown, for full predicts no better than streaming-4-512 here" in plain(both)
+    assert "gap closed: compare streaming-4-512 and full too" in plain(Comparison(small.settings, both.policies[:1]))
 
 
 def test_the_share_of_the_gap_that_is_closed():

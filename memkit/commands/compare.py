@@ -120,16 +120,18 @@ def compare_command(
     measured = len(chosen) if chosen else 3
     with progress_bar(measured) if sys.stderr.isatty() else nullcontext() as progress:
         result = run(policies=chosen, progress=progress, **given)
-    viz.show(result.table())
+    try:  # first what took minutes to measure: a table into a pipe that closes early ends the command
+        if json_file is not None:
+            write(json_file, result.to_json() + "\n")
+    finally:
+        viz.show(result.table())
     plot_to(plot, dark, figure, result)
-    if json_file is not None:
-        write(json_file, result.to_json() + "\n")
 
 
 def _check_trained(model: str, options: dict[str, Any]) -> None:
     """Raise where an option is given that a trained memkit model has no use for."""
     for option, each in options.items():
-        if each:
+        if each is not None and each is not False:
             raise InputError(f"{option} is for stock models, got {short(model)}; leave it out")
 
 

@@ -11,7 +11,6 @@ import typer
 
 from memkit.commands.models import tokenizer_of
 from memkit.commands.options import check_writable, write
-from memkit.errors import InputError
 
 __all__ = ["eval_command", "register"]
 
@@ -42,19 +41,17 @@ def eval_command(
     from memkit.catalog import load_policy
     from memkit.evals.harness import run_harness
     from memkit.lm import is_model, load_model
+    from memkit.subject import check_stock_models
 
     chosen = None if policy is None else load_policy(policy)
     given: dict[str, Any] = {"include": include, "limit": limit, "seed": seed}
     if model is not None and is_model(model):
         found = run_harness(load_model(model, policy=chosen), tokenizer_of(model), tasks, prefix_id=NEWLINE, **given)
     else:
-        try:
-            from memkit import hf
-            from memkit.training.tokenizers import HuggingFaceTokenizer
-        except ImportError as error:
-            raise InputError(
-                f"stock models need transformers, got: {error}; pip install 'memkit-attention[hf]'"
-            ) from None
+        check_stock_models()
+        from memkit import hf
+        from memkit.training.tokenizers import HuggingFaceTokenizer
+
         loaded = hf.load(model)
         tokenizer = loaded.tokenizer
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

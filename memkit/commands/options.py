@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,10 +90,13 @@ def check_writable(option: str, path: Path | None) -> None:
         return
     try:
         fine = not path.is_dir() and path.absolute().parent.is_dir()
+        allowed = os.access(path if path.exists() else path.absolute().parent, os.W_OK)
     except OSError:  # a name longer than a file's may be
-        fine = False
+        fine = allowed = False
     if not fine:
         raise InputError(f"{option} {short(str(path))}: must be a file in a folder that exists; make the folder first")
+    if not allowed:
+        raise InputError(f"{option} {short(str(path))}: cannot be written; name a file in a folder of yours")
 
 
 def write(path: Path, text: str) -> None:

@@ -39,6 +39,8 @@ LEAST = 0.5
 """Of its even share, what a head gets whatever its rows are worth."""
 STEP = 0.125
 """Ratios are rounded to this: heads that hardly differ then go side by side."""
+ROWS = (256, 512)
+"""How many rows each head would have on average, where nothing else is asked for."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is measured, layers done, and how many there are in all documents."""
@@ -60,13 +62,21 @@ class Measured:
         return float(torch.corrcoef(flat)[*torch.triu_indices(len(flat), len(flat), 1)].mean())
 
 
+def check_settings(tokens: int, readers: str, rows: Sequence[int] = ROWS) -> tuple[int, list[int]]:
+    """Tokens and rows as `measure_profile` takes them, checked before a model is loaded. Raises `InputError`."""
+    if readers not in ("next", "repeat", "mixed"):
+        raise InputError(f"readers must be 'next', 'repeat' or 'mixed', got {shown(readers)}")
+    budgets = [whole_number("rows", each, 4 * SINKS) for each in rows]
+    return whole_number("tokens", tokens, 2 * max(ASKED, *budgets), 2**20), budgets
+
+
 @torch.no_grad()
 def measure_profile(
     loaded: LoadedModel,
     documents: Sequence[str],
     *,
     tokens: int = 2048,
-    rows: Sequence[int] = (256, 512),
+    rows: Sequence[int] = ROWS,
     names: Sequence[str] = (),
     readers: Literal["next", "repeat", "mixed"] = "next",
     progress: Progress | None = None,
@@ -89,12 +99,9 @@ def measure_profile(
         raise ModelError("no layer of this model attends to everything, so there are no rows to share; leave heads out")
     for layer in measured_layers:
         check_rotation(decoder, layer, facts[layer])
-    tokens = whole_number("tokens", tokens, 2 * ASKED, 2**20)
-    budgets = [whole_number("rows", each, 4 * SINKS, tokens // 2) for each in rows]
+    tokens, budgets = check_settings(tokens, readers, rows)
     config = decoder.config
     layers, heads = config.num_hidden_layers, kv_heads_of(config)
-    if readers not in ("next", "repeat", "mixed"):
-        raise InputError(f"readers must be 'next', 'repeat' or 'mixed', got {shown(readers)}")
     words = [] if readers == "next" else connecting_ids(loaded.tokenizer)
     read, longest = 2 * tokens + len(words), getattr(config, "max_position_embeddings", None)
     if readers != "next" and longest is not None and read > longest:

@@ -124,12 +124,19 @@ class AnyOf:
         self.family = family
 
     def parse(self, value: Any) -> Any:
-        """A mapping → the spec its `kind` names; anything else unchanged."""
-        if not isinstance(value, dict):
+        """A mapping → the spec its `kind` names; a spec unchanged. Raises `SpecError` for anything else."""
+        if isinstance(value, BaseModel):
             return value
+        known = ", ".join(kinds(self.family))
+        if not isinstance(value, dict):
+            named = value if isinstance(value, str) and value in kinds(self.family) else next(iter(kinds(self.family)))
+            raise SpecError(
+                [("", f"must be a mapping with a kind, as {{kind: {named}}}, got {shown(value)}; kinds: {known}")]
+            )
         kind = value.get("kind")
         if not isinstance(kind, str):
-            raise SpecError([("kind", f"says which {self.family} is meant; one of {', '.join(kinds(self.family))}")])
+            got = f", got {shown(kind)}" if "kind" in value else ""
+            raise SpecError([("kind", f"says which {self.family} is meant{got}; one of {known}")])
         if kind not in kinds(self.family):
             raise SpecError([("kind", f"{unknown_name(f'{self.family} kind', kind, kinds(self.family))}; {OWN_KIND}")])
         return kinds(self.family)[kind](**value)
@@ -204,6 +211,8 @@ def _wording(detail: ErrorDetails, model: type[BaseModel]) -> str:
             return MISSING
         case "bool_type":
             return f"must be true or false, got {shown(value)}"
+        case "model_type":
+            return f"must be a mapping of its fields, got {shown(value)}"
         case _:
             text = detail["msg"]
             text = text[0].lower() + text[1:]

@@ -203,10 +203,11 @@ def _of_one_made_anew(law: Law, subject: Any, code: Code) -> Callable[[Any], Non
 def _asked_of_policy(policy: Policy) -> tuple[str, str, list[Asked]]:
     spec = policy.spec
     small = scaled_down(spec)
-    note = ""
-    if small is not spec:
-        note = f"in small: chunks of {small.build().chunk} tokens for {policy.chunk}, budgets in proportion"
-    built = small.build() if small is not spec else policy
+    built, note = small.build() if small is not spec else policy, ""
+    if built.chunk != policy.chunk:
+        note = f"in small: chunks of {built.chunk} tokens for {policy.chunk}, budgets in proportion"
+    elif built.window.capacity != policy.window.capacity:
+        note = f"in small: a window of {built.window.capacity} tokens for {policy.window.capacity}"
     asked = [_one(law, cases(built), built, None) for law in POLICY_LAWS]
     return policy.name or "policy", note, asked
 

@@ -218,13 +218,20 @@ def _check_folder(folder: Path, record: dict[str, Any]) -> None:
         held = held if isinstance(held, dict) else {}
         for name, value in record.items():
             if held.get(name) != value:
-                what = name.replace("_", " ")
+                what, was = name.replace("_", " "), held.get(name)
+                if isinstance(value, dict) and isinstance(was, dict):  # what differs, and not all of it
+                    was, value = _unlike(was, value), _unlike(value, was)
                 raise InputError(
-                    f"{folder}: holds a run with another {what}, {shown(held.get(name))} instead of {shown(value)}; "
+                    f"{folder}: holds a run with another {what}, {shown(was)} instead of {shown(value)}; "
                     "name another folder, or remove this one"
                 )
     elif folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder}: is not empty and holds no run of memkit train; name another folder")
+
+
+def _unlike(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What one says that the other does not."""
+    return {name: value for name, value in one.items() if name not in other or other[name] != value}
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

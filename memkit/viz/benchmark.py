@@ -21,15 +21,15 @@ __all__ = ["html", "plot", "save", "table"]
 
 def table(bench: Bench) -> RenderableType:
     """One row per policy, mode and length, with the settings below."""
-    heads = ("policy", "mode", "tokens", "ms", "low–high", "× full", "of limit", "peak GB")
+    heads = ("policy", "mode", "tokens", "ms", "low–high", "×\nfull", "of\nlimit", "peak\nGB")
     grid = columns(*heads, align="llrrrrrr", gap=0)
     for row in bench.timings:
         grid.add_row(
             row.policy,
             row.mode,
             f" {row.tokens:,}",
-            f" {row.seconds * 1e3:.3g}",
-            f" {row.low * 1e3:.3g}–{row.high * 1e3:.3g}",
+            f" {_milliseconds(row.seconds)}",
+            f" {_milliseconds(row.low)}–{_milliseconds(row.high)}",
             f" {row.factor:.2f}",
             f" {row.limit_share:.0%}",
             "" if row.peak_bytes is None else f" {row.peak_bytes / 1e9:.2f}",
@@ -37,6 +37,11 @@ def table(bench: Bench) -> RenderableType:
     facts = ", ".join(f"{name} {value}" for name, value in bench.settings.items() if name != "versions")
     versions = ", ".join(f"{name} {version}" for name, version in bench.settings["versions"].items())
     return with_notes(grid, [f"{facts}; {versions}"])
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, or all before the point where these are more."""
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.9995 else f"{seconds * 1e3:.3g}"
 
 
 def html(bench: Bench) -> str:

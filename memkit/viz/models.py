@@ -13,7 +13,7 @@ from memkit.lm import MemoryLM, MixerSpec, ModelSpec
 from memkit.lm.footprint import memory_bytes
 from memkit.viz.costs import DRAWN_LENGTHS
 from memkit.viz.html import fragment
-from memkit.viz.policies import tokens_in_words
+from memkit.viz.policies import first_sentences, tokens_in_words
 from memkit.viz.tables import amount, columns, with_notes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def listing(models: Iterable[tuple[ModelSpec, str]]) -> RenderableType:
     """One line per model: its name, its parameters, what it is."""
     grid = columns("model", "parameters", "what it is", align="lrw")
     for spec, header in models:
-        grid.add_row(spec.name, amount(_parameters(spec)), header.split("\n", 1)[0])
+        grid.add_row(spec.name, amount(_parameters(spec)), first_sentences(header))
     return grid
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,15 @@ def listing(policies: Iterable[tuple[PolicySpec, str]]) -> RenderableType:
     grid = columns("policy", "growth", "what it is", align="lww")
     grid.columns[1].max_width = 22
     for spec, header in policies:
-        grid.add_row(spec.name, growth(spec), header.split("\n", 1)[0])
+        grid.add_row(spec.name, growth(spec), first_sentences(header))
     return grid
+
+
+def first_sentences(header: str) -> str:
+    """The first line of a file's header, and where a sentence goes on behind it, the rest of that."""
+    first, _, others = header.partition("\n")
+    rest = re.match(r".*?\.(?= |$)", " ".join(others.split("\n")))
+    return first if first.endswith(".") or rest is None else f"{first} {rest[0]}"
 
 
 def details(spec: PolicySpec, header: str) -> RenderableType:

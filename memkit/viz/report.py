@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+import re
 import shlex
 from collections.abc import Callable
 from html import escape
 from typing import Any, NamedTuple
 
+from memkit.catalog import is_shipped
 from memkit.comparison import Comparison, Measurement
+from memkit.trained import DELETED, OWN
 from memkit.viz import figures, style
 from memkit.viz.comparison import notes
+from memkit.yaml12 import dump
 
 __all__ = ["page"]
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1"
+DEFAULT_TEXTS = ("pydoc_data.topics of Python", "IDLE's help, Python")
+"""What is read where nothing is asked for, as settings name it."""
+NUMBERED = re.compile(r" \([0-9]+\)\Z")
+"""What tells policies of one name apart."""
 
 
 class _Column(NamedTuple):
@@ -134,7 +145,8 @@ def _table(comparison: Comparison) -> str:
         cells = [f"<td data-value='{name}'>{name}</td>"]
         for column in _COLUMNS:
             number = column.number(entry)
-            cells.append(f"<td data-value='{'' if number is None else number}'>{escape(column.text(entry))}</td>")
+            value = "" if number is None or not math.isfinite(number) else number
+            cells.append(f"<td data-value='{value}'>{escape(column.text(entry))}</td>")
         rows.append(f"<tr{' class=front' if entry.front else ''}>{''.join(cells)}</tr>")
     return f"<table class='sortable'><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
@@ -153,9 +165,18 @@ def _picture(comparison: Comparison, draw: Callable[[Comparison], Any], words: s
 
 
 def _command(comparison: Comparison) -> str:
-    """The commands that measure it again, and that make this page of it."""
+    """The commands that measure it again, and that make this page of it.
+
+    A comparison knows files by their names alone: those that are not in the working folder must be given their paths.
+    """
     settings = comparison.settings
-    words = ["memkit", "compare", *(entry.policy for entry in comparison.policies)]
+    words = ["memkit", "compare", *_asked(comparison)]
+    if settings["model"] != DEFAULT_MODEL:
+        words += ["--model", str(settings["model"])]
+    for option in ("text", "second_text"):
+        source = settings.get(option)
+        if source and not str(source).startswith(DEFAULT_TEXTS):
+            words += [f"--{option.removesuffix('_text')}", str(source)]
     words += ["--tokens", str(settings["tokens"]), "--skip", str(settings["skip"])]
     if settings.get("prefill", "policy") != "policy":
         words += ["--prefill", settings["prefill"]]
@@ -163,7 +184,7 @@ def _command(comparison: Comparison) -> str:
         if settings.get(budget):
             words += [f"--{budget}", str(settings[budget])]
     for field, value in settings.get("overrides", {}).items():
-        words += ["--set", f"{field}={value}"]
+        words += ["--set", f"{field}={dump(value, on_one_line=True).removesuffix('...' + chr(10)).strip()}"]
     versions = ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
     return "\n".join(
         [
@@ -172,3 +193,12 @@ def _command(comparison: Comparison) -> str:
             "memkit report report.html --comparison comparison.json",
         ]
     )
+
+
+def _asked(comparison: Comparison) -> list[str]:
+    """The policies as the command line takes them: a shipped name, or a file; none of what is measured unasked."""
+    labels = [entry.policy for entry in comparison.policies if entry.policy != OWN]
+    if DELETED in labels:  # what a trained model is compared with where no policy is named
+        return []
+    names = [NUMBERED.sub("", label) for label in labels]
+    return [name if is_shipped(name) else f"{name}.yaml" for name in names]

@@ -109,6 +109,11 @@ def test_a_policy_is_checked_in_small_and_says_so():
     assert [verdict.law for verdict in report.verdicts] == list(POLICY_LAWS)
 
 
+@pytest.mark.parametrize(("name", "note"), [("window-512", "in small: a window of 8 tokens for 512"), ("full", "")])
+def test_a_policy_without_chunks_has_none_in_small(name: str, note: str):
+    assert check_policy(name, 1).note == note
+
+
 def test_a_broken_law_is_shown_as_code_that_runs():
     with pytest.raises(LawBroken, match="broken law: merging, conservation") as caught:
         check_merge_rule(ForgetsMass, 20)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from memkit.cli import app
 from memkit.comparison import Comparison
 from memkit.errors import InputError
 from memkit.passkey import Passkeys, Retrieval
+from memkit.viz.report import page
 from tests.viz.test_html import full_comparison
 
 # Clicks on the head of the losses twice, and writes what it saw into the page.
@@ -56,7 +58,7 @@ def test_the_page_stands_by_itself(written: Path):
         assert outside.startswith("data:")
     assert "http://" not in re.sub(r"base64,[^']*", "", page)
     assert all(entry.policy in page for entry in full_comparison().policies)
-    assert "memkit compare streaming-4-512 full h2o-512 caote-512 block-mean-8 --tokens 9 --skip 1 --json" in page
+    assert "memkit compare streaming-4-512 full h2o-512 caote-512 block-mean-8 --model" in page
     assert "<b>tiny</b>" not in page
 
 
@@ -89,6 +91,41 @@ def test_a_comparison_comes_back_from_its_json():
     for text in ("", "[]", "{}", '{"settings": {}, "policies": []}', '{"settings": {}, "policies": [{"x": 1}]}'):
         with pytest.raises(InputError, match="a comparison must be the JSON that memkit compare --json writes"):
             Comparison.from_json(text)
+
+
+def again(labels: tuple[str, ...], **settings: object) -> str:
+    """The command by which the page of such a comparison says to measure it again."""
+    known = full_comparison()
+    policies = tuple(replace(known.policies[0], policy=label) for label in labels)
+    found = re.search(
+        r"\nmemkit compare (.*) --json comparison.json\n", page(Comparison(known.settings | settings, policies))
+    )
+    assert found is not None
+    return unescape(found[1])
+
+
+def test_the_command_that_measures_it_again_is_one_that_can_be_run():
+    stock = {"model": "SmolLM2-135M-Instruct.Q4_1", "text": "pydoc_data.topics of Python 3.11.7", "second_text": None}
+    length = "--tokens 9 --skip 1"
+    assert again(("full", "untrained-kvm-log", "full (2)"), **stock) == f"full untrained-kvm-log full {length}"
+    assert again(("mine",), **stock | {"text": "my text.txt"}) == f"mine.yaml --text 'my text.txt' {length}"
+    assert again(("full",), **stock | {"second_text": "IDLE's help, Python 3.11.7 (no …)"}) == f"full {length}"
+    assert again(("full",), **stock | {"second_text": "b.txt"}) == f"full --second b.txt {length}"
+    changed = {"overrides": {"growth": {"kind": "none"}, "growth.cap": None}}
+    assert again(("full",), **stock | changed) == f"full {length} --set 'growth={{kind: none}}' --set growth.cap=null"
+    trained = {"model": "tiny-kvm-sqrt", "text": "IDLE's help, Python 3.11.7", "second_text": None}
+    assert again(("as trained", "slots deleted", "full"), **trained) == f"--model tiny-kvm-sqrt {length}"
+    assert again(("as trained", "ovq-1024"), **trained) == f"ovq-1024 --model tiny-kvm-sqrt {length}"
+
+
+def test_what_a_page_cannot_be_made_of_is_refused():
+    whole = full_comparison().to_dict()
+    for name in ("versions", "scored"):
+        cut = {**whole, "settings": {key: value for key, value in whole["settings"].items() if key != name}}
+        with pytest.raises(InputError, match=f"got KeyError: '{name}'"):
+            Comparison.from_json(json.dumps(cut))
+    with pytest.raises(InputError, match="got ValueError: no policies"):
+        Comparison.from_json(json.dumps({**whole, "policies": []}))
 
 
 def test_what_is_measured_already_is_not_measured_again(written: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,16 @@ LOWEST = -100.0
 def front(comparison: Comparison, ax: Axes | None = None) -> Axes:
     """Loss against memory: a filled dot for each policy on the front, a hollow one for each other; the front a line.
 
-    The line goes down at a point and level to the next: no policy was below and left of it.
+    The line goes down at a point and level to the next: no policy was below and left of it. Policies whose loss is no
+    finite number are left out, and named in the title.
+
+    Raises `InputError` where no loss is a finite number.
     """
+    drawn = [entry for entry in comparison.policies if math.isfinite(entry.loss)]
+    if not drawn:
+        raise InputError("a loss must be a finite number to be drawn, and no policy has one")
     ax = new_axes(ax)
-    entries = sorted(comparison.policies, key=lambda entry: (entry.bytes, entry.loss))
+    entries = sorted(drawn, key=lambda entry: (entry.bytes, entry.loss))
     best = [entry for entry in entries if entry.front]
     on, off = series(0), series(1)
     x, y = [entry.bytes / 1e6 for entry in best], [entry.loss for entry in best]
@@ -43,7 +50,11 @@ def front(comparison: Comparison, ax: Axes | None = None) -> Axes:
     said = comparison.settings
     ax.set_xlabel(f"memory after {said['tokens']:,} tokens, MB")
     ax.set_ylabel("loss, nats per token")
-    ax.set_title(f"{said['model']}, loss from token {said['skip']:,} on", color=muted(), fontsize=8, loc="left")
+    left_out = [entry.policy for entry in comparison.policies if entry not in drawn]
+    title = f"{said['model']}, loss from token {said['skip']:,} on"
+    if left_out:
+        title += f"; no finite loss: {', '.join(left_out)}"
+    ax.set_title(title, color=muted(), fontsize=8, loc="left")
     ax.margins(x=0.16, y=0.14)
     grid(ax)
     if others:
