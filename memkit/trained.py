@@ -79,7 +79,10 @@ def compare_trained(
     source, words = _text(text)
     ids = torch.tensor([ByteTokenizer().encode(words)[:tokens]])
     if ids.shape[1] < tokens:
-        raise InputError(f"tokens must be at most {ids.shape[1]}, the bytes of {source}, got {tokens}")
+        raise InputError(
+            f"tokens must be at most {ids.shape[1]}, the bytes of {source}, got {tokens}; "
+            "lower it or give a longer text"
+        )
     chosen = [(OWN, kinds[0]), *_others(policies, kinds[0], overrides)]
     begun = time.perf_counter()
     measured: list[_Measured] = []
