@@ -87,7 +87,11 @@ def _look(
     """Attention of one token: its value, [b, 1, h, v]."""
     layer = getattr(module, "layer_idx", None)
     if memkit_seen is None or not isinstance(layer, int):
-        raise ModelError(f"{type(module).__name__} hands its attention function neither its arguments nor its number")
+        missing = "the keyword arguments of the call" if memkit_seen is None else "its number (layer_idx)"
+        raise ModelError(
+            f"{type(module).__name__} must hand its attention function {missing}, by which a memory is found, and does "
+            "not; use a model of another family"
+        )
     if layer in memkit_seen.layers:
         raise ModelError(
             f"a layer must attend once, and {type(module).__name__} calls its attention function several times in "

@@ -215,6 +215,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         r"got s_aux a tensor \(4,\) \(sinks in the softmax\) from GptOssAttention",
     ),
     "diffllama": (sizes("DiffLlama"), r"DiffLlamaAttention calls its attention function several times in layer 0"),
+    "stablelm": (sizes("StableLm"), r"StableLmAttention must hand its attention function the keyword arguments"),
     "bloom": (sizes("Bloom"), r"BloomModel \(bloom\) has its own"),
     "minimax": (
         sizes("MiniMax", num_local_experts=2, layer_types=["linear_attention", "full_attention"]),
