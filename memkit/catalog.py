@@ -91,8 +91,8 @@ class Catalog(Generic[AnySpec]):
             source, data = short(str(given)), self.read(path)
             for other in self.elsewhere.keys() & data.keys():
                 raise self.error(f"{source}: {self.elsewhere[other]}")
-        for changed in sorted(changes, key=_before):
-            self._override(data, source, changed, changes[changed])
+        for changed, value in sorted(changes.items(), key=lambda change: change[0].split(".")[-1] != "kind"):
+            self._override(data, source, changed, value)
         spec = self._validated(data, source).named(name)
         if not changes and isinstance(given, str) and not _is_path(given) and self._shipped_file(given) is not None:
             self._shipped[given] = spec
@@ -240,12 +240,6 @@ def checked_overrides(overrides: Mapping[str, Any] | None, kind: type[MemkitErro
         if not isinstance(name, str) or not all(name.split(".")):
             raise kind(f"overrides must name fields by dotted paths, as 'growth.factor', got {shown(name)}")
     return dict(overrides)
-
-
-def _before(changed: str) -> tuple[int, bool]:
-    """Sorts overrides so that none is lost: a whole before its fields, a kind before the fields beside it."""
-    *parents, last = changed.split(".")
-    return len(parents), last != "kind"
 
 
 def is_file(path: Path) -> bool:
