@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-compare: $(READY) ## A pretrained model reads real text under six policies: cost, speed and loss
+compare: $(READY) ## A pretrained model reads real text under five policies: cost, speed and loss
 	$(BIN)/memkit compare
 
 # The rows that docs/benchmarks.md speaks of, then every shipped policy at two lengths.

@@ -44,7 +44,6 @@ DEFAULT_POLICIES = (
     "untrained-observed-sqrt",
     "untrained-observed",
     "caote-512",
-    "h2o-512",
     "streaming-4-512",
 )
 BASELINE, STREAMING = "full", "streaming-4-512"
