@@ -30,6 +30,7 @@ from memkit.commands.options import (
     parse_overrides,
     plot_to,
     write,
+    write_and_show,
 )
 from memkit.errors import InputError, MemkitError, short, shown, unknown_name
 from memkit.layers import as_layers
@@ -252,7 +253,7 @@ def profile(
     from memkit.subject import check_stock_models
 
     check_stock_models()
-    from memkit import hf, texts, viz
+    from memkit import hf, texts
     from memkit.hf.profiling import check_settings
     from memkit.viz.comparison import progress_bar
     from memkit.viz.profiles import table
@@ -274,11 +275,8 @@ def profile(
             readers=readers,  # type: ignore[arg-type]
             progress=progress,
         )
-    try:
-        if out is not None:
-            write(out, measured.profile.to_yaml())
-    finally:
-        viz.show(table(measured.profile, measured.stability if len(documents) > 1 else None))
+    shown = table(measured.profile, measured.stability if len(documents) > 1 else None)
+    write_and_show(out, measured.profile.to_yaml(), shown)
 
 
 @app.command()
@@ -310,7 +308,7 @@ def bench(
     overrides = parse_overrides(changes)
     check_writable("--json", json_file)
     check_plot(figure, "--figure")
-    from memkit import benchmark, viz
+    from memkit import benchmark
     from memkit.viz.benchmark import save
 
     result = benchmark.bench(
@@ -325,11 +323,7 @@ def bench(
         peak=peak,
         progress=lambda line: typer.echo(line, err=True) if sys.stderr.isatty() else None,
     )
-    try:
-        if json_file is not None:
-            write(json_file, result.to_json() + "\n")
-    finally:
-        viz.show(result.table())
+    write_and_show(json_file, result.to_json() + "\n", result.table())
     if figure is not None:
         save(result, figure)
 

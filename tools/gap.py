@@ -49,10 +49,9 @@ def kinds(ids: Sequence[int]) -> Tensor:
     return torch.tensor(found)
 
 
-def mixed(policy: str, layers: Sequence[int], chosen: str, others: str) -> LayerPoliciesSpec:
-    """Some layers under one policy, all others under another; `policy` stands for the one that is looked at."""
-    names = {"policy": policy, "full": "full"}
-    return as_layers({"default": names[others], "at": {",".join(map(str, layers)): names[chosen]}})
+def mixed(layers: Sequence[int], there: str, elsewhere: str) -> LayerPoliciesSpec:
+    """Some layers under one policy, all others under another."""
+    return as_layers({"default": elsewhere, "at": {",".join(map(str, layers)): there}})
 
 
 def said(differences: Tensor) -> str:
@@ -84,7 +83,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=1024, help="the first token whose loss counts")
     parser.add_argument("--layers", type=int, default=5, help="layers of a group")
     given = parser.parse_args()
-    loaded = hf.load() if given.model is None else hf.load(given.model)
+    loaded = hf.load(given.model)
     text = default_text() if given.text is None else read_text(given.text)
     ids = loaded.tokenizer(text, verbose=False)["input_ids"][: given.tokens]
 
@@ -99,8 +98,8 @@ def main() -> None:
     depth = loaded.model.config.num_hidden_layers
     for first in range(0, depth, given.layers):
         layers = range(first, min(first + given.layers, depth))
-        freed = losses(mixed(given.policy, layers, "full", "policy"))
-        alone = losses(mixed(given.policy, layers, "policy", "full"))
+        freed = losses(mixed(layers, "full", given.policy))
+        alone = losses(mixed(layers, given.policy, "full"))
         print(
             f"layers {layers[0]:2} to {layers[-1]:2}: full attention there saves {said(own - freed)}, "
             f"the policy there alone costs {said(alone - full)}",

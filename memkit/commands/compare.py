@@ -21,6 +21,7 @@ from memkit.commands.options import (
     parse_overrides,
     plot_to,
     write,
+    write_and_show,
 )
 from memkit.errors import InputError, short
 
@@ -85,7 +86,7 @@ def compare_command(
     overrides = parse_overrides(changes)
     check_writable("--json", json_file)
     check_plot(plot)
-    from memkit import comparison, viz
+    from memkit import comparison
     from memkit.lm import is_model
     from memkit.viz.comparison import figure, progress_bar
 
@@ -120,11 +121,7 @@ def compare_command(
     measured = len(chosen) if chosen else 3
     with progress_bar(measured) if sys.stderr.isatty() else nullcontext() as progress:
         result = run(policies=chosen, progress=progress, **given)
-    try:  # first what took minutes to measure: a table into a pipe that closes early ends the command
-        if json_file is not None:
-            write(json_file, result.to_json() + "\n")
-    finally:
-        viz.show(result.table())
+    write_and_show(json_file, result.to_json() + "\n", result.table())
     plot_to(plot, dark, figure, result)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "parse_overrides",
     "plot_to",
     "write",
+    "write_and_show",
 ]
 
 
@@ -105,6 +106,18 @@ def write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); name a file in a folder of yours") from None
+
+
+def write_and_show(path: Path | None, text: str, table: Any) -> None:
+    """Write a file, where one is named, then print a table: a pipe that closes early ends the command, and a file that
+    cannot be written keeps no table back."""
+    from memkit import viz
+
+    try:
+        if path is not None:
+            write(path, text)
+    finally:
+        viz.show(table)
 
 
 def choice(option: str, given: str, *allowed: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -128,8 +129,10 @@ def notes(comparison: Comparison) -> list[str]:
             "gap closed: how much of the loss from streaming-4-512 (0%) to full (100%) is saved; "
             f"standard errors up to {max(errors + second):.0%}"
         )
-    elif {BASELINE, STREAMING} <= {entry.policy for entry in comparison.policies}:
-        lines.append("gap closed: unknown, for full predicts no better than streaming-4-512 here")
+    elif {BASELINE, STREAMING} <= (losses := {entry.policy: entry.loss for entry in comparison.policies}).keys():
+        numbers = math.isfinite(losses[BASELINE]) and math.isfinite(losses[STREAMING])
+        why = "full predicts no better than streaming-4-512 here" if numbers else "a loss is no finite number"
+        lines.append(f"gap closed: unknown, for {why}")
     else:
         lines.append("gap closed: compare streaming-4-512 and full too to see it")
     lines.append("memory, peak: bytes held once the text is read; the most until the last decoded token")
