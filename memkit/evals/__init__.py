@@ -4,9 +4,11 @@ from memkit.evals.bound import error_bound
 from memkit.evals.copying import CopySetting, SelectiveCopySpec
 from memkit.evals.evaluator import Evaluation, Score, evaluate
 from memkit.evals.fidelity import HeadFidelity, fidelity
-from memkit.evals.needle import DepthSetting, NeedleSpec, PasskeySpec
+from memkit.evals.needle import NeedleSpec, PasskeySpec
+from memkit.evals.over_text import DepthSetting
 from memkit.evals.positions import Stretch, documents_of, loss_by_position, stretches, without_slots
 from memkit.evals.recall import MqarSpec, NoisyRecallSpec, NoisySetting, PairsSetting, ScatteredPairsSpec
+from memkit.evals.repeats import PassageSetting, RepeatedPassageSpec
 from memkit.evals.task import Batch, SettingSpec, TaskSpec, task
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "NoisyRecallSpec",
     "NoisySetting",
     "PairsSetting",
+    "PassageSetting",
     "PasskeySpec",
+    "RepeatedPassageSpec",
     "ScatteredPairsSpec",
     "Score",
     "SelectiveCopySpec",

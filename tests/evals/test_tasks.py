@@ -18,9 +18,10 @@ from memkit.evals import (
 )
 from memkit.evals.evaluator import JUDGING_SEED
 from memkit.pieces.registry import kinds
+from memkit.texts import default_text
 from memkit.training.sweep import VALIDATION_SEED
 
-KINDS = ("mqar", "scattered-pairs", "noisy-recall", "selective-copy", "passkey", "needle")
+KINDS = ("mqar", "scattered-pairs", "noisy-recall", "selective-copy", "passkey", "needle", "repeated-passage")
 
 
 def test_every_kind_is_known():
@@ -137,6 +138,25 @@ def test_needles_stand_at_their_depth_and_are_asked_for(kind: str):
             assert (text.index(answer) < 60) == (depth == 0)
 
 
+def test_a_passage_comes_twice_and_is_asked_for_behind_its_cue():
+    sizes = [{"tokens": 128, "passage": 24, "depth": depth} for depth in (0.0, 0.5, 1.0)]
+    chosen = task({"kind": "repeated-passage", "cue": 5, "settings": sizes})
+    for setting, begin in enumerate((0, 40, 80)):
+        drawn = chosen.batch(3, seed=0, index=0, setting=setting)
+        assert drawn.targets.nonzero()[:, 1].view(3, -1).tolist() == [list(range(109, 128))] * 3
+        assert torch.equal(drawn.ids[:, begin : begin + 24], drawn.ids[:, 104:])
+        text = default_text().encode()
+        assert all(bytes(ids[:104].tolist()) in text for ids in drawn.ids)
+
+
+def test_a_passage_stands_anywhere_where_no_depth_is_given():
+    settings = [{"tokens": 96, "passage": 16}]
+    drawn = task({"kind": "repeated-passage", "settings": settings}).batch(60, seed=0, index=0)
+    assert drawn.depths is not None
+    assert drawn.depths.min() < 0.1
+    assert drawn.depths.max() > 0.9
+
+
 def test_text_of_ones_own(tmp_path):
     file = tmp_path / "filler.txt"
     file.write_text("xyz " * 2000)
@@ -178,6 +198,8 @@ def _word(ids: torch.Tensor) -> str:
         ({"kind": "noisy-recall", "settings": [{"tokens": 8, "keys": 4}]}, "must hold more pairs than keys"),
         ({"kind": "selective-copy", "settings": [{"tokens": 8, "items": 4}]}, "must be at least 2 × items"),
         ({"kind": "passkey", "settings": [{"tokens": 300, "depth": 2}]}, "settings.0.depth: must be less than"),
+        ({"kind": "repeated-passage", "settings": [{"tokens": 64, "passage": 33}]}, "must be at least 2 × passage, 66"),
+        ({"kind": "repeated-passage", "cue": 40}, "passage: must be more than the 40 tokens of the cue, got 32"),
         ({"kind": "needle", "text": ""}, "text must be a file's path or 'default'"),
     ],
 )
