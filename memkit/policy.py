@@ -10,6 +10,7 @@ import itertools
 import threading
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, PrivateAttr, model_validator
 
 from memkit.pieces.admission import Admission, AdmissionSpec, Expectation, NoAdmissionSpec, NoveltySpec
@@ -248,7 +249,7 @@ def _expecting(spec: PolicySpec) -> None:
             f"admission: {spec.admission.kind} expects readers who go on with the text, got observe.readers "
             f"{spec.observe.readers}; leave readers out, or use admission: {{kind: attention}}"
         )
-    if type(policy.rotary).memory_queries is not Rotary.memory_queries:
+    if policy.rotary.turns_queries:
         raise ValueError(
             f"admission: {spec.admission.kind} expects queries at places to come, and rotary {spec.rotary.kind} turns "
             "them back before they meet slots; use rotary: {kind: rerotate} or {kind: keep}"
@@ -374,6 +375,10 @@ class Policy:
     def holds_once(self) -> bool:
         """Whether slots are held as they are read. Sinks without growth are few, and plain sums of one token."""
         return self.storage.once and not self.sinks_only
+
+    def holds_once_in(self, dtype: torch.dtype) -> bool:
+        """Whether slots are held so from the first call on, for keys of this dtype; else once a token is decoded."""
+        return self.holds_once and (self.replaces or dtype.itemsize == 2)
 
     @functools.cached_property
     def keeps_keys(self) -> bool:

@@ -101,7 +101,7 @@ def _attend(given: AttendInputs, backend: Backend) -> tuple[Tensor, Memory]:
     for name, tensor in (("queries", given.queries), ("values", given.values)):
         if tensor is None:  # `check` takes them as left out, for a plan
             raise InputError(f"{name} must be a tensor [batch, heads, tokens, width], got None")
-    inputs = check(given)
+    inputs = check(given)  # raises, or adds row lengths, scale and whether gradients are wanted; moves no tensor
     if backend == "reference":
         from memkit import reference
 

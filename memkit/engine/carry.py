@@ -15,7 +15,6 @@ from memkit.memory.memory import DecodeBuffer
 from memkit.memory.rows import SlotRules, on_device, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
-from memkit.pieces.rotary import Rotary
 from memkit.policy import Policy
 
 __all__ = ["close", "open_store", "open_timeline", "without_padding"]
@@ -28,7 +27,7 @@ def open_timeline(inputs: AttendInputs, schedule: Schedule) -> tuple[Timeline, T
     if memory is None:
         return Timeline.of(None, old, new, in_place=False), following
     window, in_place = memory.window, False
-    if not inputs.differentiable and inputs.values is not None and inputs.even:
+    if not inputs.differentiable and inputs.values is not None and inputs.equal_lengths:
         if not window.fits(tokens) and old + tokens <= window.room:
             memory.about_to_write()
             window.move_to_front(old)
@@ -127,13 +126,12 @@ def close(
         return HeldSlots.of(rules, store, int(schedule.slots_after.max(initial=0)), made_with)
 
     # Sums are what is read in float32, and twice as much in half precision; with a graph they are kept as they are.
-    half = inputs.keys.dtype.itemsize == 2
-    once = half or policy.replaces or (before is not None and isinstance(before.store, HeldSlots))
+    once = policy.holds_once_in(inputs.keys.dtype) or (before is not None and isinstance(before.store, HeldSlots))
     once = once and policy.holds_once and not inputs.differentiable
     if not timeline.in_place:
         decodes = before is not None and tokens <= SLACK
         room = keep if inputs.differentiable else room_for(policy, keep, decodes)
-        ends = None if inputs.even else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
+        ends = None if inputs.equal_lengths else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
         window = timeline.window(keep, room, ends)
         at_rest = slots_at_rest() if once else store.compact()
         return Memory(policy, schedule.after, window, at_rest, next_positions, cuts=cuts)
@@ -152,7 +150,7 @@ def close(
     compact = store.compact()
     # Where the next token can take the short cut, slots are held once; where folds read all anew, too.
     uneven = not (schedule.after == schedule.after[0]).all()
-    apart = uneven or type(policy.rotary).memory_queries is not Rotary.memory_queries
+    apart = uneven or policy.rotary.turns_queries
     if store.view is not None and apart and not policy.replaces:
         compact.view = store.view
         compact.view.made_with = made_with
@@ -194,7 +192,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def without_padding(inputs: AttendInputs, tensor: Tensor) -> Tensor:
     """[b, h, t, …] with 0 in the padding, so that nothing there may reach a gradient."""
-    if inputs.even:
+    if inputs.equal_lengths:
         return tensor
     columns = torch.arange(inputs.keys.shape[2], device=inputs.keys.device)
     padding = columns >= on_device(inputs.row_lengths, inputs.keys.device)[:, None]

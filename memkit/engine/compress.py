@@ -41,7 +41,7 @@ from memkit.memory.rows import Chunk, SlotRules, memory_keys
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.parameters import PolicyParameters
-from memkit.pieces.admission import Expectation, OutputError, mean_of_neighbours
+from memkit.pieces.admission import Expectation, mean_of_neighbours
 from memkit.pieces.evidence import ERROR, SHARE, softmax_evidence
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
@@ -231,8 +231,8 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
         stand = torch.tensor(offsets, device=device) + max(0, tokens - policy.chunk)
         readers = [inputs.queries[:, :, stand]]
         hidden = torch.arange(tokens, device=device) > stand[:, None]
-    pools = isinstance(policy.admission, OutputError) and policy.admission.pool > 1
-    rest = (inputs.checked_scale, hidden, 1 if pools else NEIGHBOURS)  # who looks at neighbours does it once
+    pools = policy.admission is not None and policy.admission.pools_errors
+    rest = (inputs.checked_scale, hidden, 1 if pools else NEIGHBOURS)
     told: list[Tensor] = []
     for group in readers:
         root, share = row_worth(scaled(group, scales), inputs.keys, timeline.values, *rest)

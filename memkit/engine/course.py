@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memkit.memory import held
+from memkit.memory import tokens_in_window
 from memkit.memory.cuts import Cuts
 from memkit.pieces.window import BlockWindow
 from memkit.policy import Policy
@@ -82,14 +82,15 @@ class Course(ABC):
         return np.array(table, dtype=np.int64).reshape(len(rows), longest)
 
 
-class _Even(Course):
+class _EqualChunks(Course):
     """Chunks of one length, or none."""
 
-    def __init__(self, policy: Policy, seen: Rows, lengths: Rows, budgets: Sequence[Policy] | None) -> None:
+    def __init__(self, policy: Policy, seen: Rows, lengths: Rows, row_policies: Sequence[Policy] | None) -> None:
         super().__init__(policy, seen, lengths)
         self.chunk = policy.chunk
-        self.budgets = [policy] * len(seen) if budgets is None else budgets
-        self.left_before, self.left_after = seen - held(policy, seen), self.after - held(policy, self.after)
+        self.row_policies = [policy] * len(seen) if row_policies is None else row_policies
+        self.left_before = seen - tokens_in_window(policy, seen)
+        self.left_after = self.after - tokens_in_window(policy, self.after)
 
     def arrivals(self) -> Rows:
         phases, end = np.unique(-self.seen % self.chunk), int((self.after - self.seen).max(initial=0))
@@ -102,7 +103,7 @@ class _Even(Course):
         if not self.chunk:
             return np.zeros_like(left)
         chunks = (left // self.chunk - 1).tolist()
-        numbers = [policy.slots_after_chunk(index) for policy, index in zip(self.budgets, chunks, strict=True)]
+        numbers = [policy.slots_after_chunk(index) for policy, index in zip(self.row_policies, chunks, strict=True)]
         return np.array(numbers, dtype=np.int64)
 
     def sizes(self, left: Rows) -> Rows:
@@ -123,7 +124,7 @@ class _Even(Course):
         left = np.minimum(left, self.left_after[:, None])
         counts = [
             [policy.slots_after_chunk(tokens // chunk - 1) for tokens in row]
-            for policy, row in zip(self.budgets, left.tolist(), strict=True)
+            for policy, row in zip(self.row_policies, left.tolist(), strict=True)
         ]
         return np.array(counts, dtype=np.int64).reshape(left.shape)
 
@@ -227,14 +228,14 @@ def course_of(
     lengths: Rows,
     cuts: Cuts | None,
     boundaries: Rows | None,
-    budgets: Sequence[Policy] | None = None,
+    row_policies: Sequence[Policy] | None = None,
 ) -> Course:
     """The course of a call.
 
     cuts: where the chunks are before it, None where there is no memory or positions tell; boundaries [b, t] bool: which
-    tokens are the last of their chunk, None: none is said to be; budgets: the policy that says how many slots each row
-    may have, where rows differ in that alone and chunks are of one length; None: this one.
+    tokens are the last of their chunk, None: none is said to be; row_policies: the policy that says how many slots each
+    row may have, where rows differ in that alone and chunks are of one length; None: this one.
     """
     if not policy.takes_boundaries:
-        return _Even(policy, seen, lengths, budgets)
+        return _EqualChunks(policy, seen, lengths, row_policies)
     return _Given(policy, seen, lengths, Cuts.fresh(len(seen)) if cuts is None else cuts, boundaries)

@@ -5,8 +5,9 @@ in one buffer, and appends each token behind; until the next chunk leaves, nothi
 the sinks do). What differs between slots and window is folded into the slots' keys (query scales, as the ratio of
 the two) or into one bias (counts).
 
-This is a shortcut: whatever does not fit it takes the way of every other call, with the same result. `ENABLED = False`
-switches it off.
+This is a shortcut: whatever does not fit it takes the way of every other call, with the same result up to rounding: all
+keys are summed in one softmax instead of in several, and query scales are rounded where they meet the slots' keys.
+`ENABLED = False` switches it off.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from memkit.memory.memory import DecodeBuffer
 from memkit.memory.rows import SlotRules, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
-from memkit.pieces.rotary import Rotary
 
 __all__ = ["decode", "decode_again"]
 
@@ -144,7 +144,8 @@ def _wait(memory: Memory, queries: Tensor) -> None:
 
 
 def _applies(inputs: AttendInputs, memory: Memory) -> bool:
-    """One token per row, rows alike, room in the buffer, no chunk that leaves, one query for slots and window."""
+    """One token per row, rows alike, room in the buffer, no chunk that leaves, one query for slots and window; and
+    where query scales are learned, as many key/value heads as query heads and no scale of 0."""
     policy, position = inputs.policy, int(memory.seen_rows[0])
     plain = inputs.keys.shape[2] == 1 and inputs.plan is None and not memory.keys.requires_grad
     if not plain or not memory.window.fits(1) or memory.store.requires_grad:
@@ -153,7 +154,7 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
         return False
     if memory.cuts is not None and not memory.cuts.alike:
         return False
-    if type(policy.rotary).memory_queries is not Rotary.memory_queries:
+    if policy.rotary.turns_queries:
         return False
     if "positions" in policy.streams and (inputs.rotation is None or inputs.rotation.positions is not None):
         return False

@@ -72,7 +72,8 @@ def plan(inputs: AttendInputs) -> Plan:
 class Pass:
     """One call in progress: when chunks leave (schedule), the tokens there are (timeline), and the slots (store).
 
-    done: what has been assigned so far.
+    timeline: the window's columns, and this call's tokens behind them; leaving: slices of it that leave, with their
+    memory keys, which is what slots sum of keys (`rows.memory_keys`); done: what has been assigned so far.
     """
 
     def __init__(self, inputs: AttendInputs) -> None:
@@ -82,7 +83,7 @@ class Pass:
         seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
         cuts = None if inputs.memory is None else inputs.memory.cuts
         self.schedule = Schedule(
-            inputs.policy, seen, inputs.row_lengths, tokens, cuts, inputs.row_boundaries, inputs.budgets
+            inputs.policy, seen, inputs.row_lengths, tokens, cuts, inputs.row_boundaries, inputs.row_policies
         )
         self.rules = SlotRules(
             inputs.policy, width, inputs.keys.dtype, inputs.key_norm, inputs.rotation, inputs.values is not None
@@ -99,6 +100,7 @@ class Pass:
     def read(self, queries: Queries) -> tuple[Tensor, Tensor]:
         """For each step: plan, fold, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph.
 
+        Alike steps are read together: each plans, folds and notes how slots are read then, and one READ meets them all.
         Where a policy observes, READ and OBSERVE meet the same rows, and a whole chunk's queries do both at once; the
         log-sum-exp, which the backward pass of other policies needs, is then not there.
         """
@@ -185,7 +187,7 @@ class Pass:
         """The steps, those together that are read together: consecutive ones that are alike."""
         steps = self.schedule.steps
         together, unequal_slots = TOGETHER.get(self.device.type, 0), self.device.type in UNEQUAL_SLOTS
-        if not together or not self.inputs.even or self.policy.window.band is not None or self.policy.observes:
+        if not together or not self.inputs.equal_lengths or self.policy.window.band is not None or self.policy.observes:
             return [[step] for step in steps]
         groups: list[list[Step]] = []
         for step in steps:

@@ -92,7 +92,7 @@ def _as_rows(inputs: AttendInputs) -> AttendInputs:
         memory=None if inputs.memory is None else _memory_of_rows(inputs.memory, of_heads[0].observes),
         lengths=None,
         row_lengths=np.repeat(inputs.row_lengths, heads),
-        budgets=of_heads * len(inputs.keys),
+        row_policies=of_heads * len(inputs.keys),
     )
 
 

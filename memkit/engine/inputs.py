@@ -29,7 +29,8 @@ class AttendInputs:
 
     Known once they are checked: row_lengths [b]: valid tokens of each row; row_boundaries [b, t] bool: which are the
     last of their chunk, None where none is said to be; scale: a number; differentiable: whether
-    gradients are wanted; budgets: the policy of each row, where heads of unequal numbers of slots stand as rows.
+    gradients are wanted; row_policies: the policy of each row, where heads of unequal numbers of slots
+    stand as rows.
     """
 
     policy: Policy
@@ -47,7 +48,7 @@ class AttendInputs:
     row_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_boundaries: np.ndarray | None = None
     differentiable: bool = False
-    budgets: tuple[Policy, ...] | None = None
+    row_policies: tuple[Policy, ...] | None = None
 
     @property
     def key_norm(self) -> tuple[Tensor, Tensor] | None:
@@ -61,7 +62,7 @@ class AttendInputs:
         return self.scale
 
     @property
-    def even(self) -> bool:
+    def equal_lengths(self) -> bool:
         """Whether every row has as many tokens as the call has columns."""
         return bool((self.row_lengths == self.keys.shape[2]).all())
 

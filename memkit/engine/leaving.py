@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.schedule import Schedule
-from memkit.memory.rows import Chunk, Rows, SlotRules, contributions, memory_keys, on_device
+from memkit.memory.rows import Chunk, Contributions, SlotRules, contributions, memory_keys, on_device
 from memkit.memory.window import Columns, Timeline
 
 __all__ = ["LeavingTokens"]
@@ -27,7 +27,7 @@ class LeavingTokens:
         self.rules, self.timeline, self.schedule = rules, timeline, schedule
         self.end = int((schedule.left_after + schedule.shift).max(initial=0))  # columns that leave in this call
         self.begin = self.stop = 0
-        self.ahead: tuple[Tensor, Rows, Rows] | None = None
+        self.ahead: tuple[Tensor, Contributions, Contributions] | None = None
 
     def chunk(self, where: Columns, first: bool | Tensor) -> Chunk:
         """The tokens at some columns; `first` as in `Chunk`. Rows that keep theirs get some too, which nobody takes."""
@@ -43,7 +43,7 @@ class LeavingTokens:
         chunk.ahead = some, some if joining is alone else (rows, joining[1][:, :, here])
         return chunk
 
-    def _made(self, where: slice) -> tuple[Tensor, Rows, Rows]:
+    def _made(self, where: slice) -> tuple[Tensor, Contributions, Contributions]:
         """Memory keys, and rows as founders and as joiners, of the columns `begin` … `stop` − 1, these among them."""
         if self.ahead is None or not self.begin <= where.start or where.stop > self.stop:
             size = where.stop - where.start

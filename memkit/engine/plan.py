@@ -105,7 +105,11 @@ def compete(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, 
 
 
 def assign(policy: Chooses, chunk: ChunkContext) -> Assignment:
-    """Score → admit → assign: who founds a slot, and which slot the others join."""
+    """Score → admit → assign: who founds a slot, and which slot the others join.
+
+    A chunk of which all or none found asks no admission. Under routing `nearest` the others join the slot whose key, as
+    it is read, is most like their memory key, sinks left out, the lowest on ties (`pieces/routing.py`).
+    """
     drops = policy.routing.drops or not chunk.joins
     everywhere = chunk.offsets.expand(chunk.shape)
     nowhere = everywhere[..., :0]

@@ -218,7 +218,9 @@ class _Layout:
 
 
 def _forward(layout: _Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, by PyTorch's fused kernel where there is one that gives both."""
+    """Output [b, h, s, v] and log-sum-exp [b, h, s] (natural, of scores as scaled and biased), for queries as they are
+    laid out; by PyTorch's fused kernel where there is one that gives both. What queries get that see none of the set's
+    keys is anybody's guess: the caller knows them (`sees_nothing`)."""
     match _kernel(layout):
         case "flash":
             return _flash(layout.queries, layout.keys, layout.values, 0.0, causal, attn_mask=layout.bias, scale=scale)
@@ -236,6 +238,8 @@ def _forward(layout: _Layout, causal: bool, scale: float) -> tuple[Tensor, Tenso
 def _backward(
     layout: _Layout, causal: bool, scale: float, output: Tensor, lse: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values of one set, from the output and log-sum-exp of *all* sets together, and the
+    gradient of that output."""
     missing = layout.values.shape[-1] - grad.shape[-1]
     if missing:
         output, grad = pad(output, (0, missing)), pad(grad, (0, missing))

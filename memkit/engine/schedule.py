@@ -27,6 +27,9 @@ BAND_STEP = 128
 class LeavingChunk:
     """A chunk that leaves the window of some rows.
 
+    Under a block window of W chunks of C tokens chunk c leaves before the query at (c + W)·C, and min(C, max(0, budget
+    − slots)) of its tokens found a slot (`Policy.slots_with_chunk`); all of the first, under `first_chunk: whole`.
+
     size: its tokens; leaves [b]: which rows; begin [b]: the chunk's first position; slots_before [b]: slots there are
     before it; new_slots [b]: its tokens that found; sink_tokens [b]: how many of those are sinks.
     """
@@ -63,7 +66,7 @@ class Step:
 class Schedule:
     """The steps of a call of `tokens` columns, of which `lengths[r]` are row r's, after `seen[r]` tokens.
 
-    cuts, boundaries, budgets: as for `course_of`.
+    cuts, boundaries, row_policies: as for `course_of`.
     """
 
     def __init__(
@@ -74,10 +77,10 @@ class Schedule:
         tokens: int,
         cuts: Cuts | None = None,
         boundaries: Rows | None = None,
-        budgets: Sequence[Policy] | None = None,
+        row_policies: Sequence[Policy] | None = None,
     ) -> None:
         self.policy, self.seen, self.lengths, self.tokens = policy, seen, lengths, tokens
-        self.course: Course = course_of(policy, seen, lengths, cuts, boundaries, budgets)
+        self.course: Course = course_of(policy, seen, lengths, cuts, boundaries, row_policies)
         self.left_before, self.left_after = self.course.left_before, self.course.left_after
         self.old = int((seen - self.left_before).max(initial=0))
         self.shift = self.old - seen
@@ -87,11 +90,6 @@ class Schedule:
     def steps(self) -> list[Step]:
         """The steps, in order."""
         return list(self._steps())
-
-    @property
-    def even(self) -> bool:
-        """Whether all rows have as many tokens as the call has columns."""
-        return bool((self.lengths == self.tokens).all())
 
     @property
     def most_leaving(self) -> int:

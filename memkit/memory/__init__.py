@@ -1,6 +1,6 @@
 """What a policy carries from one call to the next: a window of exact tokens, slots, and row counters."""
 
 from memkit.memory.heads import HeadsMemory
-from memkit.memory.memory import Memory, held, row_numbers
+from memkit.memory.memory import Memory, row_numbers, tokens_in_window
 
-__all__ = ["HeadsMemory", "Memory", "held", "row_numbers"]
+__all__ = ["HeadsMemory", "Memory", "row_numbers", "tokens_in_window"]

@@ -56,7 +56,7 @@ def blank(
     store: SlotStore | HeldSlots = SlotStore(
         new(rows, kv_heads, slots, head_width + value_width, like=wide), numbers, evidence=evidence
     )
-    if policy.holds_once and (policy.replaces or dtype.itemsize == 2):
+    if policy.holds_once_in(dtype):
         rules = SlotRules(policy, head_width, dtype, None, rotation, valued=True)
         store = HeldSlots.of(rules, store, slots, ())
     observed = new(rows, heads, len(policy.observation.waits), head_width) if policy.observes else None

@@ -38,7 +38,7 @@ class Contest:
         return cls(kept, size, tuple(before.tolist()), tuple((before + new).tolist()))
 
     @functools.cached_property
-    def even(self) -> bool:
+    def alike(self) -> bool:
         """Whether all rows of the batch have the same numbers."""
         return len(set(self.before)) == len(set(self.after)) == 1
 
@@ -59,17 +59,17 @@ class Contest:
 
     def new_slots(self, device: torch.device) -> Count:
         """Candidates that have a slot afterwards: one number, or one per row [b, 1, 1]."""
-        return self.most_new if self.even else _per_row(tuple(after - self.kept for after in self.after), device)
+        return self.most_new if self.alike else _per_row(tuple(after - self.kept for after in self.after), device)
 
     def present(self, device: torch.device) -> Tensor | None:
         """Candidates that there are, [b, 1, 1]; None where rows have equally many."""
-        return None if self.even else _per_row(tuple(n + self.size - self.kept for n in self.before), device)
+        return None if self.alike else _per_row(tuple(n + self.size - self.kept for n in self.before), device)
 
     def behind(self, slots: Tensor, tokens: Tensor, first: int = 0) -> Tensor:
         """Slots [b, g, m, …], from `first` on as many as the row with the most has, and right behind each row's last
         one the chunk's tokens [b, g, c, …]: [b, g, m + c, …]."""
         both = torch.cat((slots, tokens), dim=2)
-        if self.even:
+        if self.alike:
             return both
         where = _token_columns(self.before, first, self.size, tokens.shape[1], both.shape[2], tokens.device)
         both.flatten(0, 2).index_copy_(0, where, tokens.flatten(0, 2))
@@ -77,7 +77,7 @@ class Contest:
 
     def of_tokens(self, candidates: Tensor) -> Tensor:
         """What candidates [b, g, n] have, for the chunk's tokens alone, [b, g, c]."""
-        if self.even:
+        if self.alike:
             return candidates[:, :, self.most_before - self.kept :]
         begin = _per_row(tuple(before - self.kept for before in self.before), candidates.device)
         columns = begin + torch.arange(self.size, device=candidates.device)

@@ -27,7 +27,7 @@ from memkit.pieces.window import BlockWindow
 from memkit.policy import Policy, PolicySpec
 from memkit.whole import whole_numbers
 
-__all__ = ["DecodeBuffer", "Memory", "held", "row_numbers"]
+__all__ = ["DecodeBuffer", "Memory", "row_numbers", "tokens_in_window"]
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Memory:
     @property
     def held_rows(self) -> np.ndarray:
         """Tokens in each row's window, [b] int64."""
-        return held(self.policy, self.seen_rows) if self.cuts is None else self.seen_rows - self.cuts.left
+        return tokens_in_window(self.policy, self.seen_rows) if self.cuts is None else self.seen_rows - self.cuts.left
 
     @property
     def heads(self) -> int:
@@ -396,7 +396,7 @@ def row_numbers(rows: Any, batch: int) -> Tensor:
     return index
 
 
-def held(policy: Policy, seen: np.ndarray) -> np.ndarray:
+def tokens_in_window(policy: Policy, seen: np.ndarray) -> np.ndarray:
     """Tokens in the window of rows that have seen so many."""
     return np.where(seen > 0, seen - policy.window.begin(np.maximum(seen - 1, 0)), 0)
 

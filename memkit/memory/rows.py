@@ -21,6 +21,7 @@ from memkit.policy import Policy
 
 __all__ = [
     "Chunk",
+    "Contributions",
     "SlotRules",
     "SlotView",
     "by_statistic",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-Rows = tuple[Tensor, Tensor]
+Contributions = tuple[Tensor, Tensor]
 """What tokens add to a slot: sums [b, g, c, d + v] and numbers [b, g, c, s]."""
 
 
@@ -59,7 +60,7 @@ class Chunk:
     where: Columns
     memory_keys: Tensor | None = None
     evidence: Tensor | None = None
-    ahead: tuple[Rows, Rows] | None = None
+    ahead: tuple[Contributions, Contributions] | None = None
 
     @classmethod
     def of(cls, streams: Streams, where: Columns, first: bool | Tensor) -> Chunk:
@@ -131,7 +132,7 @@ def memory_keys(rules: SlotRules, chunk: Chunk) -> Tensor:
     return rules.policy.readout.key(keys, {}, rules.key_norm) if rules.policy.readout.layer_norm else keys
 
 
-def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> Rows:
+def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> Contributions:
     """Each token's row of sums [b, g, c, d + v] and of numbers [b, g, c, s], founders weighed as the rule says.
 
     founded [b, g, c]; None where no token founds.
@@ -185,7 +186,8 @@ def constant(numbers: tuple[bool, ...], device: torch.device) -> Tensor:
 
 
 def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor, founders_keys: Tensor | None = None) -> SlotView:
-    """Sums [..., d + v] and numbers [..., s] as they are read, on any leading axes.
+    """Sums [..., d + v] and numbers [..., s] as they are read, on any leading axes: K/mass and V/mass under `mean`; the
+    readout of Key-Value Means is LN(K) and ρ·V/‖V‖ (`pieces/readout.py` has all).
 
     founders_keys [..., d]: how queries meet the slots' keys, where these are their founders' and known
     (`Policy.keeps_keys`).

@@ -60,6 +60,8 @@ class Admission(ABC):
     fills_up: ClassVar[bool] = False
     """Whether rows of the batch may have unequal numbers of tokens: `chunk.absent` are none, and no token's score
     depends on them. Where not, rows with unequal numbers are scored one after the other."""
+    pools_errors: bool = False
+    """Whether the score averages errors over neighbouring rows, so that nobody else need."""
     expects: Expectation | None = None
     """Readers of whom the share of attention is what they are expected to pay; None: what observed queries paid."""
 
@@ -169,7 +171,7 @@ class OutputError(Admission):
     rates_slots = needs_evidence = fills_up = True
 
     def __init__(self, pool: int = 1) -> None:
-        self.pool = pool
+        self.pool, self.pools_errors = pool, pool > 1
 
     def score(self, chunk: ChunkContext) -> Tensor:
         assert chunk.evidence is not None

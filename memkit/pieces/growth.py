@@ -20,6 +20,7 @@ from memkit.pieces.registry import FamilySpec, register
 from memkit.whole import MOST
 
 __all__ = [
+    "SNAP",
     "AnyGrowthSpec",
     "FixedGrowthSpec",
     "Growth",
@@ -32,8 +33,9 @@ __all__ = [
     "SqrtGrowthSpec",
 ]
 
-# Float formulas whose exact value is a whole number may land a few ulps below it; this lifts them back before flooring.
 SNAP = 1 + 2.0**-49
+"""Float formulas whose exact value is a whole number may land a few units in the last place below it, as 64 ** (1/3)
+does: times this they are lifted back before they are rounded down."""
 
 
 class Growth(ABC):
@@ -44,7 +46,10 @@ class Growth(ABC):
 
     @abstractmethod
     def size(self, tokens: int) -> float:
-        """f(n), the unrounded number of slots after n tokens; finite and never falling."""
+        """f(n), the unrounded number of slots after n tokens; finite and never falling.
+
+        A power or logarithm of floats is taken times `SNAP`.
+        """
 
     def budget(self, tokens: int) -> int:
         """Slots allowed after n `tokens`, n ≥ 0. Raises `PolicyError` where f(n) is not a finite number."""

@@ -27,7 +27,10 @@ class ObservationSpec(Spec):
         description="queries of each chunk that are observed, evenly spaced; more than it has: all; 0: none",
     )
     decay: float = Field(
-        default=1.0, gt=0, le=1, description="γ: what evidence still counts one chunk later; 1: as much as new"
+        default=1.0,
+        ge=0,
+        le=1,
+        description="γ: what evidence still counts one chunk later; 1: as much as new; 0: not at all",
     )
     aggregate: Literal["mean", "max"] = Field(
         default="mean",

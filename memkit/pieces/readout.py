@@ -1,6 +1,7 @@
 """Readout: how slots enter the softmax.
 
-A slot's sums K = Σ w·k̄ and V = Σ w·v become a key and a value:
+A slot's sums K = Σ w·k̄ and V = Σ w·v become a key and a value. k̄ is a token's key after the rotary treatment, and after
+the memory-key LayerNorm where slots are read with one.
 
     mean        K / mass
     layer-norm  LN(K), of the sum itself (the memory-key LayerNorm; arXiv 2605.09877)

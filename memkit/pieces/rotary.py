@@ -103,6 +103,11 @@ class Rotary:
         return type(self).memory_keys is not Rotary.memory_keys
 
     @property
+    def turns_queries(self) -> bool:
+        """Whether queries meet slots turned otherwise than they meet the window."""
+        return type(self).memory_queries is not Rotary.memory_queries
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
         """The numbers a slot must keep for it."""
         return (MASS, POSITION) if self.rotates_slots else ()
@@ -164,7 +169,7 @@ class ZeroSpec(RotarySpec):
 
 
 class Zero(Rotary):
-    """k̄ = k with its first r channels set to 0."""
+    """k̄ = k with its first r channels set to 0 (before the memory-key LayerNorm, where slots are read with one)."""
 
     @property
     def rounds(self) -> bool:

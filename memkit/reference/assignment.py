@@ -16,12 +16,13 @@ from memkit.pieces.admission import (
     RecencySpec,
 )
 from memkit.pieces.chunk import ChunkContext
+from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import NearestSpec, SegmentSpec
 from memkit.reference.rules import Rules
 from memkit.reference.slot import Slot, Token, compared
 from memkit.reference.words import TINY, direction, in_order
 
-__all__ = ["Assigned", "assign", "nearest_of", "ratings"]
+__all__ = ["Assigned", "assign", "evidence_of", "nearest_of", "ratings"]
 
 Assigned = tuple[int, bool]
 """A token's slot (−1: dropped) and whether it founded it."""
@@ -64,15 +65,11 @@ def admitted(
             chosen = free[len(free) - wanted :]
         case "stride":
             chosen = [free[i * len(free) // wanted] for i in range(wanted)]
-        case "output-error" | "attention" | "expected-attention" | "key-norm" | "key-difference":
-            fresh = [rules.alone(t, weight, True) for t, weight in zip(chunk, rules.weights(chunk), strict=True)]
-            scores = ratings(rules, fresh, [token.memory_key for token in chunk], evidence or [])
-            chosen = [free[i] for i in in_order([-scores[j] for j in free])[:wanted]]
         case _:
-            admission = rules.policy.admission
-            assert admission is not None
-            score = admission.score(context(rules, chunk, slots, granted, forced)).expand(1, 1, len(chunk))[0, 0]
-            chosen = [free[i] for i in in_order([-float(score[j]) for j in free])[:wanted]]
+            fresh = [rules.alone(t, weight, True) for t, weight in zip(chunk, rules.weights(chunk), strict=True)]
+            shown = context(rules, chunk, slots, granted, forced, evidence)
+            scores = ratings(rules, fresh, [token.memory_key for token in chunk], evidence or [], shown)
+            chosen = [free[i] for i in in_order([-scores[j] for j in free])[:wanted]]
     return [*range(ahead), *sorted(chosen)]
 
 
@@ -134,8 +131,9 @@ def nearest(
     return [nearest_of(rules, token.memory_key.detach(), dict(targets)) for token in chunk]
 
 
-def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tensor]) -> list[float]:
-    """How much each row deserves a slot. keys: as they are compared; told: (mean error, mean share) of each row."""
+def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tensor], shown: ChunkContext) -> list[float]:
+    """How much each row deserves a slot. keys: as they are compared; told: (mean error, mean share) of each row; shown:
+    what a user's own admission is asked about."""
     admission = rules.spec.admission
     match admission:
         case OutputErrorSpec(kind="output-error", pool=1):
@@ -161,7 +159,9 @@ def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tenso
         case RecencySpec(kind="recency"):
             return [float(j) for j in range(len(rows))]
         case _:
-            raise AssertionError(f"no rating by {admission.kind}")
+            own = rules.policy.admission
+            assert own is not None
+            return own.score(shown).expand(shown.shape)[0, 0].tolist()
 
 
 def nearest_of(rules: Rules, key: Tensor, slots: dict[int, Slot]) -> int:
@@ -175,8 +175,15 @@ def nearest_of(rules: Rules, key: Tensor, slots: dict[int, Slot]) -> int:
     return -1 if least is not None and best < least else list(slots)[scores.index(best)]
 
 
-def context(rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, forced: int) -> ChunkContext:
-    """The chunk as a user's own piece is shown it."""
+def context(
+    rules: Rules,
+    chunk: list[Token],
+    slots: list[Slot],
+    granted: int,
+    forced: int,
+    evidence: list[Tensor] | None = None,
+) -> ChunkContext:
+    """The chunk as a user's own piece is shown it. evidence: (mean error, mean share) of each token."""
     keys = [token.memory_key.detach() for token in chunk]
 
     def alone() -> Tensor:
@@ -193,8 +200,17 @@ def context(rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, f
         joins=rules.policy.merging.joins,
         alone=alone,
         read_values=lambda: torch.stack([token.value.detach() for token in chunk])[None, None],
+        evidence=evidence_of(evidence),
         similarity=rules.policy.routing.similarity,
     )
+
+
+def evidence_of(told: list[Tensor] | None) -> Evidence | None:
+    """(mean error, mean share) of each row, as a user's own piece is shown them."""
+    if not told:
+        return None
+    error, share = torch.stack(told).detach().unbind(-1)
+    return Evidence(error[None, None], share[None, None])
 
 
 def similarities(rules: Rules, key: Tensor, slots: Tensor) -> list[float]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from memkit.engine.inputs import AttendInputs
-from memkit.pieces.routing import SegmentSpec
-from memkit.reference.assignment import Assigned, nearest_of, ratings
+from memkit.pieces.chunk import ChunkContext
+from memkit.pieces.routing import NearestSpec, SegmentSpec
+from memkit.reference.assignment import Assigned, evidence_of, nearest_of, ratings
 from memkit.reference.rules import Rules
-from memkit.reference.slot import Slot, Token
+from memkit.reference.slot import Slot, Token, compared
 
 __all__ = ["Observing", "compete", "mean"]
 
@@ -156,7 +157,9 @@ def compete(
         candidates, told = [*slots[kept:], *fresh], [*of_slots[kept:], *of_tokens]
         keys = [*(slot.compared for slot in slots[kept:]), *(token.memory_key for token in chunk)]
         forced = min(max(sinks - chunk[0].position, 0), len(chunk))
-        founders = staying(rules, candidates, keys, [mean(each) for each in told], total - kept, forced)
+        known = None if observing is None else [mean(each) for each in told]
+        shown = candidates_context(rules, slots[:kept], candidates, keys, known, total - kept, forced)
+        founders = staying(rules, candidates, keys, [mean(each) for each in told], shown)
         home = {j: kept + i for i, j in enumerate(founders)}
         joins: list[int] = [-1] * len(candidates)
         if rules.policy.merging.joins:
@@ -164,9 +167,12 @@ def compete(
                 # The newest slot before it that is no sink, or the first one after it.
                 newest = [max((home[i] for i in home if i <= j), default=kept - 1) for j in range(len(candidates))]
                 joins = [max(slot, sinks) for slot in newest]
-            else:
+            elif isinstance(rules.spec.routing, NearestSpec):
                 open_to = {slot: candidates[j] for j, slot in home.items() if slot >= sinks}
                 joins = [nearest_of(rules, key.detach(), open_to) for key in keys]
+            else:
+                founded = torch.tensor([j in home for j in range(len(candidates))])[None, None]
+                joins = rules.policy.routing.targets(shown, founded).expand(shown.shape)[0, 0].tolist()
     else:
         kept, candidates, told = len(slots), fresh, of_tokens
         assert assigned is not None
@@ -198,12 +204,40 @@ def compete(
     return rows
 
 
+def candidates_context(
+    rules: Rules,
+    kept: list[Slot],
+    candidates: list[Slot],
+    keys: list[Tensor],
+    told: list[Tensor] | None,
+    places: int,
+    forced: int,
+) -> ChunkContext:
+    """Slots and tokens that compete for `places`, as a user's own piece is shown them; kept: slots that are none."""
+    alone = compared(candidates, keys[0])[None, None]
+    return ChunkContext(
+        keys=torch.stack(keys).detach()[None, None],
+        slots=compared(kept, keys[0])[None, None],
+        slots_before=len(kept),
+        sinks=rules.spec.sinks,
+        sink_tokens=forced,
+        new_slots=places,
+        joins=rules.policy.merging.joins,
+        alone=lambda: alone,
+        read_values=lambda: torch.stack([row.answer.detach() for row in candidates])[None, None],
+        evidence=evidence_of(told),
+        similarity=rules.policy.routing.similarity,
+    )
+
+
 def staying(
-    rules: Rules, candidates: list[Slot], keys: list[Tensor], told: list[Tensor], places: int, forced: int
+    rules: Rules, candidates: list[Slot], keys: list[Tensor], told: list[Tensor], shown: ChunkContext
 ) -> list[int]:
-    """Which candidates have a slot afterwards: the first `forced`, then the highest ratings, ties to the earliest."""
+    """Which candidates have a slot afterwards: the first ones that are sinks, then the highest ratings, ties to the
+    earliest."""
+    places, forced = int(shown.new_slots), int(shown.sink_tokens)
     if places == len(candidates):
         return list(range(places))
-    scores = ratings(rules, candidates, keys, told)
+    scores = ratings(rules, candidates, keys, told, shown)
     free = sorted(range(forced, len(candidates)), key=lambda j: -scores[j])
     return [*range(forced), *sorted(free[: places - forced])]

@@ -25,7 +25,6 @@ from memkit.pieces.merging import Merging, Weigh
 from memkit.pieces.observation import ObservationSpec
 from memkit.pieces.readout import ReadoutSpec
 from memkit.pieces.registry import FamilySpec, Spec, kinds
-from memkit.pieces.rotary import Rotary
 from memkit.pieces.storage import StorageSpec
 from memkit.pieces.window import AllWindowSpec, SlidingWindowSpec
 from memkit.policy import PolicySpec
@@ -162,7 +161,7 @@ def _observations(draw: st.DrawFn, may: bool) -> ObservationSpec:
         return ObservationSpec()
     return ObservationSpec(
         queries=draw(st.integers(1, 4)),
-        decay=draw(st.sampled_from((1.0, 0.5, 0.9))),
+        decay=draw(st.sampled_from((1.0, 0.5, 0.9, 0.0))),
         aggregate=draw(st.sampled_from(("mean", "max"))),
     )
 
@@ -170,7 +169,7 @@ def _observations(draw: st.DrawFn, may: bool) -> ObservationSpec:
 def _that_may_be(draw: st.DrawFn, admission: Any, observes: bool, rotary: Any) -> Any:
     """The admission, or novelty where it needs what nobody observes, or expects queries that meet slots turned back."""
     built = admission.build()
-    turned = type(rotary.build()).memory_queries is not Rotary.memory_queries
+    turned = rotary.build().turns_queries
     if built is None or not built.needs_evidence or (observes and not (built.expects is not None and turned)):
         return admission
     return draw(specs("admission", "novelty"))

@@ -175,7 +175,8 @@ class _Log(Admission):
         self.inner, self.tokens_read = inner, 0
         self.decisions: list[Decision] = []
         self.compares, self.rates_slots = inner.compares, inner.rates_slots  # pyright: ignore[reportAttributeAccessIssue]
-        self.expects = inner.expects
+        self.expects, self.pools_errors = inner.expects, inner.pools_errors
+        self.fills_up = inner.fills_up  # pyright: ignore[reportAttributeAccessIssue]
         self.needs_evidence = inner.needs_evidence  # pyright: ignore[reportAttributeAccessIssue]
         self.chunk = 0
 

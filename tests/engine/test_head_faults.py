@@ -36,9 +36,9 @@ def test_a_rows_budget_given_to_another_head_is_noticed(monkeypatch: pytest.Monk
 
     def turned(inputs):
         made = whole(inputs)
-        assert made.budgets is not None
+        assert made.row_policies is not None
         swapped.append(True)
-        return dataclasses.replace(made, budgets=made.budgets[::-1])
+        return dataclasses.replace(made, row_policies=made.row_policies[::-1])
 
     monkeypatch.setattr(heads_as_rows, "_as_rows", turned)
     with pytest.raises((AssertionError, RuntimeError)), torch.no_grad():

@@ -113,6 +113,38 @@ class MiddleSpec(AdmissionSpec):
         return Middle()
 
 
+class Missed(Admission):
+    """What outputs would miss and readers looked at: by evidence, of slots as of tokens."""
+
+    rates_slots = needs_evidence = True
+
+    def score(self, chunk: ChunkContext) -> Tensor:
+        assert chunk.evidence is not None
+        assert chunk.values is not None
+        return chunk.evidence.error * chunk.evidence.share + chunk.values.norm(dim=-1) / 64
+
+
+class MissedSpec(AdmissionSpec):
+    kind: Literal["test-missed"] = "test-missed"
+
+    def build(self) -> Missed:
+        return Missed()
+
+
+class Eldest(Routing):
+    """All that found nothing join the first slot that is no sink."""
+
+    def targets(self, chunk: ChunkContext, founded: Tensor | None) -> Tensor:
+        return chunk.offsets * 0 + chunk.sinks
+
+
+class EldestSpec(RoutingSpec):
+    kind: Literal["test-eldest"] = "test-eldest"
+
+    def build(self) -> Eldest:
+        return Eldest()
+
+
 class RoundRobin(Routing):
     """The first tokens found; the others go round the slots that are no sinks."""
 
@@ -191,6 +223,15 @@ def test_engine_and_oracle_agree(spec: type, changes: dict[str, Any]):
     case = make_case(own(changes), 75)
     assert_same_plan(case.plan(), case.oracle_plan())
     assert_agrees(case)
+
+
+@pytest.mark.parametrize("eviction", ["never", "weakest"])
+@pytest.mark.parametrize("routing", ["nearest", "test-eldest"])
+def test_an_admission_that_sees_evidence(eviction: str, routing: str):
+    memkit.register(MissedSpec)
+    memkit.register(EldestSpec)
+    changes = {"admission": {"kind": "test-missed"}, "routing": {"kind": routing}, "eviction": eviction, "sinks": 2}
+    assert_agrees(make_case(own(changes, "untrained-observed"), 75))
 
 
 @pytest.mark.parametrize("base", ["kvm-sqrt-16", "untrained-kvm-sqrt", "block-mean-8", "ovq-1024"])
