@@ -378,7 +378,7 @@ class Policy:
 
     def holds_once_in(self, dtype: torch.dtype) -> bool:
         """Whether slots are held so from the first call on, for keys of this dtype; else once a token is decoded."""
-        return self.holds_once and (self.replaces or dtype.itemsize == 2)
+        return self.holds_once and (self.replaces or self.storage.saves(dtype))
 
     @functools.cached_property
     def keeps_keys(self) -> bool:

@@ -139,11 +139,16 @@ def close(
     window, buffer = Window(before.window.streams, before.window.end + tokens), before.buffer
     if buffer is not None and policy.holds_once:
         slots = slots_at_rest()
-        buffer = _refilled(before, buffer, slots, window, keep, cuts is None or cuts.alike)
-        if buffer is not None:
-            begun = int(schedule.course.newest()[0])
-            until = decodes_until(policy, int(schedule.after[0]) - begun, window)
-            buffer = dataclasses.replace(buffer, until=until)
+        before.about_to_write()
+        if not _still_fits(buffer, slots) or not (cuts is None or cuts.alike):  # the window then stands for itself
+            window.streams = {name: stream.clone() for name, stream in window.streams.items()}
+            return Memory(policy, schedule.after, window, slots, next_positions, cuts=cuts)
+        if slots is not before.store:
+            slots = _written_over(buffer, slots)
+        if window.end > keep:
+            window.move_to_front(keep)
+        begun = int(schedule.course.newest()[0])
+        buffer = dataclasses.replace(buffer, until=decodes_until(policy, int(schedule.after[0]) - begun, window))
         return Memory(policy, schedule.after, window, slots, next_positions, buffer=buffer, cuts=cuts)
     if once:
         return Memory(policy, schedule.after, window, slots_at_rest(), next_positions, cuts=cuts)
@@ -157,24 +162,18 @@ def close(
     return Memory(policy, schedule.after, window, compact, next_positions, cuts=cuts)
 
 
-def _refilled(
-    before: Memory, buffer: DecodeBuffer, slots: HeldSlots, window: Window, keep: int, alike: bool
-) -> DecodeBuffer | None:
-    """The buffer with these slots before the last `keep` tokens of the window; None where they do not fit it any more,
-    or rows are not alike, and the window then stands for itself."""
-    before.about_to_write()
-    if not alike or buffer.slots != slots.room or buffer.query_scale is not None or not buffer.slots:
-        window.streams = {name: stream.clone() for name, stream in window.streams.items()}
-        return None
-    if slots is not before.store:
-        for name, whole in (("keys", buffer.keys), ("values", buffer.values)):
-            front = whole.narrow(2, 0, slots.room)
-            setattr(slots, name, front.copy_(getattr(slots, name)))
-        if buffer.bias is not None and (bias := slots.view.bias) is not None:
-            buffer.bias.narrow(3, 0, slots.room).copy_(bias.unsqueeze(2))
-    if window.end > keep:
-        window.move_to_front(keep)
-    return buffer
+def _still_fits(buffer: DecodeBuffer, slots: HeldSlots) -> bool:
+    """Whether the slots may take the place of those at the buffer's front: as many, and read by the same queries."""
+    return buffer.slots == slots.room > 0 and buffer.query_scale is None
+
+
+def _written_over(buffer: DecodeBuffer, slots: HeldSlots) -> HeldSlots:
+    """The slots, written over those at the buffer's front."""
+    keys, values = (whole.narrow(2, 0, slots.room) for whole in (buffer.keys, buffer.values))
+    view = slots.view
+    if buffer.bias is not None and view.bias is not None:
+        buffer.bias.narrow(3, 0, slots.room).copy_(view.bias.unsqueeze(2))
+    return slots.standing_at(keys.copy_(view.keys), values.copy_(view.values))
 
 
 def decodes_until(policy: Policy, begun: int, window: Window) -> int:

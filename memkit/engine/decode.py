@@ -212,8 +212,7 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
                 (newest[name], stream.new_empty(*stream.shape[:2], room - held, *stream.shape[3:])), dim=2
             )
         if isinstance(store, HeldSlots):
-            front = {"keys": keys[:, :, :slots], "values": values[:, :, :slots]}
-            store = dataclasses.replace(store, **front, scaled=ratio is not None)
+            store = store.standing_at(keys[:, :, :slots], values[:, :, :slots], scaled=ratio is not None)
         else:
             sinks = view.keys, view.values
             store = dataclasses.replace(store, view=None)

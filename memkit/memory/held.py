@@ -24,7 +24,7 @@ __all__ = ["HeldSlots"]
 
 @dataclass
 class HeldSlots:
-    """Slots at rest.
+    """Slots at rest. Copies, reorders and files of a memory go through `mapped`, `tensors` and `sums`.
 
     keys [b, g, M, d], values [b, g, M, v]: as queries meet them, in the window's dtype, be it at the front of the
     buffer that decoding reads; key_sums [b, g, M, d]: where the keys do not tell them, else None;
@@ -134,6 +134,14 @@ class HeldSlots:
     def as_read(self) -> SlotStore:
         """The store of a call that reads slots and folds nothing in: there are no sums in it."""
         return SlotStore(self.values[..., :0], self.numbers, view=self.view, evidence=self.evidence)
+
+    def standing_at(self, keys: Tensor, values: Tensor, scaled: bool = False) -> HeldSlots:
+        """The same slots, as decoding has written them, as they are read, at the front of its buffer.
+
+        keys [b, g, M, d], values [b, g, M, v]: views of the buffer; scaled: whether the keys were multiplied by query
+        scales.
+        """
+        return dataclasses.replace(self, keys=keys, values=values, scaled=scaled)
 
     def tensors(self) -> list[Tensor]:
         """All tensors held."""

@@ -42,6 +42,11 @@ class Storage:
         self.once = spec.dtype == "model"
 
     @staticmethod
+    def saves(dtype: torch.dtype) -> bool:
+        """Whether slots of a model of this dtype take less room so than as sums, before anything is decoded."""
+        return dtype.itemsize == 2
+
+    @staticmethod
     def rest(exact: Tensor, rounded: Tensor) -> Tensor:
         """What rounding took, in 2^−BITS of the last place of each number: int8."""
         taken = torch.ldexp(exact.float() - rounded.float(), -_unit(rounded))
