@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import platform
 import resource
 import statistics
@@ -27,6 +26,7 @@ from memkit.catalog import as_policy
 from memkit.costing import cost
 from memkit.engine import attend
 from memkit.errors import InputError
+from memkit.machine import machine_facts
 from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
@@ -183,9 +183,7 @@ def bench(
         "dtype": str(dtype).removeprefix("torch."),
         "repeats": repeats,
         "seed": seed,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **machine_facts(torch.device("cpu")),
     }
     return Bench(settings, timings)
 

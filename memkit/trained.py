@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from memkit.catalog import load_policy
-from memkit.comparison import SEGMENT, SLICE, Comparison, Measurement, Progress, _against_others, _machine, _Measured
+from memkit.comparison import Comparison, Measurement, Progress
+from memkit.comparison.against import Measured, against_others
+from memkit.comparison.measure import SEGMENT, SLICE
 from memkit.errors import InputError, ModelError, shown
 from memkit.layers import as_layers
 from memkit.lm import AttentionMixerSpec, ByteTokenizer, MemoryLM, ModelMemory, load_model, load_model_spec
 from memkit.lm.catalog import weights_file
+from memkit.machine import machine_facts
 from memkit.memory import Memory
 from memkit.policy import Policy, PolicySpec
 from memkit.subject import text_and_source
@@ -85,7 +88,7 @@ def compare_trained(
         )
     chosen = [(OWN, kinds[0]), *_others(policies, kinds[0], overrides)]
     begun = time.perf_counter()
-    measured: list[_Measured] = []
+    measured: list[Measured] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for label, policy in chosen:
@@ -111,9 +114,9 @@ def compare_trained(
         "overrides": dict(overrides or {}),
         "seed": seed,
         "load_seconds": time.perf_counter() - begun - sum(each.entry.read_seconds for each in measured),
-        **_machine(ids.device),
+        **machine_facts(ids.device),
     }
-    return Comparison(settings, _against_others(measured))
+    return Comparison(settings, against_others(measured))
 
 
 def _text(text: str | Path | None) -> tuple[str, str]:
@@ -140,7 +143,7 @@ def _others(
 
 def _measure(
     model: MemoryLM, label: str, policy: Policy, ids: Tensor, skip: int, decoded: int, progress: Progress
-) -> _Measured:
+) -> Measured:
     """Read ids [1, n], then decode."""
     tokens, losses, seconds = ids.shape[1], list[Tensor](), 0.0
     memory: ModelMemory | None = None
@@ -184,7 +187,7 @@ def _measure(
         peak_bytes=peak,
         tokens_per_second=tokens / seconds,
     )
-    return _Measured(as_layers(policy), entry, every, None)
+    return Measured(as_layers(policy), entry, every, None)
 
 
 def _say_nothing(policy: str, done: int, total: int) -> None:

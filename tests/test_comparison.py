@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 import memkit
 from memkit import comparison, hf
 from memkit.budgets import with_rows
-from memkit.comparison import Comparison, Measurement, compare
+from memkit.comparison import Comparison, Measurement, against, compare, measure
 from memkit.errors import InputError, ModelError, PolicyError
 from memkit.hf.names import returned_cache
 from memkit.layers import as_layers
@@ -57,8 +57,8 @@ def test_loss_is_the_untouched_models_over_the_scored_positions(loaded: hf.Loade
 
 @pytest.mark.parametrize(("segment", "cut"), [(7, 3), (50, 256), (64, 16), (200, 150)])
 def test_segments_and_slices_change_no_loss(loaded, small, monkeypatch, segment, cut):
-    monkeypatch.setattr(comparison, "SEGMENT", segment)
-    monkeypatch.setattr(comparison, "SLICE", cut)
+    monkeypatch.setattr(measure, "SEGMENT", segment)
+    monkeypatch.setattr(measure, "SLICE", cut)
     again = compare(["full", WINDOW, FREE], model=loaded, tokens=200, skip=50, decoded=1)
     for one, other in zip(again.policies, small.policies, strict=True):
         assert one.loss == pytest.approx(other.loss, abs=1e-5)
@@ -106,22 +106,22 @@ def entry(policy: str, size: int, loss: float) -> Measurement:
 
 def test_front():
     points = [("a", 10, 3.0), ("b", 10, 3.0), ("c", 10, 3.1), ("d", 20, 2.0), ("e", 30, 2.0), ("f", 5, 9.0)]
-    measured = [comparison._Measured(as_layers(WINDOW), entry(*point), torch.zeros(1), None) for point in points]
-    assert "".join(e.policy for e in comparison._against_others(measured) if e.front) == "abdf"
+    measured = [against.Measured(as_layers(WINDOW), entry(*point), torch.zeros(1), None) for point in points]
+    assert "".join(e.policy for e in against.against_others(measured) if e.front) == "abdf"
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_neither_on_the_front_nor_drawn(loss: float, small: Comparison):
     losses = torch.full((4,), loss, dtype=torch.float64)
     measured = [
-        comparison._Measured(as_layers(name), replace(entry(name, size, value)), each, None)
+        against.Measured(as_layers(name), replace(entry(name, size, value)), each, None)
         for name, size, value, each in (
             ("full", 9, 1.0, torch.ones(4)),
             ("streaming-4-512", 3, 2.0, 2 * torch.ones(4)),
             ("h2o-512", 1, loss, losses),
         )
     ]
-    found = comparison._against_others(measured)
+    found = against.against_others(measured)
     assert [each.front for each in found] == [True, True, False]
     assert [each.gap_closed for each in found] == [1.0, 0.0, None]
     shown = Comparison(small.settings, found)
@@ -140,16 +140,16 @@ def test_where_there_is_no_gap_the_table_says_so(small: Comparison):
 def test_the_share_of_the_gap_that_is_closed():
     losses = {"full": [1.0, 2.0, 3.0], "streaming-4-512": [2.0, 4.0, 3.0], "window-512": [1.5, 2.0, 3.5]}
     measured = [
-        comparison._Measured(as_layers(name), entry(name, 1, 1.0), torch.tensor(each).double(), 2 * torch.tensor(each))
+        against.Measured(as_layers(name), entry(name, 1, 1.0), torch.tensor(each).double(), 2 * torch.tensor(each))
         for name, each in losses.items()
     ]
-    found = {each.policy: each for each in comparison._against_others(measured)}
+    found = {each.policy: each for each in against.against_others(measured)}
     assert (found["full"].gap_closed, found["streaming-4-512"].gap_closed) == (1, 0)
     assert (found["full"].second_gap_closed, found["streaming-4-512"].second_gap_error) == (1, 0)
     saved = torch.tensor([0.5, 2.0, -0.5]).double()
     assert found["window-512"].gap_closed == pytest.approx(float(saved.mean()))  # the gap is 1
     assert found["window-512"].gap_error == pytest.approx(float(saved.std(correction=0)) / 3**0.5)
-    alone = comparison._against_others(measured[1:])
+    alone = against.against_others(measured[1:])
     assert alone[0].gap_closed is None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from memkit.comparison import BASELINE, STREAMING
+from memkit.comparison.against import BASELINE, STREAMING
 from memkit.viz.html import fragment
 from memkit.viz.tables import columns, with_notes
 
