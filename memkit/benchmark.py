@@ -7,7 +7,6 @@ fused call and one matrix product reach on these shapes in this run.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import platform
 import resource
@@ -30,6 +29,7 @@ from memkit.machine import machine_facts
 from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
+from memkit.plain_json import as_json
 from memkit.policy import Policy, PolicySpec
 from memkit.rendering import render
 from memkit.whole import MOST, SEEDS, whole_number
@@ -86,7 +86,7 @@ class Bench:
     def to_json(self) -> str:
         """`{"settings": {…}, "timings": [{"policy", "mode", "tokens", "seconds", …, "factor", "limit_share"}]}`."""
         rows = [{**asdict(row), "factor": row.factor, "limit_share": row.limit_share} for row in self.timings]
-        return json.dumps({"settings": self.settings, "timings": rows}, indent=2)
+        return as_json({"settings": self.settings, "timings": rows})
 
     def table(self) -> Any:
         """The timings as a rich table: `rich.print(bench.table())`."""

@@ -6,7 +6,6 @@ counted are the placements at which greedy decoding would say it exactly, and th
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from memkit.budgets import Budget
 from memkit.errors import InputError, shown
 from memkit.layers import AnyLayers, LayerPoliciesSpec
+from memkit.plain_json import as_json
 from memkit.rendering import render
 from memkit.subject import reading, subject
 from memkit.whole import SEEDS, whole_number
@@ -73,7 +73,7 @@ class Passkeys:
     def to_json(self) -> str:
         """`{"settings": {…}, "policies": [{"policy": …, "found": …, …}]}`."""
         data = {"settings": self.settings, "policies": [asdict(each) for each in self.policies]}
-        return json.dumps(data, indent=2, ensure_ascii=False)
+        return as_json(data)
 
     def table(self) -> Any:
         """A rich table, most found first: `rich.print(passkeys.table())`."""

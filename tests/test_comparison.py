@@ -129,6 +129,10 @@ def test_a_loss_that_is_no_number_is_neither_on_the_front_nor_drawn(loss: float,
     assert "data-value=''" in page(shown)
     with pytest.raises(InputError, match="a loss must be a finite number to be drawn"):
         Comparison(small.settings, found[2:]).plot()
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", shown.to_json()))
+    again = Comparison.from_json(shown.to_json())
+    assert math.isnan(again.policies[2].loss)
+    assert again.policies[:2] == shown.policies[:2]
 
 
 def test_where_there_is_no_gap_the_table_says_so(small: Comparison):

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "memkit"
 # From the bottom up. A module may import what stands on its own line or below, a package's own modules included.
 LEVELS = [
     {"errors", "rendering", "version"},
-    {"machine", "processes", "whole", "yaml12", "texts"},
+    {"machine", "plain_json", "processes", "whole", "yaml12", "texts"},
     {"pieces"},
     {"policy"},
     {"catalog", "schema"},

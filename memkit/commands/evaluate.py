@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from memkit.commands.models import tokenizer_of
 from memkit.commands.options import check_writable, write
+from memkit.plain_json import as_json
 
 __all__ = ["eval_command", "register"]
 
@@ -62,7 +62,7 @@ def eval_command(
             if isinstance(value, float | int) and not isinstance(value, bool):
                 typer.echo(f"{task:24} {name.split(',')[0]:20} {value:.4f}")
     if json_file is not None:
-        write(json_file, json.dumps(found, indent=2, default=str) + "\n")
+        write(json_file, as_json(found) + "\n")
 
 
 def register(app: typer.Typer) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from memkit.errors import InputError, ModelError, short
+from memkit.plain_json import as_json
 from memkit.rendering import render
 
 if TYPE_CHECKING:
@@ -81,15 +83,15 @@ class Comparison:
         return {"settings": self.settings, "policies": [asdict(measurement) for measurement in self.policies]}
 
     def to_json(self) -> str:
-        """`to_dict()` as indented JSON. What was not measured is null."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        """`to_dict()` as indented JSON. What was not measured, or is no finite number, is null."""
+        return as_json(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
         """What `to_json` wrote. Raises `InputError` for anything else."""
         try:
             data = json.loads(text)
-            settings, rows = dict(data["settings"]), [Measurement(**row) for row in data["policies"]]
+            settings, rows = dict(data["settings"]), [Measurement(**_with_loss(row)) for row in data["policies"]]
             if missing := [name for name in SHOWN_SETTINGS if name not in settings]:
                 raise KeyError(missing[0])
             if not rows:
@@ -121,3 +123,8 @@ class Comparison:
         Raises `ModelError` where matplotlib is not installed.
         """
         return render(self, "plot", axes)
+
+
+def _with_loss(row: dict[str, Any]) -> dict[str, Any]:
+    """A measurement as JSON has it, its loss a number again where that was none."""
+    return {**row, "loss": math.nan} if row["loss"] is None else row
