@@ -7,7 +7,7 @@ from memkit.attention import MemoryAttention
 from memkit.catalog import load_policy, policy_names
 from memkit.comparison import Comparison, compare
 from memkit.costing import Cost, cost
-from memkit.engine import attend, compress, plan
+from memkit.engine import ask_again, attend, compress, plan
 from memkit.engine.inputs import Plan
 from memkit.errors import InputError, MemkitError, MemoryStateError, ModelError, PolicyError
 from memkit.lm import MemoryLM, ModelSpec, load_model, model_names
@@ -37,6 +37,7 @@ __all__ = [
     "PolicySpec",
     "Rotation",
     "__version__",
+    "ask_again",
     "attend",
     "compare",
     "compress",

@@ -201,7 +201,7 @@ def _ask(
     from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
-    words = hf.connecting_ids(loaded.tokenizer) if prefill == "full" else None
+    words = hf.connecting_ids(loaded.tokenizer)
     with hf.attach(model, policy, prefill=prefill, connecting=words):
         cache = returned_cache(model.base_model(prompt, use_cache=True))
         asked = torch.cat((question, key[None, :-1]), dim=1)

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 
-from memkit.pieces.admission import Admission, AdmissionSpec, Expectation, NoAdmissionSpec, NoveltySpec
+from memkit.pieces.admission import (
+    Admission,
+    AdmissionSpec,
+    AttentionSpec,
+    Expectation,
+    ExpectedAttentionSpec,
+    NoAdmissionSpec,
+    NoveltySpec,
+)
 from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
 from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
 from memkit.pieces.heads import HeadsSpec, share_of
@@ -117,6 +125,7 @@ class PolicySpec(NamedSpec):
             _radius,
             _observing,
             _expecting,
+            _reading_again,
             _competing,
             _heads,
         ):
@@ -237,6 +246,35 @@ def _observing(spec: PolicySpec) -> None:
         raise ValueError(
             f"observe: merging {spec.merging.kind} is not additive, and what readers tell of rows could not be kept "
             "with it; use merging mean, weighted-mean or drop"
+        )
+
+
+def _reading_again(spec: PolicySpec) -> None:
+    observe, window = spec.observe, spec.window
+    if not observe.again:
+        return
+    policy = Policy(spec)
+    if policy.takes_boundaries or not isinstance(window, BlockWindowSpec) or observe.again > window.chunks:
+        raise ValueError(
+            "observe.again: chunks are read again while they are still in the window, so there may be as many as a "
+            f"block window of fixed chunks has, got {observe.again} with window {window.kind} and chunker "
+            f"{spec.chunker.kind}; set it to at most window.chunks, or to 0"
+        )
+    ranks = policy.admission is not None and policy.admission.needs_evidence
+    if not observe.queries or not ranks or isinstance(spec.admission, AttentionSpec | ExpectedAttentionSpec):
+        raise ValueError(
+            "observe.again: who reads again tells errors, and nothing here ranks rows by these, got admission "
+            f"{spec.admission.kind} and observe.queries {observe.queries}; use admission: {{kind: output-error}}"
+        )
+    if observe.aggregate != "max":
+        raise ValueError(
+            f"observe.again: the most that any second reading said of a row counts, got aggregate {observe.aggregate}; "
+            "set observe.aggregate: max"
+        )
+    if policy.rotary.turns_queries:
+        raise ValueError(
+            f"observe.again: who reads again asks from where they stand, and rotary {spec.rotary.kind} turns queries "
+            "back before they meet slots; use rotary: {kind: rerotate} or {kind: keep}"
         )
 
 

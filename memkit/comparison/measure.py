@@ -84,7 +84,7 @@ def measure(
     times: list[float] = []
     progress(label, 0, all_tokens)
     prompt = skip if prefill == "full" else None
-    words = hf.connecting_ids(loaded.tokenizer) if prefill == "full" else None
+    words = hf.connecting_ids(loaded.tokenizer)
     with hf.attach(model, policies, prefill=prefill, connecting=words):
         model.base_model(ids[:, :SLICE], use_cache=True)  # the first call allocates; not counted
         head = output_head(model)

@@ -43,7 +43,8 @@ def _new_tokens(inputs: AttendInputs) -> tuple[Streams, Tensor | None]:
     if "weights" in policy.streams and inputs.weights is None:
         found["weights"] = inputs.keys.new_ones(inputs.keys.shape[:3])
     if "evidence" in policy.streams:
-        found["evidence"] = inputs.keys.new_zeros(*inputs.keys.shape[:3], 3, dtype=_wide(inputs.keys.dtype))
+        numbers = policy.observation.numbers
+        found["evidence"] = inputs.keys.new_zeros(*inputs.keys.shape[:3], numbers, dtype=_wide(inputs.keys.dtype))
     if "positions" in policy.streams:
         found["positions"], following = _positions(inputs)
     return found, following

@@ -42,7 +42,7 @@ from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.parameters import PolicyParameters
 from memkit.pieces.admission import Expectation, mean_of_neighbours
-from memkit.pieces.evidence import ERROR, SHARE, softmax_evidence
+from memkit.pieces.evidence import AGAIN, ERROR, SHARE, softmax_evidence
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
 
@@ -226,6 +226,8 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
         share = _expected(inputs, timeline, policy.expects)
         timeline.streams["evidence"].copy_(torch.stack((0 * share, share, torch.ones_like(share)), dim=-1))
         return
+    if policy.observation.again:  # whoever was given has read the text again
+        timeline.streams["evidence"][..., AGAIN] = float(bool(readers))
     if not readers:
         offsets = policy.observation.offsets_in(min(policy.chunk, tokens))
         stand = torch.tensor(offsets, device=device) + max(0, tokens - policy.chunk)
@@ -237,7 +239,7 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
     for group in readers:
         root, share = row_worth(scaled(group, scales), inputs.keys, timeline.values, *rest)
         told.append(torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1))
-    timeline.streams["evidence"].copy_(torch.stack(told).mean(0))
+    timeline.streams["evidence"][..., :AGAIN].copy_(torch.stack(told).mean(0))
 
 
 def _expected(inputs: AttendInputs, timeline: Timeline, expects: Expectation) -> Tensor:

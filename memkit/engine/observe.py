@@ -92,7 +92,8 @@ class Observer:
             view = store.read(rules).first(slots) if slots else None
             if view is not None and int(of_rows.min()) < slots:
                 view = self._hiding(view, step.slots)
-            scores, values = self._met(asked, held["keys"], held["values"], view, at, chunk)
+            scores, values = self.met(asked, held["keys"], held["values"], view, at)
+            scores[..., -chunk:].masked_fill_(self._later(chunk), -torch.inf)
             read, told = softmax_evidence(scores, values)
             if self.policy.expects is not None:
                 assert positions is not None
@@ -122,13 +123,12 @@ class Observer:
         else:
             evidence[at] = self.policy.observation.added(evidence[at], told)
 
-    def _met(
-        self, asked: Queries, keys: Tensor, values: Tensor, view: SlotView | None, at: slice | Tensor, chunk: int
+    def met(
+        self, asked: Queries, keys: Tensor, values: Tensor, view: SlotView | None, at: slice | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scores [b, g, r·n, m] of the observed queries against slots and window, and the values [b, g, m, v] there.
+        """Scores [b, g, r·n, m] of queries against slots and window, and the values [b, g, m, v] there.
 
-        Keys and values of the window [b, g, w, …] end with the chunk's own, `chunk` of them; `view` is of all rows of
-        the batch.
+        Keys and values of the window: [b, g, w, …]; `view` is of all rows of the batch, those meant are `at`.
         """
         wide = torch.promote_types(keys.dtype, torch.float32)
         if view is None:
@@ -143,7 +143,6 @@ class Observer:
                 scores = torch.cat((of_slots, self._scores(asked.windowed, asked.window_scale, keys)), dim=-1)
             if view.bias is not None:
                 scores[..., :slots].add_(view.bias[at, :, None])
-        scores[..., -chunk:].masked_fill_(self._later(chunk), -torch.inf)
         return scores, values
 
     def _expected(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memkit.engine import attend, compress, next_readers, repeat_readers
+from memkit.engine import ask_again, attend, compress, next_readers, repeat_readers
 from memkit.engine.autocast import autocasts
 from memkit.errors import ModelError
 from memkit.hf.decoder import NAME
@@ -25,6 +25,7 @@ from memkit.policy import PolicySpec
 
 if TYPE_CHECKING:
     from memkit.memory import Memory
+    from memkit.pieces.rotary import Rotation
     from memkit.policy import Policy
 
 __all__ = ["Call", "Outer", "Prefill", "Present", "Reader", "Tokens", "as_in_stock", "asks_next"]
@@ -127,7 +128,7 @@ class Reader:
     """How a layer reads.
 
     prefill: `full`: where there is no memory yet, the tokens are read exactly and then compressed at once;
-    scale: of the scores, None for 1/√d; reading: where the tokens are a text twice, of which the memory takes the first
+    scale: of the scores, None for 1/√d; reading: where the tokens are read twice, of which the memory takes the first
     reading alone.
     """
 
@@ -159,10 +160,23 @@ class Reader:
                 readers.append(next_readers(query, self.facts.rotation))
             given = {"rotation": rotation, "scale": scale, "readers": readers or None}
             return output, compress(policy, query, key, value, **given)
+        if self.reading is not None:
+            return self._read_again(self.reading, memory, tokens, rotation)
         lengths = None if present is None else present.lengths
         rest = {"rotation": rotation, "scale": scale, "memory": memory, "lengths": lengths, "boundaries": boundaries}
         output, after = attend(policy, query, key, value, **rest)
         return output if present is None else present.back(output), after
+
+    def _read_again(
+        self, reading: Rereading, memory: Memory | None, tokens: Tokens, rotation: Rotation | None
+    ) -> tuple[Tensor, Memory]:
+        """The same for the end of a portion, and the portion once more: by a copy of the memory, which is forgotten."""
+        both, rest = (tokens.query, tokens.key, tokens.value), {"rotation": rotation, "scale": self.scale}
+        output, after = attend(self.policy, *(reading.first(each) for each in both), memory=memory, **rest)
+        behind, _ = attend(self.policy, *(reading.behind(each) for each in both), memory=after.fork(), **rest)
+        if self.policy.observation.again:
+            ask_again(after, reading.second(tokens.query).detach(), **rest)
+        return torch.cat((output, behind), dim=2), after
 
 
 @dataclass
@@ -194,6 +208,14 @@ class Call:
     present: Present | Packed | None
     outer: Outer | None
     reading: Rereading | None = None
+    unasked: bool = False
+    """Whether the caller wants no cache, and this one is for a text that is read again alone."""
+    piece: bool = False
+    """Whether more pieces of the caller's call follow."""
+    earlier: tuple[Any, ...] = ()
+    """The decoder's outputs for the pieces that came before this one."""
+    waiting: Tensor | None = None
+    """The tokens [b, n] of a portion that goes on once the call has been read; None where nothing is read again."""
     boundaries: Tensor | None = None
     """[b, t] bool on the CPU: which tokens are the last of their chunk; None: none is."""
 

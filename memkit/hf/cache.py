@@ -95,7 +95,8 @@ class MemoryLayer(CarryingLayer):
     """A decoder layer's `Memory`; new keys and values pass on to the attention function, which reads by it.
 
     model: what the config of the model says that it belongs to;
-    record_past: whether its newest tokens may be taken back (`crop`); past: what they are taken back to.
+    record_past: whether its newest tokens may be taken back (`crop`); past: what they are taken back to;
+    waiting: in the first layer, where texts are read again, the tokens [b, n] of the portion that goes on.
     """
 
     is_croppable = True
@@ -106,6 +107,7 @@ class MemoryLayer(CarryingLayer):
         self.policy, self.model, self.record_past = policy, model, record_past
         self.past: Past | None = None
         self.reader: Reader | None = None
+        self.waiting: Tensor | None = None
 
     @property
     def memories(self) -> list[Memory]:
@@ -164,10 +166,12 @@ class MemoryLayer(CarryingLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.past = None
+        self.past = self.waiting = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
+        if self.waiting is not None:
+            self.waiting = self.waiting.index_select(0, beam_idx.to(self.waiting.device))
         if self.past is not None:
             self.past.reorder(beam_idx)
 

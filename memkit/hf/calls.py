@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from memkit.hf.decoder import NAME, Decoder, facts_of, kv_heads_of
 from memkit.hf.fitting import check_policy, check_rotation
 from memkit.hf.kept import MemoryCache
 from memkit.hf.masks import present_tokens
-from memkit.hf.names import CACHE, cache_argument, take_cache
+from memkit.hf.names import CACHE, cache_argument, take_cache, without_cache
 from memkit.hf.packing import KEYWORDS, Packed, find_packed
+from memkit.hf.portions import Portions, joined, portion_size
 from memkit.hf.probe import probe
 from memkit.hf.rereading import asks_again, connecting_words, first_reading, twice
 from memkit.hf.sizes import Sizes
@@ -72,6 +74,7 @@ class Calls:
                 f"observe.readers repeat and mixed read a prompt twice, and {self.layers - len(self.facts)} of "
                 f"{self.layers} layers carry a state that would remember the second reading; use readers: next"
             )
+        self.again = portion_size(self.policies, self.layers, croppable)
         cut = any(each.takes_boundaries for each in self.policies.values())
         self.boundaries = boundary_ids(boundaries, self.config, cut, prefill)
         forward = type(decoder.module).forward
@@ -104,7 +107,10 @@ class Calls:
                 mark_complete(layers_in(cache))
 
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The decoder's arguments as it needs them on our engine."""
+        """The decoder's arguments as it needs them on our engine. Of a call that is cut in pieces all but the last are
+        read here."""
+        if "memkit_call" in kwargs:  # a piece of a call that was prepared below
+            return args, kwargs
         implementation = decoder.config._attn_implementation
         if implementation != NAME:
             raise ModelError(
@@ -158,7 +164,7 @@ class Calls:
         elif self.sizes.budget.share is not None:
             policies = self.sizes.of_prompt(columns - spare)
         cache = given
-        if getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled():
+        if gradients_are_checkpointed(decoder):
             if given is not None:
                 raise InputError(f"gradient checkpointing runs layers twice; leave {CACHE} out while training")
             arguments["use_cache"] = False
@@ -175,6 +181,18 @@ class Calls:
                 )
             longest = getattr(self.config, "max_position_embeddings", None)
             reading = twice(arguments, self.connecting, decoder.get_input_embeddings(), longest)
+        portions, unasked = None, cache is None
+        if self.again and (self.prefill == "policy" or cache is not None):
+            if packed is not None or now is not None or gradients_are_checkpointed(decoder):
+                raise InputError(
+                    "observe.again cuts calls where portions end, the same in all rows and once, got padding, packed "
+                    "texts or gradient checkpointing; read rows of equal length together, or set observe.again: 0"
+                )
+            taken_back = spare > 0 or any(layer.record_past for layer in layers or ())
+            waiting = None if layers is None else layers[0].waiting
+            portions = Portions.of(arguments, waiting, before, self.again, self.connecting, taken_back)
+            if cache is None:  # the pieces of a call go on from each other
+                cache = MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers, policies))
         ends = None
         if self.boundaries is not None:
             ends = ends_of_chunks(self.boundaries, ids if ids is not None or outer is None else outer.ids, tokens)
@@ -187,20 +205,38 @@ class Calls:
                 layer.policy = policy
         arguments[self.cache_name] = cache
         present = packed if now is None else Present(now)
-        arguments["memkit_call"] = Call(policies, self.facts, self.prefill, cache, present, outer, reading, ends)
-        return (), arguments
+        call = Call(policies, self.facts, self.prefill, cache, present, outer, reading, boundaries=ends)
+        if portions is None:
+            return (), arguments | {"memkit_call": call}
+        call = dataclasses.replace(call, waiting=portions.then(tokens), unasked=unasked)
+        if reading is not None or (self.prefill == "full" and not before):
+            return (), arguments | {"memkit_call": call}
+        outputs: list[Any] = []
+        pieces = portions.pieces(columns)
+        for begin, end in pieces[:-1]:
+            piece, reading = portions.piece(arguments, begin, end)
+            outputs.append(decoder(**piece, memkit_call=dataclasses.replace(call, reading=reading, piece=True)))
+        piece, reading = portions.piece(arguments, *pieces[-1])
+        return (), piece | {"memkit_call": dataclasses.replace(call, reading=reading, earlier=tuple(outputs))}
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The decoder ran to its end. So did the call, unless a head is still to come; its output without a second
-        reading, None where there was none."""
+        """The decoder ran to its end. So did the call, unless a head or another piece is still to come; its output
+        without a second reading and with the pieces before it, None where it is as it should be."""
         call: Call = kwargs["memkit_call"]
         if call.cache is None:
             return None
-        if call.outer is None:
-            mark_complete(layers_in(call.cache))
-        else:
-            call.outer.caches.append(call.cache)
-        return None if call.reading is None else first_reading(output, call.reading)
+        if not call.piece:
+            if call.waiting is not None:
+                layers_in(call.cache)[0].waiting = call.waiting
+            if call.outer is None:
+                mark_complete(layers_in(call.cache))
+            else:
+                call.outer.caches.append(call.cache)
+        if call.reading is None and not call.earlier and not call.unasked:
+            return None
+        output = output if call.reading is None else first_reading(output, call.reading)
+        output = joined([*call.earlier, output])
+        return without_cache(output, call.cache) if call.unasked and not call.piece else output
 
     def _check_depth(self) -> None:
         """All layers must read. Early exit lets the config name fewer, and does not set it back after an error."""
@@ -287,6 +323,11 @@ class Calls:
             MemoryLayer(policies[layer], self.model, records) if layer in policies else each
             for layer, each in enumerate(stock)
         ]
+
+
+def gradients_are_checkpointed(decoder: Any) -> bool:
+    """Whether layers run once more in the backward pass."""
+    return getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled()
 
 
 def layers_in(cache: Any) -> list[MemoryLayer]:

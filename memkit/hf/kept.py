@@ -26,6 +26,8 @@ __all__ = ["FORMAT", "MemoryCache"]
 FORMAT = "memkit-cache-1"
 NOTE = "cache.json"
 FIELDS = {"format", "policies", "model", "columns", "seen", "layers"}
+WAITING = "waiting"
+"""A field more, where texts are read again: the token ids of the portion that goes on, row by row."""
 
 
 class MemoryCache(Cache):
@@ -69,6 +71,8 @@ class MemoryCache(Cache):
                 "seen": layers[0].memories[0].seen.tolist(),
                 "layers": len(layers),
             }
+            if layers[0].waiting is not None:
+                note[WAITING] = layers[0].waiting.tolist()
             (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise MemoryStateError(f"{short(str(path))}: cannot be written ({error.strerror}); name a folder") from None
@@ -95,6 +99,8 @@ class MemoryCache(Cache):
             raise MemoryStateError(
                 f"{short(str(path))}: damaged: its policies are not those it was saved with; save the cache again"
             )
+        if WAITING in note:
+            layers[0].waiting = torch.tensor(note[WAITING], dtype=torch.long, device=device)
         mark_complete(layers)
         return cls(layers)
 
@@ -131,7 +137,7 @@ def _note(folder: Path) -> dict[str, Any]:
             f"{said}: not a cache saved by memkit: {NOTE} cannot be read ({short(' '.join(str(error).split()))}); "
             "write one with cache.save"
         ) from None
-    if not isinstance(note, dict) or note.get("format") != FORMAT or note.keys() != FIELDS:
+    if not isinstance(note, dict) or note.get("format") != FORMAT or note.keys() - {WAITING} != FIELDS:
         raise MemoryStateError(f"{said}: not a cache saved by memkit (no format {FORMAT}); write one with cache.save")
     for field, least in (("layers", 1), ("columns", 0)):
         if type(note[field]) is not int or not least <= note[field] <= 2**53:
@@ -139,4 +145,11 @@ def _note(folder: Path) -> dict[str, Any]:
                 f"{said}: damaged: {field} must be a whole number from {least} on, got {shown(note[field])}; "
                 "save the cache again"
             )
+    ids = note.get(WAITING, [])
+    rows = ids if isinstance(ids, list) and all(isinstance(row, list) for row in ids) else [[None]]
+    if len({len(row) for row in rows}) > 1 or any(type(each) is not int for row in rows for each in row):
+        raise MemoryStateError(
+            f"{said}: damaged: {WAITING} must be token ids of each row, as many in all, got {shown(ids)}; save "
+            "the cache again"
+        )
     return note

@@ -13,10 +13,11 @@ from typing import Any
 
 import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from memkit.errors import InputError, ModelError
 
-__all__ = ["CACHE", "NAMES", "cache_argument", "returned_cache", "take_cache", "with_cache"]
+__all__ = ["CACHE", "NAMES", "cache_argument", "returned_cache", "take_cache", "with_cache", "without_cache"]
 
 # Newest first: releases that take both only warn of the older one, or drop it.
 NAMES = ("cache", "past_key_values")
@@ -61,3 +62,10 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     if len(given) > 1:
         raise InputError(f"a call takes one cache, got both {' and '.join(NAMES)}; leave out {NAMES[-1]}")
     return given[0][1] if given else None
+
+
+def without_cache(output: Any, cache: Any) -> Any:
+    """What a decoder returned, without this cache: as it returns where none is asked for."""
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: each for name, each in output.items() if each is not cache})
+    return type(output)(each for each in output if each is not cache)

@@ -1,7 +1,9 @@
-"""A prompt read twice: text, connecting words, text. The second reading's queries say what the first one's rows are
-worth (`observe.readers: repeat`), for a reader who may ask for anything; then all of it but the first is forgotten.
+"""A text read twice: text, connecting words, text. The second reading's queries say what the first one's rows are
+worth, for a reader who may ask for anything; then all of it but the first is forgotten.
 
-Both readings are one call of the decoder. Attention is causal, so that the first is what it would be by itself.
+Both readings are one call of the decoder. Attention is causal, so that the first is what it would be by itself. A
+prompt that is read in full is read twice as a whole (`observe.readers: repeat`). A text that is read under its policy
+is read again in portions (`memkit.hf.portions`).
 """
 
 from __future__ import annotations
@@ -28,18 +30,24 @@ WORDS = "\n\nRepeat the previous text:\n\n"
 
 @dataclass(frozen=True)
 class Rereading:
-    """Of a call's columns, the text's first reading is the first `tokens`, its second the last `tokens`."""
+    """Of a call's columns, the first `tokens` are the text's first reading, and the last `again` a second one, of these
+    or of more that stood before them."""
 
     tokens: int
     columns: int
+    again: int
 
     def first(self, tensor: Tensor) -> Tensor:
         """The first reading's part of [b, h, t, d]."""
         return tensor[:, :, : self.tokens]
 
+    def behind(self, tensor: Tensor) -> Tensor:
+        """What stands behind the first reading, of [b, h, t, d]."""
+        return tensor[:, :, self.tokens :]
+
     def second(self, tensor: Tensor) -> Tensor:
         """The second reading's part of [b, h, t, d]."""
-        return tensor[:, :, self.columns - self.tokens :]
+        return tensor[:, :, self.columns - self.again :]
 
 
 def connecting_ids(tokenizer: Any, words: str = WORDS) -> list[int]:
@@ -89,7 +97,7 @@ def twice(arguments: dict[str, Any], words: Sequence[int], embed: Any, longest: 
     between = torch.tensor(words, dtype=torch.long, device=text.device).expand(rows, -1)
     arguments[name] = torch.cat((text, between if ids is not None else embed(between).to(text.dtype), text), dim=1)
     arguments["position_ids"] = torch.arange(columns, device=text.device).expand(rows, -1)
-    return Rereading(tokens, columns)
+    return Rereading(tokens, columns, tokens)
 
 
 def first_reading(output: Any, reading: Rereading) -> Any:

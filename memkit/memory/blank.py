@@ -49,10 +49,10 @@ def blank(
         "values": new(rows, kv_heads, room, value_width),
         "weights": new(rows, kv_heads, room),
         "positions": new(rows, 1, room, like=torch.float64),
-        "evidence": new(rows, kv_heads, room, 3, like=wide),
+        "evidence": new(rows, kv_heads, room, policy.observation.numbers, like=wide),
     }
     numbers = new(rows, kv_heads, slots, len(policy.statistics), like=wide if policy.replaces else torch.float64)
-    evidence = new(rows, kv_heads, slots, 3, like=wide) if policy.observes else None
+    evidence = new(rows, kv_heads, slots, policy.observation.numbers, like=wide) if policy.observes else None
     store: SlotStore | HeldSlots = SlotStore(
         new(rows, kv_heads, slots, head_width + value_width, like=wide), numbers, evidence=evidence
     )

@@ -201,7 +201,9 @@ def _wrong_shapes(policy: Policy, tensors: dict[str, Tensor]) -> str | None:
     if rotates:
         wanted |= {"positions": ((rows, 1, room), torch.float64), "next_positions": ((rows,), torch.float64)}
     if policy.observes:
-        wanted |= {"evidence": ((rows, heads, room, 3), wide), "slot_evidence": ((rows, heads, slots, 3), wide)}
+        numbers = policy.observation.numbers
+        wanted["evidence"] = ((rows, heads, room, numbers), wide)
+        wanted["slot_evidence"] = ((rows, heads, slots, numbers), wide)
         observed = tensors.get("observed", keys)
         groups = observed.shape[1] // heads * heads if observed.ndim == 4 and observed.shape[1] >= heads else heads
         wanted["observed"] = ((rows, groups, len(policy.observation.waits), width), keys.dtype)

@@ -29,7 +29,7 @@ class HeldSlots:
     keys [b, g, M, d], values [b, g, M, v]: as queries meet them, in the window's dtype, be it at the front of the
     buffer that decoding reads; key_sums [b, g, M, d]: where the keys do not tell them, else None;
     key_stretch, value_stretch [b, g, M]: sums over what is read, None where numbers tell; key_rest, value_rest: int8,
-    what rounding took, None where that is nothing; numbers [b, g, M, s], evidence [b, g, M, 3]: as in `SlotStore`;
+    what rounding took, None where that is nothing; numbers [b, g, M, s], evidence [b, g, M, e]: as in `SlotStore`;
     rules: of the call that read them; made_with: the versions of the parameters that they were read with; scaled:
     whether the keys have been multiplied by query scales, and cannot be read again.
     """

@@ -58,11 +58,12 @@ class Line:
         turned = policy.keeps_keys and policy.rotary.rotates_slots
         numbers = [(each.weighed and not (of_values and each.of_keys)) for each in policy.statistics]
         own = [each.founders_own(policy.merging.of) for each in policy.statistics]
+        told = policy.observation.numbers if policy.observes else 0
         parts = [  # which of its columns are weighed, and which are a founder's own
             ([not of_values] * width, [of_values] * width),
             ([True] * value_width, [False] * value_width),
             (numbers, own),
-            ([False] * 3 * policy.observes, [True] * 3 * policy.observes),
+            ([False] * told, [True] * told),
             ([False] * width * turned, [True] * width * turned),
         ]
         ends = list(itertools.accumulate(len(part[0]) for part in parts))
@@ -137,7 +138,7 @@ def _join(lines: Tensor, joining: Tensor, slot: Tensor, policy: Policy, line: Li
 
 
 def _rate(evidence: Tensor) -> Tensor:
-    """What rows weigh by their evidence [..., 3]: their mean share, and a little."""
+    """What rows weigh by their evidence [..., e]: their mean share, and a little."""
     return evidence[..., SHARE] / evidence[..., JUDGED].clamp(min=1) + SHARE_EPS
 
 

@@ -47,7 +47,7 @@ class Chunk:
 
     keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
     first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its columns of the timeline;
-    memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet; evidence [b, g, c, 3]: what observed
+    memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet; evidence [b, g, c, e]: what observed
     queries have told of them; ahead: `contributions` as if every token founded, and as if none did, where these were
     made for many chunks at once.
     """

@@ -45,7 +45,7 @@ class SlotStore:
 
     sums [b, g, M, d + v]: key sum and value sum, float32 or float64; numbers [b, g, M, s]: the policy's statistics,
     float64, or of the sums' dtype where the policy replaces slots; view: how they are read, where that is at hand;
-    evidence [b, g, M, 3]: what observed queries have told of them (see `pieces.evidence`), None where none are
+    evidence [b, g, M, e]: what observed queries have told of them (see `pieces.evidence`), None where none are
     observed; founders_keys [b, g, M, d]: how queries meet their keys, where these are their founders' and known;
     lines [b, g, M, …]: what all of these are views of, side by side, where a fold has made them anew (see `replacing`).
     in_place: whether adding may write into these tensors, or makes new ones, so that autograd can follow.
@@ -68,7 +68,7 @@ class SlotStore:
         sums = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
         dtype = sums.dtype if policy.replaces else torch.float64
         numbers = like.new_zeros(*shape[:3], len(policy.statistics), dtype=dtype)
-        evidence = sums.new_zeros(*shape[:3], 3) if policy.observes else None
+        evidence = sums.new_zeros(*shape[:3], policy.observation.numbers) if policy.observes else None
         return cls(sums, numbers, evidence=evidence, in_place=in_place)
 
     @property

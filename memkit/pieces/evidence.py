@@ -12,6 +12,11 @@ A row's evidence is a decaying sum over the chunks that judged it: a ← γ·a +
 read as the means a/n and m/n, and stays with a token that becomes a slot. Where the most that a chunk said counts
 (`observe.aggregate: max`), a is n times that: a ← n · max(γ·a/n before, error). Nothing comes from the future, and no
 gradient flows through it.
+
+Where the text is read again (`observe.again`), the second reading's queries tell errors, too, of all rows there are
+then, and from its first such error on a row's error is the most that second readings told of it: what the first
+reading's queries said of it no longer counts, for they asked for little that lies far back. A fourth number says
+whether a row has been asked for again. Shares and n stay those of the first reading.
 """
 
 from __future__ import annotations
@@ -21,10 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ERROR", "JUDGED", "SHARE", "Evidence", "softmax_evidence"]
+__all__ = ["AGAIN", "ERROR", "JUDGED", "SHARE", "Evidence", "softmax_evidence"]
 
-ERROR, SHARE, JUDGED = 0, 1, 2
-"""Where a row's evidence [..., 3] holds a, m and n."""
+ERROR, SHARE, JUDGED, AGAIN = 0, 1, 2, 3
+"""Where a row's evidence [..., e] holds a, m and n; and, for texts that are read again, whether the row was then."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Evidence:
 
     @classmethod
     def of(cls, sums: Tensor) -> Evidence:
-        """From sums a, m and n, [b, g, c, 3]."""
+        """From sums a, m and n, [b, g, c, e]."""
         judged = sums[..., JUDGED].clamp(min=1)  # 0 where nobody has, at least 1 afterwards
         return cls(sums[..., ERROR] / judged, sums[..., SHARE] / judged)
 

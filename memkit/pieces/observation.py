@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from memkit.pieces.evidence import ERROR, JUDGED, Evidence
+from memkit.pieces.evidence import AGAIN, ERROR, JUDGED, Evidence
 from memkit.pieces.registry import Spec
 
 __all__ = ["Observation", "ObservationSpec"]
@@ -43,6 +43,14 @@ class ObservationSpec(Spec):
         "who goes on with the text (its queries, turned to places behind its end); window: the newest chunk's queries; "
         "repeat: those of a second reading of the text; mixed: half next, half repeat",
     )
+    again: int = Field(
+        default=0,
+        ge=0,
+        le=2**20,
+        description="a stock model reads so many chunks at a time a second time, as soon as it has read them, and what "
+        "the second reading's queries say of rows' errors counts from then on; costs another reading; 0: it does not. "
+        "`attend` leaves that to its caller (`memkit.ask_again`)",
+    )
 
     def build(self, chunk: int, given: bool = False) -> Observation:
         """The observation, in chunks of `chunk` tokens; given: at most, for the caller says where they end."""
@@ -54,6 +62,8 @@ class Observation:
 
     def __init__(self, spec: ObservationSpec, chunk: int, given: bool = False) -> None:
         self.queries, self.decay, self.maximal = min(spec.queries, chunk), spec.decay, spec.aggregate == "max"
+        self.again = spec.again * chunk
+        """Tokens that are read again at a time; 0: none are."""
         self.offsets = self.offsets_in(chunk)
         """Offsets in a chunk of its observed queries: ⌊(i + 1)·C/n⌋ − 1."""
         self.waits = list(range(chunk)) if given and self.queries else self.offsets
@@ -64,8 +74,21 @@ class Observation:
         queries = min(self.queries, chunk)
         return [(i + 1) * chunk // queries - 1 for i in range(queries)]
 
+    @property
+    def numbers(self) -> int:
+        """Numbers e of a row's evidence [..., e]."""
+        return 4 if self.again else 3
+
     def added(self, evidence: Tensor, told: Tensor) -> Tensor:
-        """Evidence [..., 3] after one more chunk has judged; told [..., 3]: what it said."""
+        """Evidence [..., e] after one more chunk has judged; told [..., 3]: what it said."""
+        if not self.again:
+            return self._added(evidence, told)
+        after = torch.cat((self._added(evidence[..., :AGAIN], told), evidence[..., AGAIN:]), dim=-1)
+        kept = self.decay * Evidence.of(evidence).error * after[..., JUDGED]
+        after[..., ERROR] = torch.where(evidence[..., AGAIN] > 0, kept, after[..., ERROR])
+        return after
+
+    def _added(self, evidence: Tensor, told: Tensor) -> Tensor:
         after = self.decay * evidence + told
         if self.maximal:
             before = Evidence.of(evidence).error
@@ -78,3 +101,12 @@ class Observation:
             evidence.copy_(self.added(evidence, told))
         else:
             (evidence if self.decay == 1 else evidence.mul_(self.decay)).add_(told)
+
+    def add_again_(self, evidence: Tensor, error: Tensor) -> None:
+        """Write into the evidence [..., e] what a second reading's queries told of rows: error [...]."""
+        before = Evidence.of(evidence).error
+        judged = evidence[..., JUDGED].clamp(min=1)
+        most = torch.where(evidence[..., AGAIN] > 0, torch.maximum(before, error), error)
+        evidence[..., ERROR] = most * judged
+        evidence[..., JUDGED] = judged
+        evidence[..., AGAIN] = 1

@@ -9,6 +9,6 @@ what a slot is and how it is read; `rules` which tokens a query sees and how man
 tokens found and join them; `head` the softmax over all of it; `api` runs every row and head.
 """
 
-from memkit.reference.api import attend, plan
+from memkit.reference.api import ask_again, attend, plan
 
-__all__ = ["attend", "plan"]
+__all__ = ["ask_again", "attend", "plan"]

@@ -18,7 +18,7 @@ from memkit.reference.observing import Observing
 from memkit.reference.rules import Rules
 from memkit.reference.words import definitely, stacked
 
-__all__ = ["attend", "plan"]
+__all__ = ["ask_again", "attend", "plan"]
 
 
 def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
@@ -83,6 +83,27 @@ def plan(inputs: AttendInputs) -> Plan:
         length=length,
         slots=np.array(slots, dtype=np.int64).reshape(rows, chunks),
     )
+
+
+@torch.no_grad()
+def ask_again(inputs: AttendInputs, readers: Tensor) -> Memory:
+    """A memory once readers [b, h, n, d] who have read its text again have said what its rows are worth.
+
+    inputs: a call of no tokens, with that memory; it is left as it is.
+    """
+    assert inputs.memory is not None
+    rules, group = Rules(inputs), readers.shape[1] // inputs.keys.shape[1]
+    heads = [[Head(rules, inputs, r, g) for g in range(inputs.keys.shape[1])] for r in range(len(readers))]
+    for r, row in enumerate(heads):
+        for g, head in enumerate(row):
+            queries = [
+                (readers[r, h, i].double(), h)
+                for h in range(g * group, (g + 1) * group)
+                for i in range(readers.shape[2])
+            ]
+            asked = [head.shares(query, h, head.seen - 1) for query, h in queries]
+            observing(head).ask_again(asked, range(head.left, head.seen))
+    return written(rules, inputs, heads)
 
 
 def written(rules: Rules, inputs: AttendInputs, heads: list[list[Head]]) -> Memory:

@@ -22,7 +22,8 @@ LEAST_SHARE = 1e-9
 class Observing:
     """What one head's readers have told: of each slot, and of each token still held.
 
-    Evidence is (a, m, n): decaying sums of error, of share, and of the chunks that judged.
+    Evidence is (a, m, n): decaying sums of error, of share, and of the chunks that judged; under `observe.again` also
+    whether readers have been asked again.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Observing:
         on begins at `begin`."""
         self.any_length = rules.cut_by_caller
         self.spec, self.chunk = rules.spec.observe, rules.chunk
+        self.nothing = torch.zeros(4 if self.spec.again else 3, dtype=torch.float64)
         self.group = inputs.queries.shape[1] // inputs.keys.shape[1] if inputs.queries is not None else 1
         self.first = head * self.group
         self.slots: list[Tensor] = []
@@ -63,7 +65,7 @@ class Observing:
 
     def hear(self, query: Tensor, head: int, position: int, begin: int) -> None:
         """A query of the chunk at `begin` was read, which may be observed; its token has not been judged yet."""
-        self.tokens.setdefault(position, torch.zeros(3, dtype=torch.float64))
+        self.tokens.setdefault(position, self.nothing)
         if position - begin in self.waits():
             self.heard[position, head] = query
 
@@ -97,24 +99,40 @@ class Observing:
         self.heard.clear()
 
     def joined(self, before: Tensor, new: Tensor) -> Tensor:
-        """A row's evidence (a, m, n) after one more chunk."""
-        after = self.spec.decay * before + new
+        """A row's evidence after one more chunk, which says (a, m, n)."""
+        after = self.spec.decay * before[:3] + new
         if self.spec.aggregate == "max":
-            after[0] = after[2] * max(self.spec.decay * mean(before)[0], new[0])
-        return after
+            again = self.spec.again > 0 and before[3] > 0
+            after[0] = after[2] * max(self.spec.decay * mean(before)[0], 0 if again else new[0])
+        return torch.cat((after, before[3:]))
+
+    def ask_again(self, asked: Iterable[tuple[Tensor, Tensor]], tokens: range) -> None:
+        """Each row's evidence once readers have read the text again: the most that any such readers said of it.
+
+        asked: of each of them the softmax over slots and tokens, and the values there.
+        """
+        error, readers = [0.0] * (len(self.slots) + len(tokens)), 0
+        for shares, values in asked:
+            readers += 1
+            output = shares @ values
+            for j in range(len(shares)):
+                error[j] += float(shares[j] ** 2 * (values[j] - output).square().sum())
+        of_slots, of_tokens = error[: len(self.slots)], error[len(self.slots) :]
+        self.slots = [_again(before, new / readers) for before, new in zip(self.slots, of_slots, strict=True)]
+        for at, new in zip(tokens, of_tokens, strict=True):
+            self.tokens[at] = _again(self.tokens[at], new / readers)
 
     # As a memory holds it
 
     def held(self, origin: int, count: int) -> Tensor:
-        """Evidence of `count` tokens from `origin` on, [count, 3]; zeros for those that left."""
-        zero = torch.zeros(3, dtype=torch.float64)
+        """Evidence of `count` tokens from `origin` on, [count, e]; zeros for those that left."""
+        zero = self.nothing
         return torch.stack([self.tokens.get(origin + i, zero) for i in range(count)]) if count else zero[None][:0]
 
     def slots_filled(self, most: int) -> Tensor:
-        """Evidence of the slots, [most, 3], zeros past the last."""
-        zero = torch.zeros(3, dtype=torch.float64)
-        rows = self.slots + [zero] * (most - len(self.slots))
-        return torch.stack(rows) if rows else zero[None][:0]
+        """Evidence of the slots, [most, e], zeros past the last."""
+        rows = self.slots + [self.nothing] * (most - len(self.slots))
+        return torch.stack(rows) if rows else self.nothing[None][:0]
 
     def waiting(self, begin: int) -> Tensor:
         """Queries that wait of the incomplete chunk at `begin`, [group, n, d]; zeros for those to come."""
@@ -125,6 +143,13 @@ class Observing:
                 for h in range(self.first, self.first + self.group)
             ]
         )
+
+
+def _again(before: Tensor, error: float) -> Tensor:
+    """A row's evidence after readers who read again told its error."""
+    judged = max(float(before[2]), 1.0)
+    most = max(float(mean(before)[0]), error) if before[3] > 0 else error
+    return torch.tensor([most * judged, float(before[1]), judged, 1.0], dtype=torch.float64)
 
 
 def mean(evidence: Tensor) -> Tensor:
@@ -149,7 +174,7 @@ def compete(
     sinks, total = rules.spec.sinks, len(slots) + granted
     weights = rules.weights(chunk)
     fresh = [rules.alone(token, weight, founds=True) for token, weight in zip(chunk, weights, strict=True)]
-    nothing = torch.zeros(3, dtype=torch.float64)
+    nothing = torch.zeros(3, dtype=torch.float64) if observing is None else observing.nothing
     of_tokens = [nothing if observing is None else observing.tokens.pop(token.position) for token in chunk]
     of_slots = [nothing] * len(slots) if observing is None else observing.slots
     if rules.policy.competes:
@@ -198,7 +223,7 @@ def compete(
             totals[index] = totals[index] + weight
     if observing is not None:
         observing.slots = [
-            torch.stack((each[0], each[1] * whole / rate, each[2]))
+            torch.cat((each[:1], each[1:2] * whole / rate, each[2:]))
             for each, rate, whole in zip(evidence, rates, totals, strict=True)
         ]
     return rows

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from memkit.errors import PolicyError
+from memkit.pieces.admission import OutputErrorSpec
 from memkit.pieces.growth import NoGrowthSpec
 from memkit.pieces.heads import HeadsSpec
 from memkit.pieces.merging import Merging, Weigh
@@ -139,6 +140,8 @@ def policies(draw: st.DrawFn, *, registered: bool = True, remembers: bool | None
         least = 1 if chunker.build().given else chunker.build().size
         families["sinks"] = sinks = min(sinks, least - 1)
     families |= {"window": window, "routing": routing, "admission": admission}
+    if observes and "observe" not in fixed:
+        families["observe"] = _read_again(draw, observe, chunker, window, admission, rotary)
     families |= _sharing(draw, admission, merging, routing) | {
         name: fixed[name] for name in ("eviction", "heads") if name in fixed
     }
@@ -164,6 +167,17 @@ def _observations(draw: st.DrawFn, may: bool) -> ObservationSpec:
         decay=draw(st.sampled_from((1.0, 0.5, 0.9, 0.0))),
         aggregate=draw(st.sampled_from(("mean", "max"))),
     )
+
+
+def _read_again(
+    draw: st.DrawFn, observe: ObservationSpec, chunker: Any, window: Any, admission: Any, rotary: Any
+) -> ObservationSpec:
+    """The same, in half of the policies that may for texts that are read again."""
+    by_errors = isinstance(admission, OutputErrorSpec) and observe.aggregate == "max"
+    whole = window.kind == "block" and not chunker.build().given and not rotary.build().turns_queries
+    if not (by_errors and whole) or draw(st.booleans()):
+        return observe
+    return observe.model_copy(update={"again": 1})
 
 
 def _that_may_be(draw: st.DrawFn, admission: Any, observes: bool, rotary: Any) -> Any:
