@@ -266,11 +266,6 @@ def _reading_again(spec: PolicySpec) -> None:
             "observe.again: who reads again tells errors, and nothing here ranks rows by these, got admission "
             f"{spec.admission.kind} and observe.queries {observe.queries}; use admission: {{kind: output-error}}"
         )
-    if observe.aggregate != "max":
-        raise ValueError(
-            f"observe.again: the most that any second reading said of a row counts, got aggregate {observe.aggregate}; "
-            "set observe.aggregate: max"
-        )
     if policy.rotary.turns_queries:
         raise ValueError(
             f"observe.again: who reads again asks from where they stand, and rotary {spec.rotary.kind} turns queries "

@@ -42,9 +42,8 @@ def ask_again(
 ) -> None:
     """Let readers who have read a text again say what each of its rows, slot or window token, is worth; in place.
 
-    Each reader's softmax is over all rows that the memory has now. From then on the error of a row is the most that
-    such readers ever said of it; what queries of the first reading say no longer counts (`memkit.pieces.evidence`). No
-    gradient flows into it.
+    Each reader's softmax is over all rows that the memory has now. The most that such readers ever said of a row counts
+    from then on, beside what queries of the first reading say (`memkit.pieces.evidence`). No gradient flows into it.
 
     Args:
         memory: what `attend` returned, of a policy with `observe.again`; its evidence is written into.

@@ -226,8 +226,6 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
         share = _expected(inputs, timeline, policy.expects)
         timeline.streams["evidence"].copy_(torch.stack((0 * share, share, torch.ones_like(share)), dim=-1))
         return
-    if policy.observation.again:  # whoever was given has read the text again
-        timeline.streams["evidence"][..., AGAIN] = float(bool(readers))
     if not readers:
         offsets = policy.observation.offsets_in(min(policy.chunk, tokens))
         stand = torch.tensor(offsets, device=device) + max(0, tokens - policy.chunk)
@@ -239,7 +237,11 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
     for group in readers:
         root, share = row_worth(scaled(group, scales), inputs.keys, timeline.values, *rest)
         told.append(torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1))
-    timeline.streams["evidence"][..., :AGAIN].copy_(torch.stack(told).mean(0))
+    evidence, found = timeline.streams["evidence"], torch.stack(told).mean(0)
+    evidence[..., :AGAIN].copy_(found)
+    if policy.observation.again and hidden is None:  # whoever was given has read the text again
+        evidence[..., AGAIN] = found[..., ERROR]
+        evidence[..., ERROR] = 0
 
 
 def _expected(inputs: AttendInputs, timeline: Timeline, expects: Expectation) -> Tensor:

@@ -13,10 +13,9 @@ read as the means a/n and m/n, and stays with a token that becomes a slot. Where
 (`observe.aggregate: max`), a is n times that: a ← n · max(γ·a/n before, error). Nothing comes from the future, and no
 gradient flows through it.
 
-Where the text is read again (`observe.again`), the second reading's queries tell errors, too, of all rows there are
-then, and from its first such error on a row's error is the most that second readings told of it: what the first
-reading's queries said of it no longer counts, for they asked for little that lies far back. A fourth number says
-whether a row has been asked for again. Shares and n stay those of the first reading.
+Where the text is read again (`observe.again`), a fourth number of a row is the most that any second reading's queries
+would have missed without it: error = a/n + the most. So what nobody goes on to ask for stays, if it could be asked for.
+Shares and n stay those of the first reading.
 """
 
 from __future__ import annotations
@@ -29,12 +28,13 @@ from torch import Tensor
 __all__ = ["AGAIN", "ERROR", "JUDGED", "SHARE", "Evidence", "softmax_evidence"]
 
 ERROR, SHARE, JUDGED, AGAIN = 0, 1, 2, 3
-"""Where a row's evidence [..., e] holds a, m and n; and, for texts that are read again, whether the row was then."""
+"""Where a row's evidence [..., e] holds a, m and n; and, of texts that are read again, the most that was told then."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What readers have told of rows: error, share, each the mean over a row's life, [b, g, c]; 0 where nobody did."""
+    """What readers have told of rows: error, share, each the mean over a row's life, [b, g, c]; 0 where nobody did. The
+    error is that and the most that second readings told."""
 
     error: Tensor
     share: Tensor
@@ -43,7 +43,8 @@ class Evidence:
     def of(cls, sums: Tensor) -> Evidence:
         """From sums a, m and n, [b, g, c, e]."""
         judged = sums[..., JUDGED].clamp(min=1)  # 0 where nobody has, at least 1 afterwards
-        return cls(sums[..., ERROR] / judged, sums[..., SHARE] / judged)
+        error = sums[..., ERROR] / judged
+        return cls(error + sums[..., AGAIN] if sums.shape[-1] > AGAIN else error, sums[..., SHARE] / judged)
 
 
 def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

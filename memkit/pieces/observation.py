@@ -47,9 +47,9 @@ class ObservationSpec(Spec):
         default=0,
         ge=0,
         le=2**20,
-        description="a stock model reads so many chunks at a time a second time, as soon as it has read them, and what "
-        "the second reading's queries say of rows' errors counts from then on; costs another reading; 0: it does not. "
-        "`attend` leaves that to its caller (`memkit.ask_again`)",
+        description="a stock model reads so many chunks at a time a second time, as soon as it has read them, and the "
+        "most that a second reading's queries said of a row counts beside what its first said; costs another reading; "
+        "0: it does not. `attend` leaves that to its caller (`memkit.ask_again`)",
     )
 
     def build(self, chunk: int, given: bool = False) -> Observation:
@@ -81,32 +81,22 @@ class Observation:
 
     def added(self, evidence: Tensor, told: Tensor) -> Tensor:
         """Evidence [..., e] after one more chunk has judged; told [..., 3]: what it said."""
-        if not self.again:
-            return self._added(evidence, told)
-        after = torch.cat((self._added(evidence[..., :AGAIN], told), evidence[..., AGAIN:]), dim=-1)
-        kept = self.decay * Evidence.of(evidence).error * after[..., JUDGED]
-        after[..., ERROR] = torch.where(evidence[..., AGAIN] > 0, kept, after[..., ERROR])
-        return after
-
-    def _added(self, evidence: Tensor, told: Tensor) -> Tensor:
-        after = self.decay * evidence + told
+        sums = evidence[..., :AGAIN]
+        after = self.decay * sums + told
         if self.maximal:
-            before = Evidence.of(evidence).error
+            before = Evidence.of(sums).error
             after[..., ERROR] = torch.maximum(self.decay * before, told[..., ERROR]) * after[..., JUDGED]
-        return after
+        return torch.cat((after, evidence[..., AGAIN:]), dim=-1) if self.again else after
 
     def add_(self, evidence: Tensor, told: Tensor) -> None:
         """The same, written into the evidence."""
         if self.maximal:
             evidence.copy_(self.added(evidence, told))
-        else:
-            (evidence if self.decay == 1 else evidence.mul_(self.decay)).add_(told)
+            return
+        sums = evidence[..., :AGAIN]
+        (sums if self.decay == 1 else sums.mul_(self.decay)).add_(told)
 
     def add_again_(self, evidence: Tensor, error: Tensor) -> None:
         """Write into the evidence [..., e] what a second reading's queries told of rows: error [...]."""
-        before = Evidence.of(evidence).error
-        judged = evidence[..., JUDGED].clamp(min=1)
-        most = torch.where(evidence[..., AGAIN] > 0, torch.maximum(before, error), error)
-        evidence[..., ERROR] = most * judged
-        evidence[..., JUDGED] = judged
-        evidence[..., AGAIN] = 1
+        most = evidence[..., AGAIN]
+        torch.maximum(most, error, out=most)

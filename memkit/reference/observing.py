@@ -23,7 +23,7 @@ class Observing:
     """What one head's readers have told: of each slot, and of each token still held.
 
     Evidence is (a, m, n): decaying sums of error, of share, and of the chunks that judged; under `observe.again` also
-    whether readers have been asked again.
+    the most that readers told who have read the text again.
     """
 
     def __init__(
@@ -102,8 +102,7 @@ class Observing:
         """A row's evidence after one more chunk, which says (a, m, n)."""
         after = self.spec.decay * before[:3] + new
         if self.spec.aggregate == "max":
-            again = self.spec.again > 0 and before[3] > 0
-            after[0] = after[2] * max(self.spec.decay * mean(before)[0], 0 if again else new[0])
+            after[0] = after[2] * max(self.spec.decay * mean(before[:3])[0], new[0])
         return torch.cat((after, before[3:]))
 
     def ask_again(self, asked: Iterable[tuple[Tensor, Tensor]], tokens: range) -> None:
@@ -118,9 +117,9 @@ class Observing:
             for j in range(len(shares)):
                 error[j] += float(shares[j] ** 2 * (values[j] - output).square().sum())
         of_slots, of_tokens = error[: len(self.slots)], error[len(self.slots) :]
-        self.slots = [_again(before, new / readers) for before, new in zip(self.slots, of_slots, strict=True)]
+        self.slots = [_at_least(before, new / readers) for before, new in zip(self.slots, of_slots, strict=True)]
         for at, new in zip(tokens, of_tokens, strict=True):
-            self.tokens[at] = _again(self.tokens[at], new / readers)
+            self.tokens[at] = _at_least(self.tokens[at], new / readers)
 
     # As a memory holds it
 
@@ -145,16 +144,15 @@ class Observing:
         )
 
 
-def _again(before: Tensor, error: float) -> Tensor:
+def _at_least(before: Tensor, error: float) -> Tensor:
     """A row's evidence after readers who read again told its error."""
-    judged = max(float(before[2]), 1.0)
-    most = max(float(mean(before)[0]), error) if before[3] > 0 else error
-    return torch.tensor([most * judged, float(before[1]), judged, 1.0], dtype=torch.float64)
+    return torch.cat((before[:3], before.new_tensor([max(float(before[3]), error)])))
 
 
 def mean(evidence: Tensor) -> Tensor:
-    """(a/n, m/n), 0 where nobody judged."""
-    return evidence[:2] / evidence[2] if evidence[2] > 0 else torch.zeros(2, dtype=torch.float64)
+    """(a/n, m/n), 0 where nobody judged; and on top of the first what readers told who read again."""
+    means = evidence[:2] / evidence[2] if evidence[2] > 0 else torch.zeros(2, dtype=torch.float64)
+    return torch.stack((means[0] + evidence[3:].sum(), means[1]))
 
 
 def compete(

@@ -173,7 +173,7 @@ def _read_again(
     draw: st.DrawFn, observe: ObservationSpec, chunker: Any, window: Any, admission: Any, rotary: Any
 ) -> ObservationSpec:
     """The same, in half of the policies that may for texts that are read again."""
-    by_errors = isinstance(admission, OutputErrorSpec) and observe.aggregate == "max"
+    by_errors = isinstance(admission, OutputErrorSpec)
     whole = window.kind == "block" and not chunker.build().given and not rotary.build().turns_queries
     if not (by_errors and whole) or draw(st.booleans()):
         return observe

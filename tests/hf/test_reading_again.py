@@ -64,7 +64,7 @@ def test_a_portion_is_read_once_more_behind_the_words(tiny: Any, ids: Tensor, mo
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)  # the first layer's, which no memory touches
     for memory in hf.memories(returned_cache(output)):
         assert memory.seen.tolist() == [AGAIN_AT_A_TIME] * 2
-        assert (memory.window.last(AGAIN_AT_A_TIME)["evidence"][..., AGAIN] == 1).all()
+        assert (memory.window.last(AGAIN_AT_A_TIME)["evidence"][..., AGAIN] > 0).all()
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def test_a_prompt_read_in_full_is_read_again_as_a_whole_and_then_in_portions(tin
     with hf.attach(tiny, spec(), prefill="full", connecting=WORDS):
         first = tiny(ids[:, :40], use_cache=True)
         cache = returned_cache(first)
-        assert all((each[..., AGAIN] == 1).all() for each in told(cache))
+        assert all((each[..., AGAIN] > 0).any() for each in told(cache))
         assert cache.layers[0].waiting.tolist() == ids[:, 32:40].tolist()
         once = tiny(ids[:, 40:70], use_cache=True, **with_cache(tiny, cache.fork())).logits
         parts = []
