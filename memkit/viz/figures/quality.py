@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,7 +183,8 @@ def accuracy(
     chance: float = 0.0,
     spreads: Sequence[float] = (),
 ) -> Axes:
-    """Accuracy against memory: a dot and a name for each policy.
+    """Accuracy against memory: a dot for each policy, and its name; policies of one name one after the other are a line,
+    named at its end.
 
     points: name, bytes, and the share that was right, 0 to 1. what: the axis's words. chance: the share that guessing
     gives, drawn as a line where it is not 0. spreads: the length of each dot's bar, up and down; none: no bars.
@@ -195,11 +196,17 @@ def accuracy(
     if spreads and len(spreads) != len(points):
         raise InputError(f"spreads must be as many as the points, {len(points)}, got {len(spreads)}")
     ax = new_axes(ax)
-    for number, (_, size, share) in enumerate(points):
-        own = series(number)
+    ends: list[tuple[str, float, float]] = []
+    for number, (name, group) in enumerate(groupby(enumerate(points), key=lambda each: each[1][0])):
+        own, of_name = series(number), list(group)
+        x, y = [size / 1e6 for _, (_, size, _) in of_name], [100 * share for _, (_, _, share) in of_name]
+        if len(x) > 1:
+            ax.plot(x, y, color=own.color, linewidth=1, zorder=2)
         if spreads:
-            ax.errorbar([size / 1e6], [100 * share], yerr=[100 * spreads[number]], color=own.color, capsize=3, zorder=2)
-        ax.scatter([size / 1e6], [100 * share], color=own.color, marker=own.marker, s=28, zorder=3)
+            bars = [100 * spreads[index] for index, _ in of_name]
+            ax.errorbar(x, y, yerr=bars, color=own.color, capsize=3, linestyle="none", zorder=2)
+        ax.scatter(x, y, color=own.color, marker=own.marker, s=28, zorder=3)
+        ends.append((name, x[-1], y[-1]))
     if chance:
         ax.axhline(100 * chance, color=muted(), linewidth=0.8, linestyle="--")
     _megabytes(ax)
@@ -208,9 +215,9 @@ def accuracy(
     grid(ax)
     beside_points(
         ax,
-        [(size / 1e6, 100 * share) for _, size, share in points],
-        [name for name, _, _ in points],
-        [series(number).color for number in range(len(points))],
+        [(x, y) for _, x, y in ends],
+        [name for name, _, _ in ends],
+        [series(number).color for number in range(len(ends))],
     )
     return ax
 
