@@ -81,7 +81,8 @@ class Portions:
             raise InputError(f"observe.again reads token ids a second time, got inputs_embeds; give input_ids, {rest}")
         if taken_back:
             raise InputError(
-                f"observe.again reads tokens a second time that an assistant may take back; generate without it, {rest}"
+                "observe.again reads tokens a second time that may be taken back, as an assistant's candidates are; "
+                f"generate without one, keep one token's logits or all (logits_to_keep), {rest}"
             )
         if arguments.get("output_router_logits"):
             raise InputError(

@@ -18,6 +18,7 @@ FEATURES: dict[str, str] = {
     "a policy per layer": "test_families.py::test_a_family_is_the_stock_model_under_full",
     "rows, a share of the prompt, bytes": "test_budgets.py::test_bytes_are_never_exceeded_and_made_use_of",
     "a prompt read in full": "test_budgets.py::test_a_share_is_of_each_prompt",
+    "a text read again as it is read": "test_reading_again.py::test_split_equals_whole",
     "caches copied, saved and loaded": "test_attachment.py::test_a_copied_cache_goes_on_as_the_original_does",
     "lm-evaluation-harness' `HFLM`": "test_lm_eval.py::test_batches_say_what_rows_say_alone",
     "continuous batching: refused": "test_life.py::test_continuous_batching_is_refused_while_it_lasts",

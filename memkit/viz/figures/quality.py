@@ -183,8 +183,8 @@ def accuracy(
     chance: float = 0.0,
     spreads: Sequence[float] = (),
 ) -> Axes:
-    """Accuracy against memory: a dot for each policy, and its name; policies of one name one after the other are a line,
-    named at its end.
+    """Accuracy against memory: a dot for each policy, and its name; policies of one name, one after the other, are a
+    line, named at its end.
 
     points: name, bytes, and the share that was right, 0 to 1. what: the axis's words. chance: the share that guessing
     gives, drawn as a line where it is not 0. spreads: the length of each dot's bar, up and down; none: no bars.
