@@ -24,6 +24,7 @@ SHIPPED = {
     "untrained-observed",
     "untrained-observed-sqrt",
     "untrained-recall",
+    "untrained-reread",
     "full",
     "kvm-fixed-256",
     "kvm-log-256",

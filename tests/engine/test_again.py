@@ -19,7 +19,7 @@ from tests.engine.cases import CHUNK, Case, assert_close, make_case, small, tole
 
 
 def read_again(changes: dict[str, Any] | None = None) -> memkit.PolicySpec:
-    return memkit.load_policy(small("untrained-recall"), {"observe.again": 2, "heads": {}} | (changes or {}))
+    return memkit.load_policy(small("untrained-reread"), {"observe.again": 2, "heads": {}} | (changes or {}))
 
 
 POLICIES = {

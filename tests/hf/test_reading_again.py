@@ -29,7 +29,7 @@ CHANGES = {
 
 
 def spec(**changes: Any) -> memkit.PolicySpec:
-    return memkit.load_policy("untrained-recall", CHANGES | changes)
+    return memkit.load_policy("untrained-reread", CHANGES | changes)
 
 
 def told(cache: Any) -> list[Tensor]:
