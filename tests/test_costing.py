@@ -150,7 +150,7 @@ def test_exponents(name: str):
     exponent = cost(name, 4096).exponent
     if name == "full":
         assert exponent == pytest.approx(2, abs=0.005)
-    elif name.startswith(("window", "block-window")) or name.endswith(("observed", "recall", "fixed-256", "-512")):
+    elif name.startswith(("window", "block-window")) or name.endswith(("observed", "recall", "reread", "fixed-256", "-512")):
         assert exponent == pytest.approx(1, abs=0.02)
     elif "sqrt" in name:
         assert 1.40 <= exponent <= 1.52
