@@ -147,10 +147,10 @@ def test_a_decoded_token_pays_its_share_of_routing():
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_exponents(name: str):
-    exponent = cost(name, 4096).exponent
+    exponent, linear = cost(name, 4096).exponent, ("observed", "recall", "reread", "fixed-256", "-512")
     if name == "full":
         assert exponent == pytest.approx(2, abs=0.005)
-    elif name.startswith(("window", "block-window")) or name.endswith(("observed", "recall", "reread", "fixed-256", "-512")):
+    elif name.startswith(("window", "block-window")) or name.endswith(linear):
         assert exponent == pytest.approx(1, abs=0.02)
     elif "sqrt" in name:
         assert 1.40 <= exponent <= 1.52
