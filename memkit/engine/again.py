@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memkit.engine.autocast import autocasts, without_autocast
-from memkit.engine.checks import check
+from memkit.engine.checks import check, check_readers
 from memkit.engine.forward import Pass
 from memkit.engine.heads import by_heads
 from memkit.engine.inputs import AttendInputs
@@ -60,7 +60,9 @@ def ask_again(
             "readers are asked again under policies that keep what they say, and this one does not; "
             "set observe.again to the chunks that are read again at a time"
         )
-    _check_readers(memory, readers)
+    heads = memory.observed_heads
+    assert heads is not None  # a policy that reads again observes
+    check_readers(readers, len(memory.seen_rows), heads, memory.head_widths[0], memory.dtype)
     if memory.frozen:
         raise MemoryStateError(
             "this memory was made in inference mode and cannot be written into outside of it; fork() it, or ask inside"
@@ -70,8 +72,8 @@ def ask_again(
     given = AttendInputs(policy, readers[:, :, :0], none, values, None, parameters, rotation, scale, memory, None, None)
     with without_autocast(readers.device) if autocasts(readers.device) else nullcontext():
         if isinstance(memory, HeadsMemory):
-            for heads, part in by_heads(given):
-                _ask(check(part), readers[:, heads])
+            for own, part in by_heads(given):
+                _ask(check(part), readers[:, own])
         else:
             _ask(check(given), readers)
 
@@ -99,15 +101,3 @@ def _ask(inputs: AttendInputs, readers: Tensor) -> None:
             inputs.policy.observation.add_again_(of_rows, part)
             if rows is not None:  # a copy of them
                 evidence[at] = of_rows
-
-
-def _check_readers(memory: Memory, readers: Tensor) -> None:
-    shape = tuple(readers.shape) if isinstance(readers, Tensor) else type(readers).__name__
-    batch, heads, width = len(memory.seen_rows), memory.observed_heads, memory.head_widths[0]
-    if not isinstance(readers, Tensor) or readers.ndim != 4 or not readers.shape[2]:
-        raise InputError(f"readers must be a tensor [b, h, n, d] of one query at least, got {shape}")
-    if (*readers.shape[:2], readers.shape[3]) != (batch, heads, width) or readers.dtype != memory.dtype:
-        raise InputError(
-            f"readers must be {memory.dtype} ({batch}, {heads}, n, {width}) as the queries of the memory's calls, got "
-            f"{readers.dtype} {shape}"
-        )

@@ -294,3 +294,15 @@ def _check_plan(
             f"plan.slot must name one of the slots there are after the call, {slots.tolist()} in each row, or be −1; "
             "make it with memkit.plan on these keys and this memory"
         )
+
+
+def check_readers(readers: Any, rows: int, heads: int, width: int, dtype: torch.dtype | None = None) -> None:
+    """Readers must be queries [rows, heads, n, width], one at least, of this dtype; None: of any floating one."""
+    shape = tuple(readers.shape) if isinstance(readers, Tensor) else type(readers).__name__
+    if not isinstance(readers, Tensor) or readers.ndim != 4 or not readers.shape[2]:
+        raise InputError(f"readers must be a tensor [b, h, n, d] of one query at least, got {shape}")
+    fits = readers.is_floating_point() if dtype is None else readers.dtype == dtype
+    if (*readers.shape[:2], readers.shape[3]) != (rows, heads, width) or not fits:
+        raise InputError(
+            f"readers must be {dtype or 'floats'} ({rows}, {heads}, n, {width}) as queries, got {readers.dtype} {shape}"
+        )

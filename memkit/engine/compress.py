@@ -25,7 +25,7 @@ from torch import Tensor
 from memkit.catalog import as_policy
 from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.carry import close, open_store, open_timeline
-from memkit.engine.checks import check
+from memkit.engine.checks import check, check_readers
 from memkit.engine.expected import expected_shares
 from memkit.engine.heads import by_heads
 from memkit.engine.inputs import AttendInputs
@@ -120,19 +120,8 @@ def _checked_readers(policy: Policy, queries: Tensor, given: Sequence[Tensor] | 
             f"readers must be a tensor [b, h, n, d] of one query at least, or several, got {type(given).__name__}"
         )
     for readers in given:
-        _check_readers(queries, readers)
+        check_readers(readers, queries.shape[0], queries.shape[1], queries.shape[3])
     return list(given)
-
-
-def _check_readers(queries: Tensor, readers: Tensor) -> None:
-    rows, heads, _, width = queries.shape
-    shape = tuple(readers.shape) if isinstance(readers, Tensor) else type(readers).__name__
-    if not isinstance(readers, Tensor) or readers.ndim != 4 or not readers.shape[2]:
-        raise InputError(f"readers must be a tensor [b, h, n, d] of one query at least, got {shape}")
-    if (*readers.shape[:2], readers.shape[3]) != (rows, heads, width) or not readers.is_floating_point():
-        raise InputError(
-            f"readers must be floats ({rows}, {heads}, n, {width}) as queries, got {readers.dtype} {shape}"
-        )
 
 
 def next_readers(queries: Tensor, rotation: Rotation) -> Tensor:
@@ -226,6 +215,7 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
         share = _expected(inputs, timeline, policy.expects)
         timeline.streams["evidence"].copy_(torch.stack((0 * share, share, torch.ones_like(share)), dim=-1))
         return
+    read_again = policy.observation.again > 0 and bool(readers)  # by whoever was given
     if not readers:
         offsets = policy.observation.offsets_in(min(policy.chunk, tokens))
         stand = torch.tensor(offsets, device=device) + max(0, tokens - policy.chunk)
@@ -239,7 +229,7 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
         told.append(torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1))
     evidence, found = timeline.streams["evidence"], torch.stack(told).mean(0)
     evidence[..., :AGAIN].copy_(found)
-    if policy.observation.again and hidden is None:  # whoever was given has read the text again
+    if read_again:
         evidence[..., AGAIN] = found[..., ERROR]
         evidence[..., ERROR] = 0
 

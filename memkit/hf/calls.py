@@ -211,13 +211,7 @@ class Calls:
         call = dataclasses.replace(call, waiting=portions.then(tokens), unasked=unasked)
         if reading is not None or (self.prefill == "full" and not before):
             return (), arguments | {"memkit_call": call}
-        outputs: list[Any] = []
-        pieces = portions.pieces(columns)
-        for begin, end in pieces[:-1]:
-            piece, reading = portions.piece(arguments, begin, end)
-            outputs.append(decoder(**piece, memkit_call=dataclasses.replace(call, reading=reading, piece=True)))
-        piece, reading = portions.piece(arguments, *pieces[-1])
-        return (), piece | {"memkit_call": dataclasses.replace(call, reading=reading, earlier=tuple(outputs))}
+        return (), _all_but_the_last(decoder, arguments, call, portions)
 
     def after_decoder(self, _decoder: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """The decoder ran to its end. So did the call, unless a head or another piece is still to come; its output
@@ -328,6 +322,17 @@ class Calls:
 def gradients_are_checkpointed(decoder: Any) -> bool:
     """Whether layers run once more in the backward pass."""
     return getattr(decoder, "gradient_checkpointing", False) and decoder.training and torch.is_grad_enabled()
+
+
+def _all_but_the_last(decoder: Any, arguments: dict[str, Any], call: Call, portions: Portions) -> dict[str, Any]:
+    """Read all pieces of a call but the last, whose arguments these are."""
+    outputs: list[Any] = []
+    *earlier, last = portions.pieces(arguments["input_ids"].shape[1])
+    for begin, end in earlier:
+        piece, reading = portions.piece(arguments, begin, end)
+        outputs.append(decoder(**piece, memkit_call=dataclasses.replace(call, reading=reading, piece=True)))
+    piece, reading = portions.piece(arguments, *last)
+    return piece | {"memkit_call": dataclasses.replace(call, reading=reading, earlier=tuple(outputs))}
 
 
 def layers_in(cache: Any) -> list[MemoryLayer]:
