@@ -243,6 +243,12 @@ def profile(
     readers: Annotated[
         str, typer.Option(help="Who says what rows are worth: next, who goes on; repeat, who reads again; mixed.")
     ] = "next",
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate", help="Weigh errors by what the loss rises by with one head blind: a reading more per head."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the profile, as YAML.")] = None,
 ) -> None:
     """Measure how many slots each layer and head of a model needs.
@@ -273,6 +279,7 @@ def profile(
             tokens=tokens,
             names=names,
             readers=readers,  # type: ignore[arg-type]
+            ablate=ablate,
             progress=progress,
         )
     shown = table(measured.profile, measured.stability if len(documents) > 1 else None)

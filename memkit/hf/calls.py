@@ -13,18 +13,17 @@ from transformers.cache_utils import DynamicCache
 
 from memkit.budgets import Budget
 from memkit.errors import InputError, MemoryStateError, ModelError, shown
+from memkit.hf.asked import OUTER, Asked, Standing
 from memkit.hf.attention import Call, Outer, Prefill, Present, asks_next
 from memkit.hf.boundaries import boundary_ids, ends_of_chunks
 from memkit.hf.cache import MemoryLayer, check_whole, layers_of, mark_complete, named
 from memkit.hf.decoder import NAME, Decoder, facts_of, kv_heads_of
 from memkit.hf.fitting import check_policy, check_rotation
 from memkit.hf.kept import MemoryCache
-from memkit.hf.masks import present_tokens
-from memkit.hf.names import CACHE, cache_argument, take_cache, without_cache
-from memkit.hf.packing import KEYWORDS, Packed, find_packed
+from memkit.hf.names import CACHE, cache_argument, without_cache
 from memkit.hf.portions import Portions, joined, portion_size
 from memkit.hf.probe import probe
-from memkit.hf.rereading import asks_again, connecting_words, first_reading, twice
+from memkit.hf.rereading import Rereading, asks_again, connecting_words, first_reading, twice
 from memkit.hf.sizes import Sizes
 from memkit.layers import AnyLayers, LayerFunction
 
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from memkit.policy import Policy
 
 __all__ = ["Calls"]
-
-# The keyword by which a call around the decoder's says what it notes.
-OUTER = "memkit_outer"
 
 
 class Calls:
@@ -118,98 +114,32 @@ class Calls:
                 "model first, or leave set_attn_implementation out"
             )
         self._check_depth()
-        arguments: dict[str, Any] = self.signature.bind(decoder, *args, **kwargs).arguments
-        arguments.update(arguments.pop("kwargs", {}))
-        del arguments["self"]
-        if arguments.get("output_attentions", decoder.config.output_attentions):
-            raise InputError("attention weights are never computed as a matrix; leave output_attentions out")
-        if arguments.get("is_causal") is False:
-            raise InputError("a memory is causal, got is_causal False; leave it out")
-        ids = arguments.get("input_ids")
-        tokens = ids if ids is not None else arguments["inputs_embeds"]
-        rows, columns = tokens.shape[:2]
-
-        given, layers = take_cache(arguments), None
-        outer: Outer | None = arguments.pop(OUTER, None)
-        if given is not None:
-            layers = self.layers_of(given)
-        seen, before = torch.zeros(rows, dtype=torch.long, device=tokens.device), 0
-        if layers is not None and layers[0].memory is not None:
-            seen, before = layers[0].memory.seen.to(tokens.device), layers[0].columns
-            if len(seen) != rows:
-                raise InputError(
-                    f"a call must have the rows of its {CACHE}, {len(seen)}, got {rows}; select or repeat the cache's "
-                    "rows with its batch_select_indices or batch_repeat_interleave"
-                )
-        mask = arguments.pop("attention_mask", None)
-        if isinstance(mask, dict):  # masks of each kind of layer, of which transformers makes none for us
-            if outer is None or outer.images:
-                raise InputError(
-                    "a memory is causal, got tokens of images that see each other both ways (token_type_ids); "
-                    "read the text alone, or use a model whose images are causal, as llava's"
-                )
-            mask = outer.mask
-        packed = self._packed(arguments, mask, rows, columns, given, tokens.device)
-        now = present_tokens(mask, rows, columns, seen, before, "; a policy makes its own causal mask")
-        self._check_padding(now, before)
-        places = torch.arange(columns, device=seen.device) if now is None else (now.cumsum(1) - 1).clamp(min=0)
-        positions = seen[:, None] + places if packed is None else packed.positions.view(rows, columns)
-        _check_positions(arguments.get("position_ids"), positions, now)
-        arguments["position_ids"] = positions
-
-        policies, spare = self.policies, 0 if outer is None else outer.spare
-        begun = layers is not None and layers[0].memory is not None
-        if layers is not None and begun:
-            policies = dict(zip(self.policies, (layer.policy for layer in layers), strict=True))
-        elif self.sizes.budget.share is not None:
-            policies = self.sizes.of_prompt(columns - spare)
-        cache = given
-        if gradients_are_checkpointed(decoder):
-            if given is not None:
-                raise InputError(f"gradient checkpointing runs layers twice; leave {CACHE} out while training")
-            arguments["use_cache"] = False
-        elif given is None:
-            wanted = arguments.get("use_cache")
-            if decoder.config.use_cache if wanted is None else wanted:
-                cache = MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers, policies))
-        reading = None
-        if self.rereads and not before and cache is not None:
-            if spare:
-                raise InputError(
-                    f"observe.readers repeat and mixed read a prompt twice, and {spare} tokens that an assistant "
-                    "proposes stand behind it; generate without assisted decoding, or use readers: next"
-                )
-            longest = getattr(self.config, "max_position_embeddings", None)
-            reading = twice(arguments, self.connecting, decoder.get_input_embeddings(), longest)
-        portions, unasked = None, cache is None
-        if self.again and (self.prefill == "policy" or cache is not None):
-            if packed is not None or now is not None or gradients_are_checkpointed(decoder):
-                raise InputError(
-                    "observe.again cuts calls where portions end, the same in all rows and once, got padding, packed "
-                    "texts or gradient checkpointing; read rows of equal length together, or set observe.again: 0"
-                )
-            taken_back = spare > 0 or any(layer.record_past for layer in layers or ())
-            waiting = None if layers is None else layers[0].waiting
-            portions = Portions.of(arguments, waiting, before, self.again, self.connecting, taken_back)
-            if cache is None:  # the pieces of a call go on from each other
-                cache = MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers, policies))
-        ends = None
-        if self.boundaries is not None:
-            ends = ends_of_chunks(self.boundaries, ids if ids is not None or outer is None else outer.ids, tokens)
+        asked = Asked.of(self.signature.bind(decoder, *args, **kwargs), decoder.config, self.layers_of)
+        standing = asked.standing()
+        self._check_standing(asked, standing)
+        arguments, policies = asked.arguments, self._policies_of(asked)
+        arguments["position_ids"] = standing.positions
+        cache, given = self._cache_for(asked, standing, policies, decoder), asked.cache
+        reading = self._read_twice(asked, cache, decoder)
+        portions = self._portions(asked, standing, cache, decoder)
+        unasked = portions is not None and cache is None
+        if unasked:  # the pieces of a call go on from each other
+            cache = self._new_cache(policies)
+        ends = None if self.boundaries is None else ends_of_chunks(self.boundaries, asked.ids, asked.tokens)
         # Only now that nothing is refused any more.
-        if given is not None and layers is None:
+        if given is not None and asked.layers is None:
             there = given.layers if len(given.layers) == self.layers else DynamicCache(config=self.config).layers
             given.layers, given.layer_class_to_replicate = self.fresh_layers(there, policies), None
-        elif layers is not None and not begun:  # emptied: another prompt may have another number of rows
-            for layer, policy in zip(layers, policies.values(), strict=True):
+        elif asked.layers is not None and not asked.begun:  # emptied: another prompt may have another number of rows
+            for layer, policy in zip(asked.layers, policies.values(), strict=True):
                 layer.policy = policy
         arguments[self.cache_name] = cache
-        present = packed if now is None else Present(now)
-        call = Call(policies, self.facts, self.prefill, cache, present, outer, reading, boundaries=ends)
+        present = standing.packed if standing.now is None else Present(standing.now)
+        call = Call(policies, self.facts, self.prefill, cache, present, asked.outer, reading, boundaries=ends)
         if portions is None:
             return (), arguments | {"memkit_call": call}
-        call = dataclasses.replace(call, waiting=portions.then(tokens), unasked=unasked)
-        if reading is not None or (self.prefill == "full" and not before):
+        call = dataclasses.replace(call, waiting=portions.then(asked.tokens), unasked=unasked)
+        if reading is not None or (self.prefill == "full" and not asked.before):
             return (), arguments | {"memkit_call": call}
         return (), _all_but_the_last(decoder, arguments, call, portions)
 
@@ -243,47 +173,79 @@ class Calls:
                 "(assistant_model), or by the prompt (prompt_lookup_num_tokens)"
             )
 
-    def _check_padding(self, now: Tensor | None, before: int) -> None:
-        if now is None:
-            return
-        if self.prefill == "full" and not before:
-            raise InputError(
-                "prefill='full' needs rows of equal length in the first call, got padding; read one row at a time, "
-                "or leave prefill out"
-            )
-        if len(self.facts) < self.layers:
-            raise InputError(
-                f"{self.layers - len(self.facts)} of {self.layers} layers are no attention and would read padding as "
-                "text; read rows of equal length together"
-            )
+    def _check_standing(self, asked: Asked, standing: Standing) -> None:
+        """Padding and packed texts are nothing for layers with a state of their own, nor for a prompt read in full."""
+        full, stateful = self.prefill == "full" and not asked.before, self.layers - len(self.facts)
+        if standing.packed is not None:
+            if self.prefill == "full":
+                raise InputError("prefill='full' needs a text per row, got texts packed into one; leave prefill out")
+            if stateful:
+                raise InputError(
+                    f"{stateful} of {self.layers} layers are no attention and would read packed texts as one; give "
+                    "each text a row"
+                )
+        elif standing.now is not None:
+            if full:
+                raise InputError(
+                    "prefill='full' needs rows of equal length in the first call, got padding; read one row at a "
+                    "time, or leave prefill out"
+                )
+            if stateful:
+                raise InputError(
+                    f"{stateful} of {self.layers} layers are no attention and would read padding as text; read rows "
+                    "of equal length together"
+                )
 
-    def _packed(
-        self, arguments: dict[str, Any], mask: Tensor | None, rows: int, columns: int, given: Any, device: torch.device
-    ) -> Packed | None:
-        """The texts packed into the rows of a call, which it returns no cache of; None where each row is one."""
-        if given is not None and given.get_seq_length():
+    def _policies_of(self, asked: Asked) -> Mapping[int, Policy]:
+        """What each attention layer follows in a call: what its cache began with; else the share of its prompt."""
+        if asked.layers is not None and asked.begun:
+            return dict(zip(self.policies, (layer.policy for layer in asked.layers), strict=True))
+        if self.sizes.budget.share is not None:
+            return self.sizes.of_prompt(asked.columns - asked.spare)
+        return self.policies
+
+    def _cache_for(self, asked: Asked, standing: Standing, policies: Mapping[int, Policy], decoder: Any) -> Any:
+        """The cache that a call writes into: the one given, a new one where it wants one, or None."""
+        arguments = asked.arguments
+        if gradients_are_checkpointed(decoder):
+            if asked.cache is not None:
+                raise InputError(f"gradient checkpointing runs layers twice; leave {CACHE} out while training")
+            arguments["use_cache"] = False
+        elif standing.packed is not None:
+            arguments["use_cache"] = False
+        elif asked.cache is None:
+            wanted = arguments.get("use_cache")
+            if decoder.config.use_cache if wanted is None else wanted:
+                return self._new_cache(policies)
+        return asked.cache
+
+    def _new_cache(self, policies: Mapping[int, Policy]) -> MemoryCache:
+        return MemoryCache(self.fresh_layers(DynamicCache(config=self.config).layers, policies))
+
+    def _read_twice(self, asked: Asked, cache: Any, decoder: Any) -> Rereading | None:
+        """Both readings of a prompt that is read in full and judged by who reads it again."""
+        if not self.rereads or asked.before or cache is None:
             return None
-        if mask is not None and not bool(mask.all()):
-            if any(arguments.get(name) is not None for name in KEYWORDS):
-                raise InputError("packed rows have no padding, got an attention_mask with 0; leave attention_mask out")
-            return None
-        packed = find_packed(arguments, rows, columns, device)
-        if packed is None:
-            return None
-        if given is not None or arguments.get("use_cache"):
+        if asked.spare:
             raise InputError(
-                f"texts packed into one row are read from their beginnings to their ends, got {CACHE} or use_cache; "
-                "leave both out, or give each text a row"
+                f"observe.readers repeat and mixed read a prompt twice, and {asked.spare} tokens that an assistant "
+                "proposes stand behind it; generate without assisted decoding, or use readers: next"
             )
-        if self.prefill == "full":
-            raise InputError("prefill='full' needs a text per row, got texts packed into one; leave prefill out")
-        if len(self.facts) < self.layers:
+        longest = getattr(self.config, "max_position_embeddings", None)
+        return twice(asked.arguments, self.connecting, decoder.get_input_embeddings(), longest)
+
+    def _portions(self, asked: Asked, standing: Standing, cache: Any, decoder: Any) -> Portions | None:
+        """How a call is cut whose text is read again as it is read."""
+        if not self.again or (self.prefill == "full" and cache is None):
+            return None
+        if standing.packed is not None or standing.now is not None or gradients_are_checkpointed(decoder):
             raise InputError(
-                f"{self.layers - len(self.facts)} of {self.layers} layers are no attention and would read packed texts "
-                "as one; give each text a row"
+                "observe.again cuts calls where portions end, the same in all rows and once, got padding, packed "
+                "texts or gradient checkpointing; read rows of equal length together, or set observe.again: 0"
             )
-        arguments["use_cache"] = False
-        return packed
+        taken_back = asked.spare > 0 or any(layer.record_past for layer in asked.layers or ())
+        waiting = None if asked.layers is None else asked.layers[0].waiting
+        return Portions.of(asked.arguments, waiting, asked.before, self.again, self.connecting, taken_back)
 
     def layers_of(self, given: Any) -> list[MemoryLayer] | None:
         """The layers of the cache given, checked; None where it is empty."""
@@ -349,27 +311,4 @@ def _check_ends(mask: Tensor, known: Mapping[str, Any], keep: int) -> None:
         raise InputError(
             f"logits_to_keep {keep} (as generate sets it) needs a token in every row's last column, got padding in "
             f"row {int(wrong.nonzero()[0])}; pad on the left (tokenizer.padding_side = 'left')"
-        )
-
-
-def _check_positions(given: Tensor | None, positions: Tensor, now: Tensor | None) -> None:
-    """Positions of one's own would be another text than the memory holds (packed rows, for one)."""
-    if given is None:
-        return
-    if given.ndim > 2:  # a place in time, height and width
-        if not (given == given[:1]).all():
-            raise InputError(
-                "position_ids must count each row's tokens, got places of images, which differ by axis; read the text "
-                "alone"
-            )
-        given = given[0]
-    wrong = given.to(positions.device) != positions
-    if now is not None:
-        wrong &= now
-    if wrong.any():
-        row, column = (int(each) for each in wrong.nonzero()[0])
-        raise InputError(
-            f"position_ids must count each row's tokens, got {int(given.expand_as(positions)[row, column])} instead of "
-            f"{int(positions[row, column])} in row {row}, column {column}; leave position_ids out, and give packed "
-            "texts a row each"
         )

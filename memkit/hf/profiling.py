@@ -6,10 +6,18 @@ what each row is worth (`memkit.pieces.evidence`: the error of the output, were 
 budget by one threshold on that error, after each has had half of its even share. The profile is how many times the even
 share a head gets, averaged over documents and budgets. Layers that slide in the stock model, or do not attend, read as
 they do there, and have no part in it: their ratios are 1.
+
+Errors of a head's own output do not say what later layers make of them. Where it is asked for (`ablate`), a row's error
+e_j counts as its part of what the loss L rises by where that head h alone is blind to far rows (`memkit.hf.ablation`):
+
+    worth_j = e_j · (L_h − L) / Σ_i e_i
+
+and each head has a quarter of its even share in any case.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,15 +27,18 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine import attend
-from memkit.engine.compress import ASKED, next_readers, repeat_readers, row_worth
+from memkit.engine.compress import ASKED, FIRST, next_readers, repeat_readers, row_worth
 from memkit.errors import InputError, ModelError, shown
+from memkit.hf.ablation import WINDOW, head_costs
 from memkit.hf.attachment import check_free
 from memkit.hf.attention import as_in_stock
 from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
 from memkit.hf.fitting import check_rotation
 from memkit.hf.loading import LoadedModel
+from memkit.hf.logits import output_head
 from memkit.hf.probe import LayerFacts, attention_function, probe
 from memkit.hf.rereading import connecting_ids
+from memkit.pieces.readout import TINY
 from memkit.profiles import HeadProfile
 from memkit.whole import whole_number
 
@@ -37,8 +48,14 @@ NAME = "memkit-profiling"
 SINKS = 4
 LEAST = 0.5
 """Of its even share, what a head gets whatever its rows are worth."""
+LEAST_WEIGHED = 0.25
+"""The same, where it is known what its rows cost."""
 STEP = 0.125
 """Ratios are rounded to this: heads that hardly differ then go side by side."""
+LEAST_COST = 5e-4
+"""Nats per token that a head costs at least: what is below is the text's accident."""
+ABLATED = 640
+"""So many tokens of a document are read again and again, each time with another head blind."""
 ROWS = (256, 512)
 """How many rows each head would have on average, where nothing else is asked for."""
 
@@ -79,6 +96,7 @@ def measure_profile(
     rows: Sequence[int] = ROWS,
     names: Sequence[str] = (),
     readers: Literal["next", "repeat", "mixed"] = "next",
+    ablate: bool = False,
     progress: Progress | None = None,
 ) -> Measured:
     """Measure a model's head profile on some texts.
@@ -87,6 +105,8 @@ def measure_profile(
     rows: how many rows each head would have on average, sinks and window included; the ratios are averaged over these.
     readers: who says what rows are worth: `next`, somebody who goes on with the text; `repeat`, somebody who reads it
     again, behind the words of `connecting_ids`; `mixed`: the mean of both.
+    ablate: whether errors are weighed by what the loss of these readers rises by where a head is blind to far rows: one
+    more reading of `ABLATED` tokens of each document per head.
 
     Raises `InputError` for a text that is too short, or too long to be read twice, `ModelError` for a model that
     `hf.attach` refuses, or none of whose layers attends to everything.
@@ -108,8 +128,16 @@ def measure_profile(
         raise InputError(f"readers {readers} take {read} positions, and the model knows {longest}; lower tokens")
     if not documents:
         raise InputError("documents must be one text at least, got none")
+    logits, least = (output_head(loaded.model), LEAST_WEIGHED) if ablate else (None, LEAST)
+    every = len(measured_layers) * (1 + heads * ablate * (2 if readers == "mixed" else 1))
+    steps = itertools.count(1)
+
+    def done() -> None:
+        if progress is not None:
+            progress("head profile", next(steps), len(documents) * every)
+
     found: list[Tensor] = []
-    for number, text in enumerate(documents):
+    for text in documents:
         ids = loaded.tokenizer(text[: 16 * tokens], verbose=False)["input_ids"][:tokens]
         if len(ids) < tokens:
             raise InputError(f"each document must have {tokens} tokens at least, got one of {len(ids)}; lower tokens")
@@ -122,7 +150,6 @@ def measure_profile(
             value: Tensor,
             scale: float,
             scores: list[Tensor] = scores,
-            done: int = number,
         ) -> None:
             here = facts[layer]
             if here.window is not None:
@@ -136,15 +163,22 @@ def measure_profile(
                 asked.append(repeat_readers(queries[:, :, -tokens:]))
             roots = [row_worth(each, keys, value[:, :, :tokens], scale)[0][0] for each in asked]
             scores.append(torch.stack(roots).square().mean(0).sqrt())
-            if progress is not None:
-                every = len(measured_layers)
-                progress("head profile", done * every + len(scores), len(documents) * every)
+            done()
 
         with attention_function(decoder.module, NAME):
             given = ids if readers == "next" else [*ids, *words, *ids]
             shown_to = {"memkit_look": look, "memkit_facts": facts}
             decoder.module(torch.tensor([given], device=loaded.model.device), use_cache=False, **shown_to)
-        found.append(torch.stack([_ratios(torch.stack(scores), budget) for budget in budgets]).mean(0))
+        worth = torch.stack(scores)
+        if logits is not None:
+            some = ids[: min(tokens, ABLATED)]
+            texts = {"next": (ids[: min(tokens, 2 * ABLATED)], 2 * WINDOW)}
+            texts["repeat"] = [*some, *words, *some], len(some) + len(words) + FIRST
+            asked = ("next", "repeat") if readers == "mixed" else (readers,)
+            blind = [(layer, head) for layer in measured_layers for head in range(heads)]
+            costs = [head_costs(decoder.module, logits, *texts[each], facts, blind, done) for each in asked]
+            worth = _weighed(worth, torch.tensor(costs).mean(0).view(-1, heads))
+        found.append(torch.stack([_ratios(worth, budget, least) for budget in budgets]).mean(0))
     each = torch.ones(len(found), layers, heads)
     each[:, measured_layers] = torch.stack(found)
     ratios = torch.ones(layers, heads, dtype=torch.float64)
@@ -153,7 +187,9 @@ def measure_profile(
         "texts": list(names) if names else f"{len(documents)} texts",
         "tokens": tokens,
         "rows": budgets,
-        "by": f"root of the output error, one threshold over all heads, at least {LEAST:g} of the even share",
+        "by": "root of the output error"
+        + ", weighed by the loss with the head blind" * ablate
+        + f", one threshold over all heads, at least {least:g} of the even share",
     }
     profile = HeadProfile(
         model=facts_of(config),
@@ -164,16 +200,23 @@ def measure_profile(
     return Measured(profile, each)
 
 
-def _ratios(scores: Tensor, rows: int) -> Tensor:
-    """How many times the even share each head gets, [layers, g], of scores [layers, g, n] with so many rows a head."""
+def _weighed(scores: Tensor, costs: Tensor) -> Tensor:
+    """The roots of each row's part of its head's cost: scores [layers, g, n] are roots of errors, costs [layers, g]."""
+    errors = scores[..., SINKS:].square().sum(-1)
+    return scores * (costs.to(scores.dtype).clamp(min=LEAST_COST) / errors.clamp(min=TINY)).sqrt()[..., None]
+
+
+def _ratios(scores: Tensor, rows: int, least: float = LEAST) -> Tensor:
+    """How many times the even share each head gets, [layers, g], of scores [layers, g, n] with so many rows a head, and
+    at least so much of it for each."""
     window = rows // 8
     share = rows - SINKS - window
     candidates = scores[..., SINKS : scores.shape[-1] - window].flatten(0, 1)
-    least = int(LEAST * share)
-    ranked = candidates.sort(dim=1, descending=True).values[:, least:]
-    free = (share - least) * len(ranked)
+    given = int(least * share)
+    ranked = candidates.sort(dim=1, descending=True).values[:, given:]
+    free = (share - given) * len(ranked)
     threshold = ranked.flatten().sort(descending=True).values[free - 1]
-    return ((ranked >= threshold).sum(1) + least).view(scores.shape[:2]) / share
+    return ((ranked >= threshold).sum(1) + given).view(scores.shape[:2]) / share
 
 
 def _rounded(ratios: Tensor) -> Tensor:

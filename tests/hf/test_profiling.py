@@ -13,9 +13,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import memkit
 from memkit import hf
 from memkit.errors import ModelError
-from memkit.hf import profiling
-from memkit.hf.decoder import facts_of
+from memkit.hf import ablation, profiling
+from memkit.hf.decoder import facts_of, find_decoder
+from memkit.hf.logits import output_head
 from memkit.hf.names import CACHE, returned_cache
+from memkit.hf.probe import probe
 from memkit.memory import HeadsMemory
 from memkit.profiles import HeadProfile
 from memkit.texts import default_text
@@ -181,3 +183,63 @@ def test_a_model_without_rows_to_share_is_refused():
     loaded = hf.LoadedModel(randomised(MistralForCausalLM(config)), Words(), "tiny", 0.0)
     with pytest.raises(ModelError, match="no layer of this model attends to everything"):
         hf.measure_profile(loaded, [default_text()], tokens=600, rows=[64])
+
+
+def test_a_blind_head_costs_what_a_window_costs():
+    """In a model of one head, blind is to read by a sliding window and sinks: attached, it says the same."""
+    model = randomised(LlamaForCausalLM(tiny_config(num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=1)))
+    ids = torch.tensor([Words()(text(0))["input_ids"][:400]])
+    decoder = find_decoder(model)
+
+    def loss() -> float:
+        with torch.no_grad():
+            logits = model(ids).logits[0, 299:-1]
+        return float(torch.nn.functional.cross_entropy(logits, ids[0, 300:]))
+
+    whole = loss()
+    with hf.attach(model, ablation.BLIND):
+        blind = loss()
+    (cost,) = ablation.head_costs(decoder.module, output_head(model), ids[0].tolist(), 300, probe(decoder), [(0, 0)])
+    assert abs(blind - whole) > 1e-3
+    assert cost == pytest.approx(blind - whole, abs=2e-5)
+    assert model.config._attn_implementation != ablation.NAME
+
+
+def test_layers_before_a_blind_head_need_not_read_again(tiny: Any, monkeypatch: pytest.MonkeyPatch):
+    decoder, ids = find_decoder(tiny), Words()(text(0))["input_ids"][:400]
+    given = (decoder.module, output_head(tiny), ids, 300, probe(decoder), [(0, 0), (0, 1), (1, 0), (1, 1)])
+    read: list[int] = []
+    hooks = [layer.mlp.register_forward_hook(lambda *_: read.append(1)) for layer in tiny.model.layers]
+    skipping, readings = ablation.head_costs(*given), len(read)
+    monkeypatch.setattr(ablation._Layers, "begin_with", lambda *_: None)
+    assert ablation.head_costs(*given) == skipping
+    assert readings == 2 * 3 + 2  # of two layers: as they are, and with each of the first one's heads blind
+    assert len(read) - readings == 2 * 5
+    assert len(set(skipping)) == 4
+    for hook in hooks:
+        hook.remove()
+    assert all("forward" not in vars(layer) for layer in tiny.model.layers)
+
+
+def test_what_no_later_layer_uses_is_worth_nothing(tiny: Any):
+    with torch.no_grad():  # the second key/value head of layer 0 has outputs, and nobody reads them
+        tiny.model.layers[0].self_attn.o_proj.weight[:, 16:] = 0
+    settings: dict[str, Any] = {"tokens": TOKENS, "rows": (64, 128)}
+    seen: list[tuple[str, int, int]] = []
+    by_errors = hf.measure_profile(loaded(tiny), [text(0)], **settings)
+    weighed = hf.measure_profile(
+        loaded(tiny), [text(0)], **settings, ablate=True, progress=lambda *step: seen.append(step)
+    )
+    before, after = (torch.tensor(each.profile.ratios) for each in (by_errors, weighed))
+    assert before[0, 1] > profiling.LEAST
+    assert after[0, 1] == after.min() < before[0, 1]
+    assert after.sum() == after.numel()
+    assert "blind" in weighed.profile.measured["by"]
+    assert seen == [("head profile", step + 1, 6) for step in range(6)]  # two layers, and their four heads
+
+
+def test_a_head_counts_by_what_it_costs_and_its_rows_by_their_errors():
+    scores = torch.tensor([[[9.0, 9, 9, 9, 1, 2, 2], [9.0, 9, 9, 9, 1, 0, 0]]])
+    worth = profiling._weighed(scores, torch.tensor([[0.9, 0.0]])).square()
+    torch.testing.assert_close(worth[0, 0, 4:], torch.tensor([0.1, 0.4, 0.4]))
+    torch.testing.assert_close(worth[0, 1, 4:], torch.tensor([profiling.LEAST_COST, 0, 0]))
