@@ -99,14 +99,15 @@ def load_profile(profile: str | Path) -> HeadProfile:
     return PROFILES.load(profile)
 
 
-def profile_of(facts: Mapping[str, Any], readers: str = "next") -> str | None:
+def profile_of(facts: Mapping[str, Any]) -> str | None:
     """The name of the shipped profile that was measured on a model that says this of itself; None: there is none.
 
-    readers: the profile for these, where there is one for them; else one for whoever goes on with a text.
+    Of several the one that was measured by who reads again: whoever goes on with a text looks far back by the same
+    heads, and of a repeated text much more can be told of them (docs/benchmarks.md).
     """
     profiles = {name: load_profile(name) for name in profile_names()}
     fitting = {profile.readers: name for name, profile in profiles.items() if profile.fits(facts)}
-    return fitting.get(readers, fitting.get("next"))
+    return next((fitting[readers] for readers in ("repeat", "mixed", "next") if readers in fitting), None)
 
 
 def per_layer(
@@ -122,7 +123,7 @@ def per_layer(
     """
     policy = as_policy(policy)
     wanted = policy.spec.heads.profile
-    name = profile_of(facts or {}, policy.spec.observe.readers) if wanted == AUTO else wanted
+    name = profile_of(facts or {}) if wanted == AUTO else wanted
     if wanted is None or policy.sinks_only:
         return [policy] * layers
     if name is None:

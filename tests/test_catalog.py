@@ -24,7 +24,6 @@ SHIPPED = {
     "untrained-observed",
     "untrained-observed-sqrt",
     "untrained-recall",
-    "untrained-reread",
     "full",
     "kvm-fixed-256",
     "kvm-log-256",
@@ -37,7 +36,7 @@ SHIPPED = {
 }
 
 
-MORE = {"untrained-block-mean", "untrained-kvm-fixed", "untrained-kvm-log", "untrained-kvm-sqrt"}
+MORE = {"untrained-block-mean", "untrained-kvm-fixed", "untrained-kvm-log", "untrained-kvm-sqrt", "untrained-reread"}
 
 
 @pytest.mark.parametrize("name", sorted(MORE))

@@ -26,19 +26,17 @@ def test_shipped_profiles_share_what_there_is(name: str):
     profile = load_profile(name)
     ratios = [ratio for row in profile.ratios for ratio in row]
     assert sum(ratios) == len(ratios)
-    assert profile_of(profile.model, profile.readers) == name
-    assert profile_of({**profile.model, "hidden_size": 1}, profile.readers) is None
+    assert profile_of(profile.model) == "smollm2-135m-repeat"
+    assert profile_of({**profile.model, "hidden_size": 1}) is None
 
 
-def test_auto_is_the_profile_for_the_policys_readers():
-    facts = load_profile("smollm2-135m").model
-    for readers in ("next", "repeat", "mixed"):
-        name = profile_of(facts, readers)
-        assert load_profile(name).readers == readers
-        spec = memkit.load_policy("untrained-observed", {"observe.readers": readers})
-        layers = per_layer(spec, 30, 3, facts)
-        assert tuple(layer.spec.heads.ratios for layer in layers) == load_profile(name).ratios
-    assert profile_of(facts, "window") == profile_of(facts) == "smollm2-135m"
+@pytest.mark.parametrize("readers", ["next", "repeat", "mixed", "window"])
+def test_auto_is_the_profile_of_who_reads_again(readers: str):
+    profile = load_profile("smollm2-135m-repeat")
+    assert profile.readers == "repeat"
+    spec = memkit.load_policy("untrained-observed", {"observe.readers": readers})
+    layers = per_layer(spec, 30, 3, profile.model)
+    assert tuple(layer.spec.heads.ratios for layer in layers) == profile.ratios
 
 
 def test_a_file_gives_each_layer_its_ratios(tmp_path: Path):
