@@ -84,7 +84,7 @@ def _of_data() -> dict[str, Callable[[], Any]]:
         "front": lambda: figures.front(comparison),
         "gap": lambda: figures.gap_closed(comparison),
         "bench": lambda: figures.factors(Bench(data["settings"], timings)),
-        "profile": lambda: profiles.plot(load_profile("smollm2-135m"), style.new_axes(size=(6.0, 1.7))),
+        "profile": lambda: profiles.plot(load_profile("smollm2-135m-repeat"), style.new_axes(size=(6.0, 1.7))),
     }
 
 
