@@ -135,7 +135,7 @@ def _second(text: str | Path | None, second: str | Path | None) -> tuple[str, st
     if second is not None:
         return text_and_source(second)
     return (
-        f"IDLE's help, Python {platform.python_version()} (no policy was chosen on it)",
+        f"IDLE's help, Python {platform.python_version()} (no choice was made by its loss)",
         second_text() if text is None else None,
     )
 
