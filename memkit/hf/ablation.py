@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memkit.engine import attend
-from memkit.hf.attention import as_in_stock
 from memkit.hf.probe import LayerFacts, attention_function
+from memkit.hf.watched import NAME, watching
 from memkit.pieces.window import SlidingWindowSpec
 from memkit.policy import PolicySpec
 
 __all__ = ["head_costs"]
 
-NAME = "memkit-ablation"
 SINKS = 4
 WINDOW = 128
 """What a blind head still sees: so many first and newest tokens."""
@@ -53,75 +51,39 @@ def head_costs(
     text = torch.tensor([list(ids)], device=device)
 
     def loss(blind: tuple[int, int] | None) -> float:
-        given: dict[str, Any] = {"memkit_blind": blind, "memkit_facts": facts}
-        states = decoder(text, use_cache=False, **given).last_hidden_state[0, first - 1 : -1]
+        def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor) -> None:
+            if blind is not None and blind[0] == layer:
+                group, head = query.shape[1] // key.shape[1], blind[1]
+                readers, rows = slice(head * group, (head + 1) * group), slice(head, head + 1)
+                output[:, readers], _ = attend(BLIND, query[:, readers], key[:, rows], value[:, rows], scale=scale)
+
+        states = decoder(text, use_cache=False, **watching(look, facts)).last_hidden_state[0, first - 1 : -1]
         pairs = zip(states.split(AT_ONCE), text[0, first:].split(AT_ONCE), strict=True)
         losses = [nn.functional.cross_entropy(logits(part).float(), to, reduction="sum") for part, to in pairs]
         return float(torch.stack(losses).sum()) / len(states)
 
-    with attention_function(decoder, NAME), _Layers(decoder) as layers:
+    with attention_function(decoder, NAME), ExitStack() as undo:
+        layers, outputs = _layers(decoder), list[Any]()
+        hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in layers]
         whole, costs = loss(None), list[float]()
-        layers.keep = False
+        for hook in hooks:
+            hook.remove()
         for each in heads:
-            layers.begin_with(each[0])
+            _answer_again(layers[: each[0]], outputs, undo)
             costs.append(loss(each) - whole)
             done()
     return costs
 
 
-class _Layers:
-    """A decoder's layers, which remember what they returned while `keep` is set: before a blind head, nothing changes.
-    Where they are not in a list named `layers`, all of them read each time."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        found = getattr(decoder, "layers", ())
-        self.layers: list[nn.Module] = list(found) if isinstance(found, nn.ModuleList) else []
-        self.outputs: list[Any] = [None] * len(self.layers)
-        self.keep, self.undo = True, ExitStack()
-
-    def __enter__(self) -> _Layers:
-        for number, layer in enumerate(self.layers):
-            self.undo.callback(layer.register_forward_hook(self._note(number)).remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo.close()
-
-    def _note(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
-        def note(_layer: nn.Module, _given: Any, output: Any) -> None:
-            if self.keep:
-                self.outputs[number] = output
-
-        return note
-
-    def begin_with(self, layer: int) -> None:
-        """Let the layers before this one return what they returned."""
-        for each, output in zip(self.layers[:layer], self.outputs, strict=False):
-            if "forward" not in vars(each):
-                each.forward = lambda *_, output=output, **__: output
-                self.undo.callback(delattr, each, "forward")
+def _layers(decoder: nn.Module) -> list[nn.Module]:
+    """A decoder's layers in their order; none where they are not in a list named `layers`: then all read each time."""
+    found = getattr(decoder, "layers", ())
+    return list(found) if isinstance(found, nn.ModuleList) else []
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    memkit_blind: tuple[int, int] | None,
-    memkit_facts: Mapping[int, LayerFacts],
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The stock model's attention, one head of which may be blind: [b, h, t, d] in, [b, t, h, d] out."""
-    facts = memkit_facts[module.layer_idx]
-    query, key = facts.turning_first(query), facts.turning_first(key)
-    output, _memory = attend(as_in_stock(facts.window), query, key, value, scale=scaling)
-    if memkit_blind is not None and memkit_blind[0] == module.layer_idx:
-        group, head = query.shape[1] // key.shape[1], memkit_blind[1]
-        readers, rows = slice(head * group, (head + 1) * group), slice(head, head + 1)
-        output[:, readers], _memory = attend(BLIND, query[:, readers], key[:, rows], value[:, rows], scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+def _answer_again(layers: Sequence[nn.Module], outputs: Sequence[Any], undo: ExitStack) -> None:
+    """Let layers return what they returned before: nothing changes before a blind head."""
+    for each, output in zip(layers, outputs, strict=False):
+        if "forward" not in vars(each):
+            each.forward = lambda *_, output=output, **__: output
+            undo.callback(delattr, each, "forward")

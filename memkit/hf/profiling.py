@@ -18,34 +18,30 @@ and each head has a quarter of its even share in any case.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
-from memkit.engine import attend
 from memkit.engine.compress import ASKED, FIRST, next_readers, repeat_readers, row_worth
 from memkit.errors import InputError, ModelError, shown
-from memkit.hf.ablation import WINDOW, head_costs
+from memkit.hf.ablation import SINKS, WINDOW, head_costs
 from memkit.hf.attachment import check_free
-from memkit.hf.attention import as_in_stock
 from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
 from memkit.hf.fitting import check_rotation
 from memkit.hf.loading import LoadedModel
 from memkit.hf.logits import output_head
-from memkit.hf.probe import LayerFacts, attention_function, probe
+from memkit.hf.probe import attention_function, probe
 from memkit.hf.rereading import connecting_ids
+from memkit.hf.watched import NAME, watching
 from memkit.pieces.readout import TINY
 from memkit.profiles import HeadProfile
 from memkit.whole import whole_number
 
 __all__ = ["Measured", "measure_profile"]
 
-NAME = "memkit-profiling"
-SINKS = 4
 LEAST = 0.5
 """Of its even share, what a head gets whatever its rows are worth."""
 LEAST_WEIGHED = 0.25
@@ -123,9 +119,9 @@ def measure_profile(
     config = decoder.config
     layers, heads = config.num_hidden_layers, kv_heads_of(config)
     words = [] if readers == "next" else connecting_ids(loaded.tokenizer)
-    read, longest = 2 * tokens + len(words), getattr(config, "max_position_embeddings", None)
-    if readers != "next" and longest is not None and read > longest:
-        raise InputError(f"readers {readers} take {read} positions, and the model knows {longest}; lower tokens")
+    positions, longest = 2 * tokens + len(words), getattr(config, "max_position_embeddings", None)
+    if readers != "next" and longest is not None and positions > longest:
+        raise InputError(f"readers {readers} take {positions} positions, and the model knows {longest}; lower tokens")
     if not documents:
         raise InputError("documents must be one text at least, got none")
     logits, least = (output_head(loaded.model), LEAST_WEIGHED) if ablate else (None, LEAST)
@@ -149,34 +145,31 @@ def measure_profile(
             key: Tensor,
             value: Tensor,
             scale: float,
+            _output: Tensor,
             scores: list[Tensor] = scores,
         ) -> None:
             here = facts[layer]
             if here.window is not None:
                 return
             assert here.rotation is not None  # checked above
-            queries, keys = here.turning_first(query), here.turning_first(key)[:, :, :tokens]
             asked: list[Tensor] = []
             if readers != "repeat":
-                asked.append(next_readers(queries[:, :, :tokens], here.rotation))
+                asked.append(next_readers(query[:, :, :tokens], here.rotation))
             if readers != "next":
-                asked.append(repeat_readers(queries[:, :, -tokens:]))
-            roots = [row_worth(each, keys, value[:, :, :tokens], scale)[0][0] for each in asked]
+                asked.append(repeat_readers(query[:, :, -tokens:]))
+            roots = [row_worth(each, key[:, :, :tokens], value[:, :, :tokens], scale)[0][0] for each in asked]
             scores.append(torch.stack(roots).square().mean(0).sqrt())
             done()
 
         with attention_function(decoder.module, NAME):
             given = ids if readers == "next" else [*ids, *words, *ids]
-            shown_to = {"memkit_look": look, "memkit_facts": facts}
-            decoder.module(torch.tensor([given], device=loaded.model.device), use_cache=False, **shown_to)
+            text_ids = torch.tensor([given], device=loaded.model.device)
+            decoder.module(text_ids, use_cache=False, **watching(look, facts))
         worth = torch.stack(scores)
         if logits is not None:
-            some = ids[: min(tokens, ABLATED)]
-            texts = {"next": (ids[: min(tokens, 2 * ABLATED)], 2 * WINDOW)}
-            texts["repeat"] = [*some, *words, *some], len(some) + len(words) + FIRST
-            asked = ("next", "repeat") if readers == "mixed" else (readers,)
             blind = [(layer, head) for layer in measured_layers for head in range(heads)]
-            costs = [head_costs(decoder.module, logits, *texts[each], facts, blind, done) for each in asked]
+            read = _ablated(ids, words, readers)
+            costs = [head_costs(decoder.module, logits, *each, facts, blind, done) for each in read]
             worth = _weighed(worth, torch.tensor(costs).mean(0).view(-1, heads))
         found.append(torch.stack([_ratios(worth, budget, least) for budget in budgets]).mean(0))
     each = torch.ones(len(found), layers, heads)
@@ -198,6 +191,14 @@ def measure_profile(
         ratios=tuple(tuple(row) for row in ratios.tolist()),
     )
     return Measured(profile, each)
+
+
+def _ablated(ids: list[int], words: list[int], readers: str) -> Sequence[tuple[list[int], int]]:
+    """What is read with a head blind, and from which token on the loss counts, for each of the readers."""
+    some = ids[:ABLATED]
+    goes_on = ids[: 2 * ABLATED], 2 * WINDOW
+    again = [*some, *words, *some], len(some) + len(words) + FIRST
+    return {"next": [goes_on], "repeat": [again], "mixed": [goes_on, again]}[readers]
 
 
 def _weighed(scores: Tensor, costs: Tensor) -> Tensor:
@@ -226,25 +227,3 @@ def _rounded(ratios: Tensor) -> Tensor:
     missing = round(len(steps) / STEP - float(whole.sum()))
     whole[(steps - whole).argsort(descending=True, stable=True)[:missing]] += 1
     return (whole * STEP).view_as(ratios)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    memkit_look: Callable[[int, Tensor, Tensor, Tensor, float], None],
-    memkit_facts: Mapping[int, LayerFacts],
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The stock model's attention, which shows what it is given: [b, h, t, d] in, [b, t, h, d] out."""
-    memkit_look(module.layer_idx, query, key, value, scaling)
-    facts = memkit_facts[module.layer_idx]
-    turned = facts.turning_first(query), facts.turning_first(key)
-    output, _memory = attend(as_in_stock(facts.window), *turned, value, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)

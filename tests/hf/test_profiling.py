@@ -211,7 +211,7 @@ def test_layers_before_a_blind_head_need_not_read_again(tiny: Any, monkeypatch: 
     read: list[int] = []
     hooks = [layer.mlp.register_forward_hook(lambda *_: read.append(1)) for layer in tiny.model.layers]
     skipping, readings = ablation.head_costs(*given), len(read)
-    monkeypatch.setattr(ablation._Layers, "begin_with", lambda *_: None)
+    monkeypatch.setattr(ablation, "_answer_again", lambda *_: None)
     assert ablation.head_costs(*given) == skipping
     assert readings == 2 * 3 + 2  # of two layers: as they are, and with each of the first one's heads blind
     assert len(read) - readings == 2 * 5
