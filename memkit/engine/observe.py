@@ -36,7 +36,7 @@ class Observer:
         new = inputs.queries.detach()
         self.queries = new if waiting is None else torch.cat((waiting, new), dim=2)
         self.waited = 0 if waiting is None else waiting.shape[2]
-        self.later: dict[int, Tensor] = {}
+        self.later: dict[tuple[int, int], Tensor] = {}
 
     def _at(self, chunk_begin: np.ndarray, offsets: np.ndarray) -> Tensor:
         """The queries [b, h, n, d] at offsets, of those that wait, in the chunks that begin there; any where one has
@@ -81,7 +81,9 @@ class Observer:
             first = int(np.flatnonzero(complete)[0]) if rows is None else int(rows[0])
             of_rows = step.slots if rows is None else step.slots[rows]
             chunk, begin, slots = int(sizes[first]), int(step.first[first]), int(of_rows.max())
-            offsets = np.array(self.policy.observation.offsets_in(chunk), dtype=np.int64)
+            # A step that is just the chunk: all its queries read, and those that are observed tell.
+            whole = rows is None and step.stop - step.start == chunk and self.policy.expects is None
+            offsets = np.arange(chunk) if whole else self._observed(chunk)
             queries = self._at(chunk_begin, offsets)
             at = slice(None) if rows is None else on_device(rows, self.device)
             held = {name: stream[at, :, begin:column] for name, stream in timeline.streams.items()}
@@ -93,8 +95,8 @@ class Observer:
             if view is not None and int(of_rows.min()) < slots:
                 view = self._hiding(view, step.slots)
             scores, values = self.met(asked, held["keys"], held["values"], view, at)
-            scores[..., -chunk:].masked_fill_(self._later(chunk), -torch.inf)
-            read, told = softmax_evidence(scores, values)
+            scores[..., -chunk:].masked_fill_(self._later(chunk, offsets), -torch.inf)
+            read, told = softmax_evidence(scores, values, self._telling(chunk) if whole else slice(None))
             if self.policy.expects is not None:
                 assert positions is not None
                 ahead = held["positions"][:, :, -1:] + 1 - positions
@@ -106,7 +108,7 @@ class Observer:
             if slots:
                 assert store.evidence is not None
                 self._add(store.evidence[:, :, :slots], at, told[:, :, :slots])
-            if rows is None and step.stop - step.start == chunk == len(offsets):
+            if whole:
                 outputs = read.reshape(*queries.shape[:3], -1)
         return outputs
 
@@ -167,18 +169,32 @@ class Observer:
             scale = scale * torch.cat(scales, dim=1)
         return expected_shares(expects, turned, met, scale, rotation, bias=bias, sinks=self.policy.sinks)
 
-    def _later(self, chunk: int) -> Tensor:
-        """Which of a chunk's tokens come after each observed query, for all query heads of a group, [r·n, c]."""
-        known = self.later.get(chunk)
-        if known is None:
-            known = self.later[chunk] = self._later_in(chunk)
-        return known
+    def _observed(self, chunk: int) -> np.ndarray:
+        """The offsets of the observed queries in a chunk of this length."""
+        return np.array(self.policy.observation.offsets_in(chunk), dtype=np.int64)
 
-    def _later_in(self, chunk: int) -> Tensor:
+    def _telling(self, chunk: int) -> slice | Tensor:
+        """Which of all of a chunk's queries, a group's heads in a row [r·c], are observed."""
+        offsets = self._observed(chunk)
+        if chunk % len(offsets) == 0:
+            every = chunk // len(offsets)
+            return slice(every - 1, None, every)
+        begins = np.arange(self._group)[:, None] * chunk
+        return on_device((begins + offsets).flatten(), self.device)
+
+    def _later(self, chunk: int, offsets: np.ndarray) -> Tensor:
+        """Which of a chunk's tokens come after each query that is asked, a group's heads in a row, [r·n, c]."""
+        key = chunk, len(offsets)
+        if key not in self.later:
+            later = torch.arange(chunk, device=self.device) > on_device(offsets, self.device)[:, None]
+            self.later[key] = later.repeat(self._group, 1)
+        return self.later[key]
+
+    @property
+    def _group(self) -> int:
+        """Query heads for each key/value head."""
         assert self.inputs.queries is not None
-        offsets = np.array(self.policy.observation.offsets_in(chunk), dtype=np.int64)
-        later = torch.arange(chunk, device=self.device) > on_device(offsets, self.device)[:, None]
-        return later.repeat(self.inputs.queries.shape[1] // self.inputs.keys.shape[1], 1)
+        return self.inputs.queries.shape[1] // self.inputs.keys.shape[1]
 
     def _scores(self, queries: Tensor, scale: Tensor | None, keys: Tensor) -> Tensor:
         """Scores of queries [b, h, n, d], a group's in a row, against keys [b, g, m, d]: [b, g, r·n, m]."""

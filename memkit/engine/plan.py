@@ -143,10 +143,8 @@ def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
     if chunk.absent is not None:
         score = score.masked_fill(chunk.absent, -torch.inf)
     order = score.argsort(dim=-1, descending=True, stable=True)
-    if isinstance(chunk.new_slots, int):
-        nobody = torch.zeros_like(order, dtype=torch.bool)
-        return nobody.scatter_(2, order[..., : chunk.new_slots], torch.ones_like(nobody))
-    return order.argsort(dim=-1) < chunk.new_slots
+    first = (chunk.offsets < chunk.new_slots).expand_as(order)
+    return torch.zeros_like(first).scatter_(2, order, first)
 
 
 def follow(leaving: LeavingChunk, plan: Plan, device: torch.device) -> Assignment:

@@ -47,19 +47,22 @@ class Evidence:
         return cls(error + sums[..., AGAIN] if sums.shape[-1] > AGAIN else error, sums[..., SHARE] / judged)
 
 
-def softmax_evidence(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """From scores [b, g, r, n] and values [b, g, n, v]: outputs o [b, g, r, v]; what they tell of each row,
-    [b, g, n, 3]: its error, its share, and that somebody has judged it (1). The scores' memory is used.
+def softmax_evidence(scores: Tensor, values: Tensor, observed: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
+    """From scores [b, g, r, n] and values [b, g, n, v]: outputs o [b, g, r, v] of all queries; what the observed ones
+    among them tell of each row, [b, g, n, 3]: its error, its share, and that somebody has judged it (1). The scores'
+    memory is used.
 
     error_j = [⟨v_j, (Σ_r p²)·v_j − 2·Σ_r p²·o_r⟩ + Σ_r p²·‖o_r‖²] / R: products, no [r, n, v] tensor.
     """
     # Into memory that is warm, unless autograd is to follow it.
     warm = None if torch.is_grad_enabled() and scores.requires_grad else scores
     shares = torch.softmax(scores, -1, out=warm)
-    outputs, share = shares @ values, shares.mean(-2)
-    squares = torch.mul(shares, shares, out=warm)
-    of_outputs = squares.mT @ outputs.mul(-2)
-    of_sizes = outputs.square().sum(-1, keepdim=True).mT @ squares
+    outputs = shares @ values
+    shares, read = shares[..., observed, :], outputs[..., observed, :]
+    share = shares.mean(-2)
+    squares = torch.mul(shares, shares, out=None if warm is None else shares)
+    of_outputs = squares.mT @ read.mul(-2)
+    of_sizes = read.square().sum(-1, keepdim=True).mT @ squares
     error = torch.addcmul(of_outputs, values, squares.sum(-2).unsqueeze(-1)).mul_(values).sum(-1) + of_sizes.squeeze(-2)
-    told = torch.stack((error.clamp_(min=0).div_(scores.shape[-2]), share, torch.ones_like(error)), dim=-1)
+    told = torch.stack((error.clamp_(min=0).div_(shares.shape[-2]), share, torch.ones_like(error)), dim=-1)
     return outputs, told
