@@ -37,6 +37,7 @@ class Observer:
         self.queries = new if waiting is None else torch.cat((waiting, new), dim=2)
         self.waited = 0 if waiting is None else waiting.shape[2]
         self.later: dict[tuple[int, int], Tensor] = {}
+        self.near: dict[tuple[int, int], Tensor] = {}
 
     def _at(self, chunk_begin: np.ndarray, offsets: np.ndarray) -> Tensor:
         """The queries [b, h, n, d] at offsets, of those that wait, in the chunks that begin there; any where one has
@@ -96,7 +97,8 @@ class Observer:
                 view = self._hiding(view, step.slots)
             scores, values = self.met(asked, held["keys"], held["values"], view, at)
             scores[..., -chunk:].masked_fill_(self._later(chunk, offsets), -torch.inf)
-            read, told = softmax_evidence(scores, values, self._telling(chunk) if whole else slice(None))
+            telling = self._telling(chunk) if whole else slice(None)
+            read, told = softmax_evidence(scores, values, telling, self._near(chunk, int(older[first])))
             if self.policy.expects is not None:
                 assert positions is not None
                 ahead = held["positions"][:, :, -1:] + 1 - positions
@@ -189,6 +191,19 @@ class Observer:
             later = torch.arange(chunk, device=self.device) > on_device(offsets, self.device)[:, None]
             self.later[key] = later.repeat(self._group, 1)
         return self.later[key]
+
+    def _near(self, chunk: int, older: int) -> Tensor | None:
+        """Which tokens of the window, `older` ones and then the chunk's, stand too near before each observed query, a
+        group's heads in a row, [r·n, older + c]; None where none is too near."""
+        apart = self.policy.observation.apart
+        if not apart:
+            return None
+        key = chunk, older
+        if key not in self.near:
+            places = on_device(self._observed(chunk), self.device)[:, None] + older
+            ahead = places - torch.arange(older + chunk, device=self.device)
+            self.near[key] = (ahead < apart).repeat(self._group, 1)
+        return self.near[key]
 
     @property
     def _group(self) -> int:

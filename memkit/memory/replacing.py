@@ -109,7 +109,7 @@ def _join(lines: Tensor, joining: Tensor, slot: Tensor, policy: Policy, line: Li
     """Add rows [b, g, n, …] to the lines of slots [b, g, m, …] that they join, in place; stored: but for those dropped.
 
     Where rows are observed, a slot takes over the share of all that join it; where the share is a row's weight, the row
-    and the slot that it joins are scaled to it.
+    and the slot that it joins are scaled to it. No row counts for more than `merging.cap` times the slot that it joins.
     """
     evidence = joining[..., line.evidence], lines[..., line.evidence]
     joining = joining.masked_fill(line.own, 0)
@@ -118,6 +118,8 @@ def _join(lines: Tensor, joining: Tensor, slot: Tensor, policy: Policy, line: Li
     target = flat_slots(slot, lines.shape[2])
     if policy.observes:
         theirs, own = (_rate(each.detach()) for each in evidence)
+        if (cap := policy.merging.cap) is not None:
+            theirs = torch.minimum(theirs, cap * own.gather(2, slot.clamp(min=0)))
         somebody = torch.ones_like(theirs)
         if stored is not None:
             theirs, somebody = theirs * stored, somebody * stored

@@ -6,7 +6,8 @@ observed queries of all heads of a group:
 
     share_j = mean_r p_rj                       what the row receives
     error_j = mean_r p_rj² · ‖v_j − o_r‖²       the squared change of the output without it, to first order
-                                                (exactly it is p/(1 − p)·(o − v): arXiv 2504.14051)
+                                                (exactly it is p/(1 − p)·(o − v): arXiv 2504.14051); queries that
+                                                stand too near count 0 (`observe.apart`)
 
 A row's evidence is a decaying sum over the chunks that judged it: a ← γ·a + error, m ← γ·m + share, n ← γ·n + 1. It is
 read as the means a/n and m/n, and stays with a token that becomes a slot. Where the most that a chunk said counts
@@ -47,10 +48,14 @@ class Evidence:
         return cls(error + sums[..., AGAIN] if sums.shape[-1] > AGAIN else error, sums[..., SHARE] / judged)
 
 
-def softmax_evidence(scores: Tensor, values: Tensor, observed: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
+def softmax_evidence(
+    scores: Tensor, values: Tensor, observed: slice | Tensor = slice(None), near: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """From scores [b, g, r, n] and values [b, g, n, v]: outputs o [b, g, r, v] of all queries; what the observed ones
     among them tell of each row, [b, g, n, 3]: its error, its share, and that somebody has judged it (1). The scores'
     memory is used.
+
+    near [observed, w]: of whose errors among the last w rows an observed query tells nothing; None: it tells of all.
 
     error_j = [⟨v_j, (Σ_r p²)·v_j − 2·Σ_r p²·o_r⟩ + Σ_r p²·‖o_r‖²] / R: products, no [r, n, v] tensor.
     """
@@ -61,6 +66,8 @@ def softmax_evidence(scores: Tensor, values: Tensor, observed: slice | Tensor = 
     shares, read = shares[..., observed, :], outputs[..., observed, :]
     share = shares.mean(-2)
     squares = torch.mul(shares, shares, out=None if warm is None else shares)
+    if near is not None:
+        squares[..., -near.shape[1] :].masked_fill_(near, 0)
     of_outputs = squares.mT @ read.mul(-2)
     of_sizes = read.square().sum(-1, keepdim=True).mT @ squares
     error = torch.addcmul(of_outputs, values, squares.sum(-2).unsqueeze(-1)).mul_(values).sum(-1) + of_sizes.squeeze(-2)

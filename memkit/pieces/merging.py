@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from memkit.pieces.needs import Need
@@ -49,6 +49,8 @@ class Merging:
     """What is merged: `both`, or `values` alone; then a slot's key and position are its founder's."""
     by_share: bool = False
     """Whether rows weigh what observed queries give them (`Observation`), slots and tokens alike."""
+    cap: float | None = None
+    """With `by_share`: how many times as much as a slot a row that joins it weighs at most; None: as much as it may."""
     learned: bool = False
     """Whether the weights are given to `attend` (learned by the layer)."""
 
@@ -124,16 +126,30 @@ class WeightedMeanSpec(MergingSpec):
     )
     of: Of = Field(default="both", description="values: a slot keeps its founder's key and position")
     weigh: Weigh = Field(default=Weigh(), description="where the weight counts")
+    cap: float | None = Field(
+        default=None,
+        gt=0,
+        le=2**20,
+        description="with weight share: how many times as much as its slot a row that joins weighs at most; readers to "
+        "come may want the slot alone, however little it was read so far. Left out: as much as it was read",
+    )
+
+    @model_validator(mode="after")
+    def _cap_of_shares(self) -> WeightedMeanSpec:
+        if self.cap is not None and self.weight != "share":
+            raise ValueError(f"cap is of weights by share, got weight {self.weight}; leave cap out")
+        return self
 
     def build(self) -> WeightedMean:
-        return WeightedMean(self.weight, self.weigh, self.of)
+        return WeightedMean(self.weight, self.weigh, self.of, self.cap)
 
 
 class WeightedMean(Merging):
     """Each token enters with its weight where `weighs` says so."""
 
-    def __init__(self, by: str, weighs: Weigh, of: Of) -> None:
+    def __init__(self, by: str, weighs: Weigh, of: Of, cap: float | None = None) -> None:
         self.learned, self.by_share, self.weighs, self.of = by == "learned", by == "share", weighs, of
+        self.cap = cap
 
     def weight(self, keys: Tensor, weights: Tensor | None) -> Tensor | None:
         if self.by_share:  # 1 until they are merged

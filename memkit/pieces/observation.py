@@ -32,6 +32,13 @@ class ObservationSpec(Spec):
         le=1,
         description="γ: what evidence still counts one chunk later; 1: as much as new; 0: not at all",
     )
+    apart: int = Field(
+        default=0,
+        ge=0,
+        le=2**20,
+        description="while a text is read, a query tells nothing of errors of tokens in the window that stand fewer than "
+        "so many before it: what only its neighbours look at nobody will ask for; 0: it tells of all",
+    )
     aggregate: Literal["mean", "max"] = Field(
         default="mean",
         description="how the errors that chunks told of a row are joined over its life; mean: best for prediction; "
@@ -62,6 +69,7 @@ class Observation:
 
     def __init__(self, spec: ObservationSpec, chunk: int, given: bool = False) -> None:
         self.queries, self.decay, self.maximal = min(spec.queries, chunk), spec.decay, spec.aggregate == "max"
+        self.apart = spec.apart
         self.again = spec.again * chunk
         """Tokens that are read again at a time; 0: none are."""
         self.offsets = self.offsets_in(chunk)

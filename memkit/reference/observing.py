@@ -82,12 +82,13 @@ class Observing:
         rows = slots + len(tokens)
         error, share = [0.0] * rows, [0.0] * rows
         count = 0
-        for shares, values, _ in asked:
+        for shares, values, position in asked:
             count += 1
             output = shares @ values
             for j in range(len(shares)):
-                error[j] += float((shares[j] ** 2 * (values[j] - output).square().sum()).detach())
                 share[j] += float(shares[j].detach())
+                if j < slots or position - tokens[j - slots] >= self.spec.apart:
+                    error[j] += float((shares[j] ** 2 * (values[j] - output).square().sum()).detach())
         for j in range(rows):
             paid = share[j] / count if expected is None else expected[j]
             new = torch.tensor([error[j] / count, paid, 1.0], dtype=torch.float64)
@@ -166,8 +167,8 @@ def compete(
     """The slots after a chunk has left, where slots compete with tokens or rows are weighed by what readers told.
 
     Every row is a slot here, a token a slot of its own. Those that stay keep their order; each other one joins one that
-    stays: with μ = m/n + 1e-9 and T = Σ μ over a slot and those that join it, its values become Σ μ v / T, and its
-    share m·T/μ.
+    stays: with μ = m/n + 1e-9 (of one that joins at most `merging.cap` times the slot's) and T = Σ μ over a slot and
+    those that join it, its values become Σ μ v / T, and its share m·T/μ.
     """
     sinks, total = rules.spec.sinks, len(slots) + granted
     weights = rules.weights(chunk)
@@ -214,6 +215,8 @@ def compete(
             rows[index] = rows[index].weighing(rate)
         for j in joining:
             weight = mean(told[j])[1] + LEAST_SHARE
+            if rules.policy.merging.cap is not None:
+                weight = min(weight, rules.policy.merging.cap * rate)
             one = candidates[j]
             if (at := j - (len(candidates) - len(chunk))) >= 0:  # a token that founds nothing has its own weight
                 one = rules.alone(chunk[at], weights[at], founds=False)

@@ -57,6 +57,7 @@ SIZES: dict[str, st.SearchStrategy[Any]] = {
     "growth.saturating.limit": st.integers(1, 16),
     "growth.linear.fraction": st.sampled_from((1.0, 0.5, 0.25, 0.1, 0.3)),
     "rotary.zero.width": st.integers(0, 3),
+    "merging.weighted-mean.cap": st.sampled_from((None, None, 0.5, 1.0, 3.0)),
     "admission.expected-attention.future": st.integers(1, 5),
     "admission.attention.pool": st.sampled_from((1, 3, 5)),
     "admission.output-error.pool": st.sampled_from((1, 3, 5)),
@@ -166,6 +167,7 @@ def _observations(draw: st.DrawFn, may: bool) -> ObservationSpec:
         queries=draw(st.integers(1, 4)),
         decay=draw(st.sampled_from((1.0, 0.5, 0.9, 0.0))),
         aggregate=draw(st.sampled_from(("mean", "max"))),
+        apart=draw(st.sampled_from((0, 0, 1, 2, 5))),
     )
 
 
@@ -191,7 +193,7 @@ def _that_may_be(draw: st.DrawFn, admission: Any, observes: bool, rotary: Any) -
 
 def _without_share(merging: Any) -> Any:
     """A merge rule that asks no observed queries."""
-    return merging.model_copy(update={"weight": "key-norm"}) if merging.build().by_share else merging
+    return merging.model_copy(update={"weight": "key-norm", "cap": None}) if merging.build().by_share else merging
 
 
 def _sharing(draw: st.DrawFn, admission: Any, merging: Any, routing: Any) -> dict[str, Any]:
@@ -246,6 +248,8 @@ def _fields(draw: st.DrawFn, spec: type[Spec], prefix: str) -> Any:
         values["cap"] = draw(st.sampled_from((None, None, 0, 3, 9)))
         if values["cap"] is not None:
             values["cap"] += values["floor"]
+    if spec.__name__ == "WeightedMeanSpec" and values["weight"] != "share":
+        values["cap"] = None
     if spec.__name__ == "ZeroSpec":  # one of its two fields, never both
         unused = draw(st.sampled_from(("width", "share")))
         values[unused] = None

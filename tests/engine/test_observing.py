@@ -112,6 +112,10 @@ SPECS = {
     "most-of-all": policy(
         observe={"queries": CHUNK, "aggregate": "max"}, admission={"kind": "output-error", "pool": 3}
     ),
+    "apart": policy(observe={"queries": 3, "decay": 0.9, "apart": 2}),
+    "all-apart": policy(observe={"queries": CHUNK, "aggregate": "max", "apart": CHUNK + 1}),
+    "capped": policy(merging={"kind": "weighted-mean", "weight": "share", "of": "values", "cap": 0.5}),
+    "capped-both": policy(merging={"kind": "weighted-mean", "weight": "share", "cap": 1.0}),
     "dropping": policy(merging={"kind": "drop"}, readout={}),
     "attention": policy(admission={"kind": "attention"}),
     "attention-pooled": policy(admission={"kind": "attention", "value_norm": True, "pool": 3}),
