@@ -241,7 +241,11 @@ def profile(
     ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read of each text.")] = 2048,
     readers: Annotated[
-        str, typer.Option(help="Who says what rows are worth: next, who goes on; repeat, who reads again; mixed.")
+        str,
+        typer.Option(
+            help="Who says what rows are worth: next, who goes on; repeat, who reads again; mixed; asked, who answers "
+            "questions about hidden facts."
+        ),
     ] = "next",
     ablate: Annotated[
         bool,
@@ -249,6 +253,9 @@ def profile(
             "--ablate", help="Weigh errors by what the loss rises by with one head blind: a reading more per head."
         ),
     ] = False,
+    beside: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another profile of the model: take the mean of both.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the profile, as YAML.")] = None,
 ) -> None:
     """Measure how many slots each layer and head of a model needs.
@@ -264,7 +271,7 @@ def profile(
     from memkit.viz.comparison import progress_bar
     from memkit.viz.profiles import table
 
-    check_settings(tokens, readers)
+    check_settings(tokens, readers, ablate=ablate)
 
     if files:
         documents, names = [texts.read_text(file) for file in files], [file.name for file in files]
@@ -280,6 +287,7 @@ def profile(
             names=names,
             readers=readers,  # type: ignore[arg-type]
             ablate=ablate,
+            beside=beside,
             progress=progress,
         )
     shown = table(measured.profile, measured.stability if len(documents) > 1 else None)

@@ -35,8 +35,9 @@ class HeadProfile(NamedSpec):
     """
 
     model: dict[str, int | str] = Field(description="what the config of the model says")
-    readers: Literal["next", "repeat", "mixed"] = Field(
-        default="next", description="whom the memory is for: who goes on with the text, who reads it again, or both"
+    readers: Literal["next", "repeat", "mixed", "asked"] = Field(
+        default="next",
+        description="whom the memory is for: who goes on with the text, who reads it again, both, or who answers",
     )
     measured: dict[str, Any] = Field(default_factory=dict, description="how the ratios were measured")
     ratios: tuple[tuple[float, ...], ...] = Field(description="a row per layer, a number per key/value head")
@@ -99,15 +100,40 @@ def load_profile(profile: str | Path) -> HeadProfile:
     return PROFILES.load(profile)
 
 
-def profile_of(facts: Mapping[str, Any]) -> str | None:
+def profile_of(facts: Mapping[str, Any], asked: bool = False) -> str | None:
     """The name of the shipped profile that was measured on a model that says this of itself; None: there is none.
 
-    Of several the one that was measured by who reads again: whoever goes on with a text looks far back by the same
-    heads, and of a repeated text much more can be told of them (docs/benchmarks.md).
+    asked: whether the memory is for whoever may ask for what was read once; then one that was measured by answers comes
+    first. Of several others the one that was measured by who reads again: whoever goes on with a text looks far back by
+    the same heads, and of a repeated text much more can be told of them (docs/benchmarks.md).
     """
     profiles = {name: load_profile(name) for name in profile_names()}
     fitting = {profile.readers: name for name, profile in profiles.items() if profile.fits(facts)}
-    return next((fitting[readers] for readers in ("repeat", "mixed", "next") if readers in fitting), None)
+    others = ("repeat", "mixed", "next")
+    order = ("asked", *others) if asked else (*others, "asked")
+    return next((fitting[readers] for readers in order if readers in fitting), None)
+
+
+def fitting_profile(
+    name: str | Path, layers: int, kv_heads: int, facts: Mapping[str, Any] | None = None
+) -> HeadProfile:
+    """A profile by its shipped name or its path, of a model of this shape that says this of itself.
+
+    Raises `PolicyError` for a profile that is not there or not right, or is of another model.
+    """
+    profile, name = load_profile(name), short(str(name))
+    if profile.shape != (layers, kv_heads):
+        raise PolicyError(
+            f"heads.profile {name} is of a model of {profile.shape[0]} layers × {profile.shape[1]} key/value "
+            f"heads, got {layers} × {kv_heads}; measure one with memkit profile, or leave heads out"
+        )
+    if facts is not None and not profile.fits(facts):
+        other = {each: facts.get(each) for each, value in profile.model.items() if facts.get(each) != value}
+        raise PolicyError(
+            f"heads.profile {name} was measured on another model, got {other} instead of "
+            f"{ {each: profile.model[each] for each in other} }; measure one with memkit profile, or leave heads out"
+        )
+    return profile
 
 
 def per_layer(
@@ -123,23 +149,12 @@ def per_layer(
     """
     policy = as_policy(policy)
     wanted = policy.spec.heads.profile
-    name = profile_of(facts or {}) if wanted == AUTO else wanted
+    name = profile_of(facts or {}, policy.spec.observe.aggregate == "max") if wanted == AUTO else wanted
     if wanted is None or policy.sinks_only:
         return [policy] * layers
     if name is None:
         even = policy.spec.with_ratios(1.0).build()
         return [even] * layers
-    profile = load_profile(name)
-    if profile.shape != (layers, kv_heads):
-        raise PolicyError(
-            f"heads.profile {short(name)} is of a model of {profile.shape[0]} layers × {profile.shape[1]} key/value "
-            f"heads, got {layers} × {kv_heads}; measure one with memkit profile, or leave heads out"
-        )
-    if facts is not None and not profile.fits(facts):
-        other = {each: facts.get(each) for each, value in profile.model.items() if facts.get(each) != value}
-        raise PolicyError(
-            f"heads.profile {short(name)} was measured on another model, got {other} instead of "
-            f"{ {each: profile.model[each] for each in other} }; measure one with memkit profile, or leave heads out"
-        )
+    profile = fitting_profile(name, layers, kv_heads, facts)
     built = {row: policy.spec.with_ratios(*row).build() for row in profile.ratios}
     return [built[row] for row in profile.ratios]

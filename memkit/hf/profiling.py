@@ -13,6 +13,9 @@ e_j counts as its part of what the loss L rises by where that head h alone is bl
     worth_j = e_j · (L_h − L) / Σ_i e_i
 
 and each head has a quarter of its even share in any case.
+
+Neither says what is wanted of a text that was read once and is then asked about: readers `asked` hide facts in it, and
+ask (`memkit.hf.asking`). The mean with another profile (`beside`) is for both.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ from torch import Tensor
 from memkit.engine.compress import ASKED, FIRST, next_readers, repeat_readers, row_worth
 from memkit.errors import InputError, ModelError, shown
 from memkit.hf.ablation import SINKS, WINDOW, head_costs
+from memkit.hf.asking import FACTS, needs_of_answers
 from memkit.hf.attachment import check_free
 from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
 from memkit.hf.fitting import check_rotation
@@ -37,7 +42,7 @@ from memkit.hf.probe import attention_function, probe
 from memkit.hf.rereading import connecting_ids
 from memkit.hf.watched import NAME, watching
 from memkit.pieces.readout import TINY
-from memkit.profiles import HeadProfile
+from memkit.profiles import HeadProfile, fitting_profile
 from memkit.whole import whole_number
 
 __all__ = ["Measured", "measure_profile"]
@@ -45,7 +50,7 @@ __all__ = ["Measured", "measure_profile"]
 LEAST = 0.5
 """Of its even share, what a head gets whatever its rows are worth."""
 LEAST_WEIGHED = 0.25
-"""The same, where it is known what its rows cost."""
+"""The same, where it is known what its rows cost, or what they are asked for."""
 STEP = 0.125
 """Ratios are rounded to this: heads that hardly differ then go side by side."""
 LEAST_COST = 5e-4
@@ -75,10 +80,14 @@ class Measured:
         return float(torch.corrcoef(flat)[*torch.triu_indices(len(flat), len(flat), 1)].mean())
 
 
-def check_settings(tokens: int, readers: str, rows: Sequence[int] = ROWS) -> tuple[int, list[int]]:
+def check_settings(
+    tokens: int, readers: str, rows: Sequence[int] = ROWS, ablate: bool = False
+) -> tuple[int, list[int]]:
     """Tokens and rows as `measure_profile` takes them, checked before a model is loaded. Raises `InputError`."""
-    if readers not in ("next", "repeat", "mixed"):
-        raise InputError(f"readers must be 'next', 'repeat' or 'mixed', got {shown(readers)}")
+    if readers not in ("next", "repeat", "mixed", "asked"):
+        raise InputError(f"readers must be 'next', 'repeat', 'mixed' or 'asked', got {shown(readers)}")
+    if ablate and readers == "asked":
+        raise InputError("readers asked say what answers need, and have no loss to weigh it by; leave ablate out")
     budgets = [whole_number("rows", each, 4 * SINKS) for each in rows]
     return whole_number("tokens", tokens, 2 * max(ASKED, *budgets), 2**20), budgets
 
@@ -91,8 +100,9 @@ def measure_profile(
     tokens: int = 2048,
     rows: Sequence[int] = ROWS,
     names: Sequence[str] = (),
-    readers: Literal["next", "repeat", "mixed"] = "next",
+    readers: Literal["next", "repeat", "mixed", "asked"] = "next",
     ablate: bool = False,
+    beside: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Measured:
     """Measure a model's head profile on some texts.
@@ -100,12 +110,14 @@ def measure_profile(
     documents: of each the first `tokens` tokens are read; names: what to call them in the profile.
     rows: how many rows each head would have on average, sinks and window included; the ratios are averaged over these.
     readers: who says what rows are worth: `next`, somebody who goes on with the text; `repeat`, somebody who reads it
-    again, behind the words of `connecting_ids`; `mixed`: the mean of both.
+    again, behind the words of `connecting_ids`; `mixed`: the mean of both; `asked`: who answers questions about facts
+    that are hidden in it.
     ablate: whether errors are weighed by what the loss of these readers rises by where a head is blind to far rows: one
     more reading of `ABLATED` tokens of each document per head.
+    beside: another profile of this model, a shipped one's name or a path; the ratios are the mean of both.
 
     Raises `InputError` for a text that is too short, or too long to be read twice, `ModelError` for a model that
-    `hf.attach` refuses, or none of whose layers attends to everything.
+    `hf.attach` refuses, or none of whose layers attends to everything, `PolicyError` for a profile of another model.
     """
     decoder = find_decoder(loaded.model)
     check_free(decoder)
@@ -115,17 +127,21 @@ def measure_profile(
         raise ModelError("no layer of this model attends to everything, so there are no rows to share; leave heads out")
     for layer in measured_layers:
         check_rotation(decoder, layer, facts[layer])
-    tokens, budgets = check_settings(tokens, readers, rows)
+    tokens, budgets = check_settings(tokens, readers, rows, ablate)
     config = decoder.config
     layers, heads = config.num_hidden_layers, kv_heads_of(config)
-    words = [] if readers == "next" else connecting_ids(loaded.tokenizer)
+    other = None if beside is None else fitting_profile(beside, layers, heads, facts_of(config))
+    words = [] if readers in ("next", "asked") else connecting_ids(loaded.tokenizer)
     positions, longest = 2 * tokens + len(words), getattr(config, "max_position_embeddings", None)
-    if readers != "next" and longest is not None and positions > longest:
+    if words and longest is not None and positions > longest:
         raise InputError(f"readers {readers} take {positions} positions, and the model knows {longest}; lower tokens")
     if not documents:
         raise InputError("documents must be one text at least, got none")
-    logits, least = (output_head(loaded.model), LEAST_WEIGHED) if ablate else (None, LEAST)
-    every = len(measured_layers) * (1 + heads * ablate * (2 if readers == "mixed" else 1))
+    logits, least = output_head(loaded.model) if ablate else None, LEAST
+    if ablate or readers == "asked":
+        least = LEAST_WEIGHED
+    readings = len(FACTS) if readers == "asked" else 1 + heads * ablate * (2 if readers == "mixed" else 1)
+    every = len(measured_layers) * readings
     steps = itertools.count(1)
 
     def done() -> None:
@@ -133,10 +149,14 @@ def measure_profile(
             progress("head profile", next(steps), len(documents) * every)
 
     found: list[Tensor] = []
-    for text in documents:
+    for number, text in enumerate(documents):
         ids = loaded.tokenizer(text[: 16 * tokens], verbose=False)["input_ids"][:tokens]
         if len(ids) < tokens:
             raise InputError(f"each document must have {tokens} tokens at least, got one of {len(ids)}; lower tokens")
+        if readers == "asked":
+            needs = needs_of_answers(decoder.module, loaded.tokenizer, ids, facts, measured_layers, number, done)
+            found.append(torch.stack([needs.ratios(budget, least) for budget in budgets]).mean(0))
+            continue
         scores: list[Tensor] = []
 
         def look(
@@ -175,15 +195,25 @@ def measure_profile(
     each = torch.ones(len(found), layers, heads)
     each[:, measured_layers] = torch.stack(found)
     ratios = torch.ones(layers, heads, dtype=torch.float64)
-    ratios[measured_layers] = _rounded(each[:, measured_layers].mean(0))
-    measured = {
+    mean = each[:, measured_layers].mean(0).double()
+    if other is not None:
+        mean = (mean + torch.tensor(other.ratios, dtype=torch.float64)[measured_layers]) / 2
+    ratios[measured_layers] = _rounded(mean)
+    by = (
+        "root of the output error"
+        + ", weighed by the loss with the head blind" * ablate
+        + ", one threshold over all heads"
+    )
+    if readers == "asked":
+        by = "what answers need of the facts they are about, spent where a row gains most"
+    measured: dict[str, Any] = {
         "texts": list(names) if names else f"{len(documents)} texts",
         "tokens": tokens,
         "rows": budgets,
-        "by": "root of the output error"
-        + ", weighed by the loss with the head blind" * ablate
-        + f", one threshold over all heads, at least {least:g} of the even share",
+        "by": f"{by}, at least {least:g} of the even share",
     }
+    if beside is not None:
+        measured["beside"] = str(beside)
     profile = HeadProfile(
         model=facts_of(config),
         readers=readers,

@@ -29,8 +29,8 @@ class HeadsSpec(Spec):
     profile: str | None = Field(
         default=None,
         description="ratios for every layer and head of a model: the name of a shipped profile, or a YAML file's path; "
-        "auto: the shipped one that was measured on the model (of several the one by who reads again), even shares "
-        "where there is none",
+        "auto: the shipped one that was measured on the model (of several the one by who reads again, or with "
+        "observe.aggregate max by answers), even shares where there is none",
     )
 
     @field_validator("ratios", mode="before")

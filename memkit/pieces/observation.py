@@ -36,8 +36,8 @@ class ObservationSpec(Spec):
         default=0,
         ge=0,
         le=2**20,
-        description="while a text is read, a query tells nothing of errors of tokens in the window that stand fewer than "
-        "so many before it: what only its neighbours look at nobody will ask for; 0: it tells of all",
+        description="while a text is read, a query tells nothing of errors of tokens in the window that stand fewer "
+        "than so many before it: what only its neighbours look at nobody will ask for; 0: it tells of all",
     )
     aggregate: Literal["mean", "max"] = Field(
         default="mean",

@@ -13,12 +13,14 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import memkit
 from memkit import hf
 from memkit.errors import ModelError
-from memkit.hf import ablation, profiling
+from memkit.hf import ablation, asking, profiling
 from memkit.hf.decoder import facts_of, find_decoder
 from memkit.hf.logits import output_head
 from memkit.hf.names import CACHE, returned_cache
 from memkit.hf.probe import probe
 from memkit.memory import HeadsMemory
+from memkit.pieces.admission import mean_of_neighbours
+from memkit.pieces.evidence import Evidence
 from memkit.profiles import HeadProfile
 from memkit.texts import default_text
 from tests.hf.tiny import randomised, tiny_config
@@ -243,3 +245,74 @@ def test_a_head_counts_by_what_it_costs_and_its_rows_by_their_errors():
     worth = profiling._weighed(scores, torch.tensor([[0.9, 0.0]])).square()
     torch.testing.assert_close(worth[0, 0, 4:], torch.tensor([0.1, 0.4, 0.4]))
     torch.testing.assert_close(worth[0, 1, 4:], torch.tensor([profiling.LEAST_COST, 0, 0]))
+
+
+def test_rows_go_where_one_more_gains_most():
+    ranks = torch.tensor([[[50.0, 60.0], [5.0, 30.0]]])
+    demand = torch.tensor([[[1.0, 1.0], [2.0, 4.0]]])
+    needs = asking.Needs(ranks, demand, 100)
+    rows = 48  # 4 sinks, 6 newest; 38 for each head, 9.5 in any case
+    first, second = (needs.ratios(rows, 0.25)[0] * 38).tolist()
+    # The second head has its first row within what it has in any case; 31 rows reach the other, 61 the first head's two.
+    assert first + second == pytest.approx(76)
+    assert second == pytest.approx(31)
+    assert first == pytest.approx(45)
+    none = asking.Needs(ranks, torch.zeros_like(demand), 100)
+    assert none.ratios(rows, 0.25)[0].tolist() == pytest.approx([1, 1])
+
+
+def test_what_an_answer_demands_is_what_its_outputs_would_miss():
+    random = torch.Generator().manual_seed(0)
+    queries, keys, values = (
+        torch.randn(1, heads, count, 8, generator=random, dtype=torch.float64)
+        for heads, count in ((4, 3), (2, 20), (2, 20))
+    )
+    found = asking._demand(queries, keys, values, 0.4)
+    expected = torch.zeros(2, 20, dtype=torch.float64)
+    for head in range(4):
+        for nth in range(3):
+            seen = 18 + nth
+            shares = (0.4 * keys[0, head // 2, :seen] @ queries[0, head, nth]).softmax(0)
+            output = shares @ values[0, head // 2, :seen]
+            for row in range(seen):
+                missed = shares[row] ** 2 * (values[0, head // 2, row] - output).square().sum()
+                expected[head // 2, row] += missed / output.square().sum()
+    torch.testing.assert_close(found, expected)
+
+
+def test_rows_rank_as_a_memory_ranks_them():
+    random = torch.Generator().manual_seed(1)
+    tokens = 2 * asking.CHUNK
+    queries, keys, values = (torch.randn(1, heads, tokens, 8, generator=random) for heads in (4, 2, 2))
+    spec = memkit.load_policy("untrained-recall", {"rotary.kind": "keep", "heads": {}})
+    assert (spec.chunker.size, spec.observe.apart) == (asking.CHUNK, asking.APART)  # pyright: ignore
+    _, memory = memkit.attend(spec, queries, keys, values, scale=0.4)
+    told = Evidence.of(memory.window.last(tokens)["evidence"]).error
+    worth = mean_of_neighbours(told.sqrt(), 3)[0]
+    worth[:, : asking.SINKS] = torch.inf
+    expected = worth.argsort(dim=-1, descending=True).argsort(dim=-1) - asking.SINKS
+    assert torch.equal(asking._ranks(queries, keys, values, 0.4, tokens), expected)
+
+
+def test_a_profile_by_answers_and_its_mean_with_another(tmp_path: Path):
+    model = randomised(LlamaForCausalLM(tiny_config(max_position_embeddings=4096)))
+    seen: list[tuple[str, int, int]] = []
+    settings: dict[str, Any] = {"tokens": 1200, "rows": (64,), "readers": "asked"}
+    documents = [text(0) + text(1), text(1) + text(0)]
+    measured = hf.measure_profile(loaded(model), documents, **settings, progress=lambda *step: seen.append(step))
+    ratios = torch.tensor(measured.profile.ratios)
+    assert measured.profile.readers == "asked"
+    assert ratios.mean() == 1
+    assert ratios.min() >= profiling.LEAST_WEIGHED
+    assert seen[-1][1] == seen[-1][2] == len(seen) == 2 * 2 * len(asking.FACTS)  # documents, layers
+    path = tmp_path / "other.yaml"
+    other = HeadProfile(model=facts_of(model.config), ratios=((0.5, 2.0), (1.0, 0.5)))
+    path.write_text(other.to_yaml())
+    mean = hf.measure_profile(loaded(model), documents, **settings, beside=str(path)).profile
+    assert mean.measured["beside"] == str(path)
+    both = (measured.each.mean(0) + torch.tensor(other.ratios)) / 2
+    torch.testing.assert_close(torch.tensor(mean.ratios), both, atol=profiling.STEP, rtol=0)
+    with pytest.raises(memkit.InputError, match="leave ablate out"):
+        hf.measure_profile(loaded(model), documents, **settings, ablate=True)
+    with pytest.raises(memkit.InputError, match="raise tokens"):
+        hf.measure_profile(loaded(model), documents, tokens=512, rows=(64,), readers="asked")
