@@ -39,6 +39,14 @@ def test_auto_is_the_profile_of_who_reads_again(readers: str):
     assert tuple(layer.spec.heads.ratios for layer in layers) == profile.ratios
 
 
+def test_auto_is_the_profile_of_answers_for_whoever_may_ask():
+    profile = load_profile("smollm2-135m-asked")
+    assert profile.readers == "asked"
+    assert profile.measured["beside"] == "smollm2-135m-repeat"
+    layers = per_layer("untrained-recall", 30, 3, profile.model)
+    assert tuple(layer.spec.heads.ratios for layer in layers) == profile.ratios
+
+
 def test_a_file_gives_each_layer_its_ratios(tmp_path: Path):
     path = written(tmp_path)
     assert load_profile(path).ratios == RATIOS

@@ -253,7 +253,7 @@ def test_rows_go_where_one_more_gains_most():
     needs = asking.Needs(ranks, demand, 100)
     rows = 48  # 4 sinks, 6 newest; 38 for each head, 9.5 in any case
     first, second = (needs.ratios(rows, 0.25)[0] * 38).tolist()
-    # The second head has its first row within what it has in any case; 31 rows reach the other, 61 the first head's two.
+    # The second head has its first row in any case, and its other one with 31; with 61 the first head has both.
     assert first + second == pytest.approx(76)
     assert second == pytest.approx(31)
     assert first == pytest.approx(45)
