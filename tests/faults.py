@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -406,11 +407,11 @@ def _sees_what_follows(right):
 
 
 def _positions_halved(right):
-    def read(rules, sums, numbers):
+    def read(rules, sums, numbers, *founders):
         numbers = numbers.clone()
         if POSITION in rules.policy.statistics:
             numbers[..., rules.policy.statistics.index(POSITION)] *= 0.5
-        return right(rules, sums, numbers)
+        return right(rules, sums, numbers, *founders)
 
     return read
 
@@ -475,7 +476,20 @@ def _evidence_one_chunk_late(right):
 
 
 def _asks_queries_to_come(right):
-    return lambda self, begin: right(self, begin + self.policy.chunk)
+    return lambda self, begin, offsets: right(self, begin + self.policy.chunk, offsets)
+
+
+def _near_rows_judged(right):
+    return lambda self, chunk, older: None
+
+
+def _joiners_outweigh_slots(right):
+    def join(lines, joining, slot, policy, line, stored):
+        merging = SimpleNamespace(by_share=policy.merging.by_share, cap=None)
+        rules = SimpleNamespace(observes=policy.observes, statistics=policy.statistics, merging=merging)
+        right(lines, joining, slot, rules, line, stored)
+
+    return join
 
 
 def _evidence_left_behind(right):
@@ -638,6 +652,18 @@ FAULTS = (
     _in_policies(laws.same_plan_same_answer, _evidence_one_chunk_late, (observe.Observer, "observe"), **SEES),
     _in_policies(laws.causality, _asks_queries_to_come, (observe.Observer, "_at"), **SEES),
     _in_policies(laws.same_plan_same_answer, _evidence_left_behind, (replacing, "_tokens"), **SEES),
+    _in_policies(
+        laws.same_plan_same_answer,
+        _near_rows_judged,
+        (observe.Observer, "_near"),
+        **SEES | {"observe": ObservationSpec(queries=2, apart=2)},
+    ),
+    _in_policies(
+        laws.same_plan_same_answer,
+        _joiners_outweigh_slots,
+        (replacing, "_join"),
+        **SEES | {"merging": WeightedMeanSpec(weight="share", of="values", cap=0.25)},
+    ),
     _in_policies(
         laws.same_plan_same_answer,
         _bias_twice,

@@ -17,6 +17,8 @@ def test_caught(fault: Fault):
 
     assert broken, f"{fault.name} broke no {fault.law}"
     assert broken[0].law is fault.law
+    for misplaced in (TypeError, AttributeError, NameError):  # a fault that does not fit its place says nothing
+        assert f"raised {misplaced.__name__}" not in str(broken[0])
 
 
 def test_there_are_enough_of_them():
