@@ -21,13 +21,13 @@ ask (`memkit.hf.asking`). The mean with another profile (`beside`) is for both.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memkit.engine.compress import ASKED, FIRST, next_readers, repeat_readers, row_worth
 from memkit.errors import InputError, ModelError, shown
@@ -38,7 +38,7 @@ from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
 from memkit.hf.fitting import check_rotation
 from memkit.hf.loading import LoadedModel
 from memkit.hf.logits import output_head
-from memkit.hf.probe import attention_function, probe
+from memkit.hf.probe import LayerFacts, attention_function, probe
 from memkit.hf.rereading import connecting_ids
 from memkit.hf.watched import NAME, watching
 from memkit.pieces.readout import TINY
@@ -157,35 +157,7 @@ def measure_profile(
             needs = needs_of_answers(decoder.module, loaded.tokenizer, ids, facts, measured_layers, number, done)
             found.append(torch.stack([needs.ratios(budget, least) for budget in budgets]).mean(0))
             continue
-        scores: list[Tensor] = []
-
-        def look(
-            layer: int,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            scale: float,
-            _output: Tensor,
-            scores: list[Tensor] = scores,
-        ) -> None:
-            here = facts[layer]
-            if here.window is not None:
-                return
-            assert here.rotation is not None  # checked above
-            asked: list[Tensor] = []
-            if readers != "repeat":
-                asked.append(next_readers(query[:, :, :tokens], here.rotation))
-            if readers != "next":
-                asked.append(repeat_readers(query[:, :, -tokens:]))
-            roots = [row_worth(each, key[:, :, :tokens], value[:, :, :tokens], scale)[0][0] for each in asked]
-            scores.append(torch.stack(roots).square().mean(0).sqrt())
-            done()
-
-        with attention_function(decoder.module, NAME):
-            given = ids if readers == "next" else [*ids, *words, *ids]
-            text_ids = torch.tensor([given], device=loaded.model.device)
-            decoder.module(text_ids, use_cache=False, **watching(look, facts))
-        worth = torch.stack(scores)
+        worth = _worth(loaded, decoder.module, facts, ids, words, readers, done)
         if logits is not None:
             blind = [(layer, head) for layer in measured_layers for head in range(heads)]
             read = _ablated(ids, words, readers)
@@ -221,6 +193,38 @@ def measure_profile(
         ratios=tuple(tuple(row) for row in ratios.tolist()),
     )
     return Measured(profile, each)
+
+
+def _worth(
+    loaded: LoadedModel,
+    decoder: nn.Module,
+    facts: Mapping[int, LayerFacts],
+    ids: list[int],
+    words: list[int],
+    readers: str,
+    done: Callable[[], None],
+) -> Tensor:
+    """The roots of each row's errors [layers, g, n] as readers tell them, of the layers that attend to everything."""
+    tokens, scores = len(ids), list[Tensor]()
+
+    def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, _output: Tensor) -> None:
+        here = facts[layer]
+        if here.window is not None:
+            return
+        assert here.rotation is not None  # checked before
+        asked: list[Tensor] = []
+        if readers != "repeat":
+            asked.append(next_readers(query[:, :, :tokens], here.rotation))
+        if readers != "next":
+            asked.append(repeat_readers(query[:, :, -tokens:]))
+        roots = [row_worth(each, key[:, :, :tokens], value[:, :, :tokens], scale)[0][0] for each in asked]
+        scores.append(torch.stack(roots).square().mean(0).sqrt())
+        done()
+
+    given = ids if readers == "next" else [*ids, *words, *ids]
+    with attention_function(decoder, NAME):
+        decoder(torch.tensor([given], device=loaded.model.device), use_cache=False, **watching(look, facts))
+    return torch.stack(scores)
 
 
 def _ablated(ids: list[int], words: list[int], readers: str) -> Sequence[tuple[list[int], int]]:
