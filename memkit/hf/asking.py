@@ -58,12 +58,11 @@ CHUNK, APART = 64, 8
 
 @dataclass(frozen=True)
 class Needs:
-    """Of each head: where demanded rows rank among the text's rows by what its own queries said of them (0: first),
-    and their demand, both [layers, g, n]; `candidates` rows there are."""
+    """Of each head: where demanded rows rank among the text's rows by what its own queries said of them (0: first), and
+    their demand, both [layers, g, n]."""
 
     ranks: Tensor
     demand: Tensor
-    candidates: int
 
     def ratios(self, rows: int, least: float) -> Tensor:
         """How many times the even share each head gets, [layers, g], with so many rows a head, and at least so much of
@@ -155,7 +154,6 @@ def needs_of_answers(
     return Needs(
         torch.stack([ranks[layer] for layer in layers]),
         torch.stack([torch.stack(demand[layer]).sum(0) for layer in layers]),
-        len(text),
     )
 
 

@@ -250,14 +250,14 @@ def test_a_head_counts_by_what_it_costs_and_its_rows_by_their_errors():
 def test_rows_go_where_one_more_gains_most():
     ranks = torch.tensor([[[50.0, 60.0], [5.0, 30.0]]])
     demand = torch.tensor([[[1.0, 1.0], [2.0, 4.0]]])
-    needs = asking.Needs(ranks, demand, 100)
+    needs = asking.Needs(ranks, demand)
     rows = 48  # 4 sinks, 6 newest; 38 for each head, 9.5 in any case
     first, second = (needs.ratios(rows, 0.25)[0] * 38).tolist()
     # The second head has its first row in any case, and its other one with 31; with 61 the first head has both.
     assert first + second == pytest.approx(76)
     assert second == pytest.approx(31)
     assert first == pytest.approx(45)
-    none = asking.Needs(ranks, torch.zeros_like(demand), 100)
+    none = asking.Needs(ranks, torch.zeros_like(demand))
     assert none.ratios(rows, 0.25)[0].tolist() == pytest.approx([1, 1])
 
 
