@@ -271,7 +271,7 @@ def profile(
     from memkit.viz.comparison import progress_bar
     from memkit.viz.profiles import table
 
-    check_settings(tokens, readers, ablate=ablate)
+    check_settings(tokens, readers, ablate=ablate, beside=beside)
 
     if files:
         documents, names = [texts.read_text(file) for file in files], [file.name for file in files]

@@ -454,6 +454,7 @@ def test_a_model_without_weights_says_so_before_what_it_generates():
         (["bench", "full", "--json", "x" * 300], "--json xxx"),
         (["compare", "--skip", "0"], "skip must be a whole number, at least 1, got 0"),
         (["compare", "--json", "x" * 300], "--json xxx"),
+        (["profile", "--beside", "nothing"], "unknown profile 'nothing'"),
         (["profile", "--readers", "some"], "readers must be 'next', 'repeat', 'mixed' or 'asked', got 'some'"),
         (["profile", "--tokens", "600"], "tokens must be a whole number, at least 1024, got 600"),
         (

@@ -38,6 +38,7 @@ class Observer:
         self.waited = 0 if waiting is None else waiting.shape[2]
         self.later: dict[tuple[int, int], Tensor] = {}
         self.near: dict[tuple[int, int], Tensor] = {}
+        self.telling: dict[int, slice | Tensor] = {}
 
     def _at(self, chunk_begin: np.ndarray, offsets: np.ndarray) -> Tensor:
         """The queries [b, h, n, d] at offsets, of those that wait, in the chunks that begin there; any where one has
@@ -177,12 +178,15 @@ class Observer:
 
     def _telling(self, chunk: int) -> slice | Tensor:
         """Which of all of a chunk's queries, a group's heads in a row [r·c], are observed."""
-        offsets = self._observed(chunk)
-        if chunk % len(offsets) == 0:
-            every = chunk // len(offsets)
-            return slice(every - 1, None, every)
-        begins = np.arange(self._group)[:, None] * chunk
-        return on_device((begins + offsets).flatten(), self.device)
+        if chunk not in self.telling:
+            every, uneven = divmod(chunk, min(self.policy.observation.queries, chunk))
+            begins = np.arange(self._group)[:, None] * chunk
+            self.telling[chunk] = (
+                on_device((begins + self._observed(chunk)).flatten(), self.device)
+                if uneven
+                else slice(every - 1, None, every)
+            )
+        return self.telling[chunk]
 
     def _later(self, chunk: int, offsets: np.ndarray) -> Tensor:
         """Which of a chunk's tokens come after each query that is asked, a group's heads in a row, [r·n, c]."""

@@ -21,14 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memkit.engine import attend
 from memkit.engine.compress import NEIGHBOURS
 from memkit.errors import InputError
 from memkit.hf.ablation import SINKS
 from memkit.hf.probe import LayerFacts, attention_function
 from memkit.hf.watched import NAME, watching
-from memkit.pieces.admission import mean_of_neighbours
-from memkit.pieces.evidence import ERROR, softmax_evidence
+from memkit.pieces.admission import OutputErrorSpec, mean_of_neighbours
+from memkit.pieces.chunking import FixedChunkerSpec
+from memkit.pieces.evidence import Evidence
+from memkit.pieces.growth import FixedGrowthSpec
+from memkit.pieces.merging import DropSpec
+from memkit.pieces.observation import ObservationSpec
 from memkit.pieces.readout import TINY
+from memkit.pieces.window import BlockWindowSpec
+from memkit.policy import PolicySpec
 
 __all__ = ["FACTS", "Needs", "needs_of_answers"]
 
@@ -183,7 +190,9 @@ def _with_facts(
 
 def _demand(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Σ_r p²·‖v − o‖²/‖o‖² of the last queries [1, h, n, d] for every row, [g, t]."""
-    scores = _scores(queries, keys, scale)
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    grouped = queries.to(wide).reshape(1, keys.shape[1], -1, queries.shape[-1])
+    scores = grouped @ keys.to(wide).mT * scale
     n = queries.shape[2]
     later = torch.ones(n, n, dtype=torch.bool, device=keys.device).triu(1)
     scores[..., -n:].masked_fill_(later.repeat(scores.shape[2] // n, 1), -torch.inf)
@@ -197,24 +206,21 @@ def _demand(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tens
 def _ranks(queries: Tensor, keys: Tensor, values: Tensor, scale: float, tokens: int) -> Tensor:
     """Where each of the first `tokens` rows stands by the most that a chunk of the text's queries said of it, [g, t];
     sinks, which nobody has to keep, come first."""
-    group = queries.shape[1] // keys.shape[1]
-    most = keys.new_zeros(*keys.shape[:2], tokens, dtype=torch.promote_types(keys.dtype, torch.float32))
-    for begin in range(0, tokens, CHUNK):
-        end = min(begin + CHUNK, tokens)
-        scores = _scores(queries[:, :, begin:end], keys[:, :, :end], scale)
-        older = min(begin, APART)
-        ahead = torch.arange(older, older + end - begin, device=keys.device)[:, None]
-        ahead = (ahead - torch.arange(older + end - begin, device=keys.device)).repeat(group, 1)
-        scores[..., begin - older :].masked_fill_(ahead < 0, -torch.inf)
-        _, told = softmax_evidence(scores, values[:, :, :end].to(scores.dtype), near=ahead < APART)
-        most[:, :, :end] = torch.maximum(most[:, :, :end], told[..., ERROR])
-    worth = mean_of_neighbours(most[0].sqrt()[None], NEIGHBOURS)[0]
+    some = (tensor[:, :, :tokens] for tensor in (queries, keys, values))
+    _, memory = attend(_watching(tokens), *some, scale=scale)
+    error = Evidence.of(memory.window.last(tokens)["evidence"]).error
+    worth = mean_of_neighbours(error.sqrt(), NEIGHBOURS)[0]
     worth[:, :SINKS] = torch.inf
     return worth.argsort(dim=-1, descending=True).argsort(dim=-1) - SINKS
 
 
-def _scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Scores [1, g, r·n, t] of queries [1, h, n, d], a group's heads in a row."""
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    grouped = queries.to(wide).reshape(1, keys.shape[1], -1, queries.shape[-1])
-    return grouped @ keys.to(wide).mT * scale
+def _watching(tokens: int) -> PolicySpec:
+    """A memory of so many tokens that nothing leaves, and that hears what its queries say."""
+    return PolicySpec(
+        chunker=FixedChunkerSpec(size=CHUNK),
+        window=BlockWindowSpec(chunks=-(-tokens // CHUNK)),
+        growth=FixedGrowthSpec(slots=1),
+        observe=ObservationSpec(queries=CHUNK, apart=APART, aggregate="max"),
+        admission=OutputErrorSpec(),
+        merging=DropSpec(),
+    )

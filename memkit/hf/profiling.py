@@ -42,7 +42,7 @@ from memkit.hf.probe import LayerFacts, attention_function, probe
 from memkit.hf.rereading import connecting_ids
 from memkit.hf.watched import NAME, watching
 from memkit.pieces.readout import TINY
-from memkit.profiles import HeadProfile, fitting_profile
+from memkit.profiles import HeadProfile, fitting_profile, load_profile
 from memkit.whole import whole_number
 
 __all__ = ["Measured", "measure_profile"]
@@ -81,13 +81,22 @@ class Measured:
 
 
 def check_settings(
-    tokens: int, readers: str, rows: Sequence[int] = ROWS, ablate: bool = False
+    tokens: int,
+    readers: str,
+    rows: Sequence[int] = ROWS,
+    ablate: bool = False,
+    beside: str | Path | None = None,
 ) -> tuple[int, list[int]]:
-    """Tokens and rows as `measure_profile` takes them, checked before a model is loaded. Raises `InputError`."""
+    """Tokens and rows as `measure_profile` takes them, checked before a model is loaded.
+
+    Raises `InputError`, and `PolicyError` for a profile beside it that is not there or not right.
+    """
     if readers not in ("next", "repeat", "mixed", "asked"):
         raise InputError(f"readers must be 'next', 'repeat', 'mixed' or 'asked', got {shown(readers)}")
     if ablate and readers == "asked":
         raise InputError("readers asked say what answers need, and have no loss to weigh it by; leave ablate out")
+    if beside is not None:
+        load_profile(beside)
     budgets = [whole_number("rows", each, 4 * SINKS) for each in rows]
     return whole_number("tokens", tokens, 2 * max(ASKED, *budgets), 2**20), budgets
 
