@@ -19,7 +19,7 @@ import torch
 from memkit import Memory, PolicySpec
 from memkit.engine import carry, forward, gradients, heads, keysets, leaving, observe, read, schedule
 from memkit.memory import replacing, slots
-from memkit.pieces import Merging, Readout, ReadoutSpec
+from memkit.pieces import Merging, Readout, ReadoutSpec, admission
 from memkit.pieces.admission import Admission, Novelty, OutputErrorSpec
 from memkit.pieces.chunk import Assignment, maximum
 from memkit.pieces.chunking import FixedChunkerSpec
@@ -483,6 +483,10 @@ def _near_rows_judged(right):
     return lambda self, chunk, older: None
 
 
+def _others_are_forgotten(right):
+    return lambda vectors, absent: torch.zeros_like(right(vectors, absent))
+
+
 def _joiners_outweigh_slots(right):
     def join(lines, joining, slot, policy, line, stored):
         merging = SimpleNamespace(by_share=policy.merging.by_share, cap=None)
@@ -646,6 +650,7 @@ FAULTS = (
         window=BlockWindowSpec(chunks=1),
         growth=GROWS,
         merging=MeanSpec(),
+        routing=NearestSpec(),
         sinks=0,
         **PLANS_AHEAD,
     ),
@@ -657,6 +662,12 @@ FAULTS = (
         _near_rows_judged,
         (observe.Observer, "_near"),
         **SEES | {"observe": ObservationSpec(queries=2, apart=2)},
+    ),
+    _in_policies(
+        laws.same_plan_same_answer,
+        _others_are_forgotten,
+        (admission, "_mean_of_rows"),
+        **SEES | {"admission": OutputErrorSpec(difference=2.0)},
     ),
     _in_policies(
         laws.same_plan_same_answer,

@@ -159,24 +159,41 @@ class OutputErrorSpec(AdmissionSpec):
         description="so many neighbouring rows, odd, have the mean of their errors' roots; 1: each row its own",
     )
 
+    difference: float = Field(
+        default=0.0,
+        ge=0,
+        le=16,
+        description="how far a row counts for what readers may find in it who have not been heard yet: the exponent of "
+        "(1 − cosine(k, k̄))·‖v − v̄‖, k̄ and v̄ the means over the rows that compete, by which the root of the error is "
+        "multiplied; 0: not at all",
+    )
+
     _odd = field_validator("pool")(_is_odd)
 
     def build(self) -> OutputError:
-        return OutputError(self.pool)
+        return OutputError(self.pool, self.difference)
 
 
 class OutputError(Admission):
-    """score_j = mean_r p_rj²·‖v_j − o_r‖², over the row's life; or the mean of its root over neighbouring rows."""
+    """score_j = error_j = mean_r p_rj²·‖v_j − o_r‖², over the row's life.
+
+    With `pool`, the mean of its root over neighbouring rows. With `difference` s, the root times
+    ((1 − cosine(k_j, k̄))·‖v_j − v̄‖)^s, k̄ and v̄ the means over the rows that compete: readers whom nobody has heard yet
+    find a row the better the more its key differs from the others', and read v_j where they would have read about v̄.
+    """
 
     rates_slots = needs_evidence = fills_up = True
 
-    def __init__(self, pool: int = 1) -> None:
-        self.pool, self.pools_errors = pool, pool > 1
+    def __init__(self, pool: int = 1, difference: float = 0.0) -> None:
+        self.pool, self.pools_errors, self.difference = pool, pool > 1, difference
 
     def score(self, chunk: ChunkContext) -> Tensor:
         assert chunk.evidence is not None
         error = chunk.evidence.error
-        return error if self.pool == 1 else mean_of_neighbours(error.sqrt(), self.pool, chunk.absent)
+        if self.pool == 1 and not self.difference:
+            return error
+        root = error.sqrt() if self.pool == 1 else mean_of_neighbours(error.sqrt(), self.pool, chunk.absent)
+        return root * _difference(chunk) ** self.difference if self.difference else root
 
 
 def mean_of_neighbours(numbers: Tensor, pool: int, absent: Tensor | None = None) -> Tensor:
@@ -292,8 +309,7 @@ class KeyDifference(Admission):
     rates_slots = True
 
     def score(self, chunk: ChunkContext) -> Tensor:
-        mean = normalize(chunk.keys, dim=-1).mean(dim=2, keepdim=True)
-        return -cosine_similarity(chunk.keys, mean, dim=-1)
+        return -_likeness(chunk)
 
 
 @register
@@ -304,6 +320,27 @@ class NoAdmissionSpec(AdmissionSpec):
 
     def build(self) -> None:
         return None
+
+
+def _likeness(chunk: ChunkContext) -> Tensor:
+    """cosine(k_j, mean_i k_i / ‖k_i‖), [b, g, c]."""
+    return cosine_similarity(chunk.keys, _mean_of_rows(normalize(chunk.keys, dim=-1), chunk.absent), dim=-1)
+
+
+def _difference(chunk: ChunkContext) -> Tensor:
+    """(1 − cosine(k_j, k̄))·‖v_j − v̄‖, [b, g, c], of the rows that there are; 0 at least."""
+    assert chunk.values is not None
+    apart = (chunk.values - _mean_of_rows(chunk.values, chunk.absent)).norm(dim=-1)
+    return (1 - _likeness(chunk)).clamp(min=0) * apart
+
+
+def _mean_of_rows(vectors: Tensor, absent: Tensor | None) -> Tensor:
+    """The mean of vectors [b, g, c, d] that are there, [b, g, 1, d]; absent [b, 1, c]: which are not."""
+    if absent is None:
+        return vectors.mean(dim=2, keepdim=True)
+    there = (~absent).to(vectors.dtype).unsqueeze(-1)
+    total = vectors.masked_fill(absent.unsqueeze(-1), 0).sum(dim=2, keepdim=True)
+    return total / there.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 def _at_least_one(count: Count) -> Count:

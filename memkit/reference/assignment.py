@@ -136,12 +136,13 @@ def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tenso
     what a user's own admission is asked about."""
     admission = rules.spec.admission
     match admission:
-        case OutputErrorSpec(kind="output-error", pool=1):
+        case OutputErrorSpec(kind="output-error", pool=1, difference=0):
             return [float(each[0]) for each in told]
-        case OutputErrorSpec(kind="output-error", pool=pool):
+        case OutputErrorSpec(kind="output-error", pool=pool, difference=exponent):
             reach, roots = pool // 2, [math.sqrt(float(each[0])) for each in told]
             near = [roots[max(0, j - reach) : j + reach + 1] for j in range(len(roots))]
-            return [sum(each) / len(each) for each in near]
+            differs = differences(keys, [row.answer for row in rows]) if exponent else [1.0] * len(rows)
+            return [sum(each) / len(each) * other**exponent for each, other in zip(near, differs, strict=True)]
         case AttentionSpec(kind="attention", value_norm=value_norm, pool=pool):
             reach = pool // 2
             shares = [float(each[1]) for each in told]
@@ -154,14 +155,26 @@ def ratings(rules: Rules, rows: list[Slot], keys: list[Tensor], told: list[Tenso
         case KeyNormSpec(kind="key-norm"):
             return [-float(key.norm().detach()) for key in keys]
         case KeyDifferenceSpec(kind="key-difference"):
-            mean = torch.stack([direction(key) for key in keys]).mean(0)
-            return [-float((direction(key) @ direction(mean)).detach()) for key in keys]
+            return [-each for each in likenesses(keys)]
         case RecencySpec(kind="recency"):
             return [float(j) for j in range(len(rows))]
         case _:
             own = rules.policy.admission
             assert own is not None
             return own.score(shown).expand(shown.shape)[0, 0].tolist()
+
+
+def likenesses(keys: list[Tensor]) -> list[float]:
+    """The cosine of each key with the mean of all keys' directions."""
+    mean = torch.stack([direction(key) for key in keys]).mean(0)
+    return [float((direction(key) @ direction(mean)).detach()) for key in keys]
+
+
+def differences(keys: list[Tensor], values: list[Tensor]) -> list[float]:
+    """How far each row's key points away from the others', times how far its value is from their mean."""
+    mean = torch.stack(values).mean(0)
+    apart = [float((value - mean).norm().detach()) for value in values]
+    return [max(0.0, 1 - like) * far for like, far in zip(likenesses(keys), apart, strict=True)]
 
 
 def nearest_of(rules: Rules, key: Tensor, slots: dict[int, Slot]) -> int:

@@ -61,6 +61,7 @@ SIZES: dict[str, st.SearchStrategy[Any]] = {
     "admission.expected-attention.future": st.integers(1, 5),
     "admission.attention.pool": st.sampled_from((1, 3, 5)),
     "admission.output-error.pool": st.sampled_from((1, 3, 5)),
+    "admission.output-error.difference": st.sampled_from((0.0, 0.0, 1.0, 2.0)),
 }
 """Fields whose small values are not the lowest allowed ones; by family and field, or family, kind and field."""
 

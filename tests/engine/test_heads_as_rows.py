@@ -19,6 +19,7 @@ POLICIES = {
     "dropping": ("snapkv-512", {}),
     "recency": ("untrained-observed", {"admission": {"kind": "recency"}}),
     "with the value": ("untrained-observed", {"admission": {"kind": "attention", "value_norm": True, "pool": 3}}),
+    "differing": ("untrained-observed", {"admission.difference": 2}),
     "no bias": ("untrained-observed", {"readout": {"bias": "none"}}),
     "not observed": ("knorm-512", {}),
 }

@@ -112,6 +112,10 @@ SPECS = {
     "most-of-all": policy(
         observe={"queries": CHUNK, "aggregate": "max"}, admission={"kind": "output-error", "pool": 3}
     ),
+    "differing": policy(
+        observe={"queries": CHUNK, "aggregate": "max"}, admission={"kind": "output-error", "pool": 3, "difference": 2}
+    ),
+    "differing-alone": policy(admission={"kind": "output-error", "difference": 0.5}),
     "apart": policy(observe={"queries": 3, "decay": 0.9, "apart": 2}),
     "all-apart": policy(observe={"queries": CHUNK, "aggregate": "max", "apart": CHUNK + 1}),
     "capped": policy(merging={"kind": "weighted-mean", "weight": "share", "of": "values", "cap": 0.5}),

@@ -407,6 +407,42 @@ def test_neighbours_have_the_mean_of_their_errors_roots():
     assert torch.equal(OutputErrorSpec().build().score(chunk)[0, 0], error)
 
 
+def test_rows_that_differ_from_the_others_count_for_more():
+    keys = torch.zeros(1, 1, 4, WIDTH)
+    keys[0, 0, :, 0] = torch.tensor([2.0, 1.0, 0.0, 3.0])
+    keys[0, 0, 2, 1] = 5.0
+    values = torch.tensor([0.0, 0.0, 0.0, 8.0])[None, None, :, None].expand_as(keys)
+    chunk = leaving(keys, keys[:, :, :0], slots_before=0, new_slots=2)
+    told = torch.stack((torch.full((4,), 9.0), torch.zeros(4), torch.ones(4)), dim=-1)
+    chunk = replace(chunk, evidence=Evidence.of(told[None, None]), read_values=lambda: values)
+
+    score = OutputErrorSpec(difference=2).build().score(chunk)[0, 0]
+
+    # The mean direction is (3, 1)/√10; values lie 2, 2, 2 and 6 from their mean in each channel.
+    likeness = torch.tensor([3.0, 3.0, 1.0, 3.0]) / 10**0.5
+    apart = torch.tensor([2.0, 2.0, 2.0, 6.0]) * WIDTH**0.5
+    expected = 3 * ((1 - likeness) * apart) ** 2
+    assert score.tolist() == pytest.approx(expected.tolist(), rel=128 * torch.finfo(torch.float32).eps)
+
+
+def test_rows_that_are_not_there_are_none_of_the_others():
+    torch.manual_seed(0)
+    keys, values, error = torch.randn(2, 1, 6, WIDTH), torch.randn(2, 1, 6, WIDTH), torch.rand(2, 1, 6)
+    told = torch.stack((error, error, torch.ones_like(error)), dim=-1)
+    admission = OutputErrorSpec(pool=3, difference=1.5).build()
+
+    def score(count: int, **more: Any) -> torch.Tensor:
+        chunk = leaving(keys[:, :, :count], keys[:, :, :0], slots_before=0, new_slots=2)
+        evidence = Evidence.of(told[:, :, :count])
+        return admission.score(replace(chunk, evidence=evidence, read_values=lambda: values[:, :, :count], **more))
+
+    some = score(6, present=torch.tensor([6, 4])[:, None, None])
+
+    close = {"rtol": 128 * torch.finfo(torch.float32).eps, "atol": 0.0}
+    torch.testing.assert_close(some[:1], score(6)[:1], **close)
+    torch.testing.assert_close(some[1:, :, :4], score(4)[1:], **close)
+
+
 def test_neighbours_are_an_odd_number():
     with pytest.raises(PolicyError, match="pool must be odd"):
         memkit.load_policy("untrained-observed", {"admission.pool": 2})
