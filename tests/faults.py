@@ -484,7 +484,7 @@ def _near_rows_judged(right):
 
 
 def _others_are_forgotten(right):
-    return lambda vectors, absent: torch.zeros_like(right(vectors, absent))
+    return lambda vectors, absent, weights=None: torch.zeros_like(right(vectors, absent, weights))
 
 
 def _joiners_outweigh_slots(right):

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, cosine_similarity, normalize
+from torch.nn.functional import avg_pool1d
 
 from memkit.pieces.chunk import ChunkContext, Count
 from memkit.pieces.registry import FamilySpec, register
@@ -323,24 +323,28 @@ class NoAdmissionSpec(AdmissionSpec):
 
 
 def _likeness(chunk: ChunkContext) -> Tensor:
-    """cosine(k_j, mean_i k_i / ‖k_i‖), [b, g, c]."""
-    return cosine_similarity(chunk.keys, _mean_of_rows(normalize(chunk.keys, dim=-1), chunk.absent), dim=-1)
+    """cosine(k_j, mean_i k_i / ‖k_i‖), [b, g, c]; the mean over the rows that are there."""
+    keys, tiny = chunk.keys, torch.finfo(chunk.keys.dtype).tiny
+    lengths = keys.norm(dim=-1).clamp(min=tiny)
+    mean = _mean_of_rows(keys, chunk.absent, 1 / lengths)
+    return (keys @ mean.mT).squeeze(-1) / (lengths * mean.norm(dim=-1)).clamp(min=tiny)
 
 
 def _difference(chunk: ChunkContext) -> Tensor:
-    """(1 − cosine(k_j, k̄))·‖v_j − v̄‖, [b, g, c], of the rows that there are; 0 at least."""
+    """(1 − cosine(k_j, k̄))·‖v_j − v̄‖, [b, g, c], of the rows that are there; 0 at least."""
     assert chunk.values is not None
     apart = (chunk.values - _mean_of_rows(chunk.values, chunk.absent)).norm(dim=-1)
     return (1 - _likeness(chunk)).clamp(min=0) * apart
 
 
-def _mean_of_rows(vectors: Tensor, absent: Tensor | None) -> Tensor:
-    """The mean of vectors [b, g, c, d] that are there, [b, g, 1, d]; absent [b, 1, c]: which are not."""
-    if absent is None:
-        return vectors.mean(dim=2, keepdim=True)
-    there = (~absent).to(vectors.dtype).unsqueeze(-1)
-    total = vectors.masked_fill(absent.unsqueeze(-1), 0).sum(dim=2, keepdim=True)
-    return total / there.sum(dim=2, keepdim=True).clamp(min=1)
+def _mean_of_rows(vectors: Tensor, absent: Tensor | None, weights: Tensor | None = None) -> Tensor:
+    """The mean of vectors [b, g, c, d], times their weights [b, g, c], over those that are there, [b, g, 1, d].
+
+    absent [b, 1, c]: which are not. A product, for it needs no copy of the vectors.
+    """
+    there = vectors.new_ones(vectors.shape[:3]) if absent is None else (~absent).to(vectors.dtype)
+    counted = there if weights is None else there * weights
+    return counted.unsqueeze(-2) @ vectors / there.sum(-1)[..., None, None].clamp(min=1)
 
 
 def _at_least_one(count: Count) -> Count:
