@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memkit.errors import InputError
 
-__all__ = ["default_text", "parts", "read_text", "second_text"]
+__all__ = ["default_text", "idle_help", "parts", "read_text", "second_text"]
 
 
 def default_text() -> str:
@@ -20,12 +20,22 @@ def default_text() -> str:
 
 
 def second_text() -> str | None:
+    """What was new in IDLE up to Python 2.7 (`idlelib/NEWS2x.txt`): 27 kB of English, the same in every Python 3; None
+    where Python came without IDLE."""
+    return _of_idle("NEWS2x.txt")
+
+
+def idle_help() -> str | None:
     """The help of IDLE (`idlelib/help.html`) as plain text: 39 kB of English; None where Python came without IDLE."""
+    page = _of_idle("help.html")
+    return None if page is None else _TextOf(page).text
+
+
+def _of_idle(name: str) -> str | None:
+    """A text file that comes with IDLE."""
     package = find_spec("idlelib")
-    page = None if package is None or package.origin is None else Path(package.origin).with_name("help.html")
-    if page is None or not page.is_file():
-        return None
-    return _TextOf(page.read_text(encoding="utf-8")).text
+    path = None if package is None or package.origin is None else Path(package.origin).with_name(name)
+    return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
 
 
 class _TextOf(HTMLParser):

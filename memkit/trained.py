@@ -29,7 +29,7 @@ from memkit.machine import machine_facts
 from memkit.memory import Memory
 from memkit.policy import Policy, PolicySpec
 from memkit.subject import text_and_source
-from memkit.texts import second_text
+from memkit.texts import idle_help
 from memkit.whole import SEEDS, whole_number
 
 __all__ = ["compare_trained"]
@@ -123,7 +123,7 @@ def _text(text: str | Path | None) -> tuple[str, str]:
     """Where the text comes from, and the text."""
     if text is not None:
         return text_and_source(text)
-    other = second_text()
+    other = idle_help()
     if other is None:
         raise InputError("this Python came without IDLE's help, the text that is read by default; give one with --text")
     return f"IDLE's help, Python {platform.python_version()}", other

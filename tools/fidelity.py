@@ -17,7 +17,7 @@ import torch
 from memkit import load_policy
 from memkit.evals import HeadFidelity, fidelity
 from memkit.lm import ByteTokenizer, load_model
-from memkit.texts import second_text
+from memkit.texts import idle_help
 
 MEANS = {
     "chunker.size": 32,
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1537)
     parser.add_argument("--every", type=int, default=256)
     given = parser.parse_args()
-    text = second_text()
+    text = idle_help()
     if text is None:
         parser.error("this Python came without IDLE's help")
     ids = torch.tensor([ByteTokenizer().encode(text)[: given.tokens]])

@@ -44,7 +44,7 @@ def compare_command(
     ] = None,
     second: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Another text, for its loss alone; without --text: IDLE's help."),
+        typer.Option(metavar="FILE", help="Another text, for its loss alone; without --text: IDLE's old news."),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens to read; left out: 4,096, or 2,304 with --prefill full.")

@@ -135,7 +135,7 @@ def _second(text: str | Path | None, second: str | Path | None) -> tuple[str, st
     if second is not None:
         return text_and_source(second)
     return (
-        f"IDLE's help, Python {platform.python_version()} (its loss was looked at for one choice, of 32 queries)",
+        f"IDLE's news to 2.7, Python {platform.python_version()} (no choice was made on it)",
         second_text() if text is None else None,
     )
 

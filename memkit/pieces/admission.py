@@ -158,7 +158,6 @@ class OutputErrorSpec(AdmissionSpec):
         le=2**10,
         description="so many neighbouring rows, odd, have the mean of their errors' roots; 1: each row its own",
     )
-
     difference: float = Field(
         default=0.0,
         ge=0,

@@ -21,7 +21,7 @@ from memkit.yaml12 import dump
 __all__ = ["page"]
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1"
-DEFAULT_TEXTS = ("pydoc_data.topics of Python", "IDLE's help, Python")
+DEFAULT_TEXTS = ("pydoc_data.topics of Python", "IDLE's help, Python", "IDLE's news to 2.7, Python")
 """What is read where nothing is asked for, as settings name it."""
 NUMBERED = re.compile(r" \([0-9]+\)\Z")
 """What tells policies of one name apart."""
