@@ -110,6 +110,7 @@ def test_the_command_that_measures_it_again_is_one_that_can_be_run():
     assert again(("full", "untrained-kvm-log", "full (2)"), **stock) == f"full untrained-kvm-log full {length}"
     assert again(("mine",), **stock | {"text": "my text.txt"}) == f"mine.yaml --text 'my text.txt' {length}"
     assert again(("full",), **stock | {"second_text": "IDLE's help, Python 3.11.7 (no …)"}) == f"full {length}"
+    assert again(("full",), **stock | {"second_text": "IDLE's news to 2.7, Python 3.11.7 (no …)"}) == f"full {length}"
     assert again(("full",), **stock | {"second_text": "b.txt"}) == f"full --second b.txt {length}"
     changed = {"overrides": {"growth": {"kind": "none"}, "growth.cap": None}}
     assert again(("full",), **stock | changed) == f"full {length} --set 'growth={{kind: none}}' --set growth.cap=null"
