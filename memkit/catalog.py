@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from memkit import yaml12
-from memkit.errors import MemkitError, PolicyError, short, shown, unknown_name
+from memkit.errors import MemkitError, PolicyError, RenamedWarning, short, shown, unknown_name, warn
 from memkit.pieces.registry import NamedSpec, SpecError
 from memkit.policy import Policy, PolicySpec
 
@@ -67,7 +66,7 @@ class Catalog(Generic[AnySpec]):
 
     def header(self, name: str | Path) -> str:
         """The comment at the head of a file, its schema's name left out."""
-        lines = self.path(self._now(name, 3)).read_text(encoding="utf-8").splitlines()
+        lines = self.path(self._now(name)).read_text(encoding="utf-8").splitlines()
         head = itertools.takewhile(lambda line: line.startswith("#"), lines)
         return "\n".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
 
@@ -83,7 +82,7 @@ class Catalog(Generic[AnySpec]):
             remedy = f"; write {self.spec.__name__}(**fields) for a mapping" if isinstance(given, Mapping) else ""
             raise self.error(f"a {self.what} is {self.given}, got {shown(given)}{remedy}")
         else:
-            given = self._now(given, 3)
+            given = self._now(given)
             if not changes and given in self._shipped:
                 return self._shipped[str(given)]
             path = self.path(given)
@@ -132,14 +131,13 @@ class Catalog(Generic[AnySpec]):
             (path for path in (folder / f"{name}.yaml", folder / "more" / f"{name}.yaml") if is_file(path)), None
         )
 
-    def _now(self, name: str | Path, level: int) -> str | Path:
-        """A shipped name of now, with a notice, `level` calls up, where it was given as it was in former releases."""
+    def _now(self, name: str | Path) -> str | Path:
+        """A shipped name of now, with a notice where it was given as it was in former releases."""
         if isinstance(name, str) and not _is_path(name):
             for former, now in self.former.items():
                 renamed = now + name.removeprefix(former)
                 if name.startswith(former) and self._shipped_file(renamed) is not None:
-                    notice = f"{self.what} {name} is called {renamed} now; the old name goes soon"
-                    warnings.warn(notice, FutureWarning, stacklevel=level + 1)
+                    warn(f"{self.what} {name} is called {renamed} now; the old name goes soon", RenamedWarning)
                     return renamed
         return name
 

@@ -32,12 +32,14 @@ from memkit.commands.options import (
     write,
     write_and_show,
 )
-from memkit.errors import InputError, MemkitError, short, shown, unknown_name
+from memkit.errors import EvenSharesWarning, InputError, MemkitError, RenamedWarning, short, shown, unknown_name
 from memkit.layers import as_layers
 from memkit.version import __version__
 
 __all__ = ["app"]
 
+NOTICES = (RenamedWarning, EvenSharesWarning)
+"""Warnings that are one line of text here."""
 DOCUMENTS = 4
 """Parts of the default text on which a profile is measured."""
 
@@ -66,18 +68,19 @@ def _bad_input_is_one_line() -> Generator[None]:
 
 @contextmanager
 def _notices_are_one_line() -> Generator[None]:
-    """What is renamed or on its way out is said once, in one line on stderr, without the line of code it came from."""
+    """What memkit warns of is said once, in one line on stderr, without the line of code it came from."""
     said: set[str] = set()
 
     def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if not issubclass(category, FutureWarning):
+        if not issubclass(category, NOTICES):
             show(message, category, *where)
         elif str(message) not in said:
             said.add(str(message))
             typer.echo(f"memkit: {message}", err=True)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=FutureWarning, module=r"memkit\b")
+        for category in NOTICES:
+            warnings.simplefilter("always", category)
         show, warnings.showwarning = warnings.showwarning, say
         yield
 

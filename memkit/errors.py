@@ -1,15 +1,26 @@
-"""What memkit raises: one line that states the rule, the value and the remedy.
+"""What memkit raises, and what it warns of: one line that states the rule, the value and the remedy.
 
-Every kind is a `MemkitError` and also a `ValueError`, so callers may catch either.
+Every error is a `MemkitError` and also a `ValueError`, so callers may catch either.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["InputError", "MemkitError", "MemoryStateError", "ModelError", "PolicyError"]
+__all__ = [
+    "EvenSharesWarning",
+    "InputError",
+    "MemkitError",
+    "MemoryStateError",
+    "ModelError",
+    "PolicyError",
+    "RenamedWarning",
+    "warn",
+]
 
 
 class MemkitError(ValueError):
@@ -30,6 +41,22 @@ class MemoryStateError(MemkitError):
 
 class ModelError(MemkitError):
     """A model that cannot be found, read or run."""
+
+
+class RenamedWarning(FutureWarning):
+    """A name of a former release, which goes soon."""
+
+
+class EvenSharesWarning(UserWarning):
+    """A policy asks for the head profile of a model for which none is shipped: its heads have even shares."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called memkit, however deep in memkit this is called."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "memkit":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level + 1)
 
 
 MOST_SHOWN = 120

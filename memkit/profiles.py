@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from memkit import yaml12
 from memkit.catalog import Catalog, as_policy
-from memkit.errors import PolicyError, short
+from memkit.errors import EvenSharesWarning, PolicyError, short, warn
 from memkit.pieces.heads import AUTO, MOST_RATIO
 from memkit.pieces.registry import NamedSpec
 from memkit.policy import Policy, PolicySpec
@@ -144,8 +144,9 @@ def per_layer(
 ) -> list[Policy]:
     """The policy of each layer of a model: its profile's ratios put in, where it names one.
 
-    layers, kv_heads: of the model. facts: what its config says, by which `auto` finds a profile; without a fitting one
-    the shares are even. Raises `PolicyError` for a profile that is not there or not right, or is of another model.
+    layers, kv_heads: of the model. facts: what its config says, by which `auto` finds a profile; where there is none
+    that fits, shares are even, and it warns so (`EvenSharesWarning`). Raises `PolicyError` for a profile that is not
+    there or not right, or is of another model.
     """
     policy = as_policy(policy)
     wanted = policy.spec.heads.profile
@@ -153,6 +154,13 @@ def per_layer(
     if wanted is None or policy.sinks_only:
         return [policy] * layers
     if name is None:
+        if facts is not None:
+            warn(
+                f"no head profile is shipped for this model ({facts.get('model_type')}, {layers} layers × {kv_heads} "
+                f"key/value heads), so that all its heads have as many slots under {policy.name or 'this policy'}; "
+                "measure one with memkit profile, and name its file in heads.profile",
+                EvenSharesWarning,
+            )
         even = policy.spec.with_ratios(1.0).build()
         return [even] * layers
     profile = fitting_profile(name, layers, kv_heads, facts)

@@ -13,10 +13,11 @@ from jsonschema.validators import validator_for
 from typer.testing import CliRunner
 
 import memkit
-from memkit import comparison
+from memkit import cli, comparison
 from memkit.catalog import policies_folder
 from memkit.cli import app
 from memkit.costing import cost
+from memkit.profiles import per_layer
 from memkit.schema import policy_schema
 from memkit.viz.tables import amount
 
@@ -545,3 +546,12 @@ def test_a_former_name_is_said_once_in_one_line():
     assert result.exit_code == 0
     assert result.stderr == "memkit: policy free-kvm-sqrt is called untrained-kvm-sqrt now; the old name goes soon\n"
     assert "untrained-kvm-sqrt" in result.stdout
+
+
+def test_even_shares_are_said_once_in_one_line(capsys: pytest.CaptureFixture[str]):
+    with cli._notices_are_one_line():
+        for _ in range(2):
+            per_layer("untrained-observed", 3, 2, {"model_type": "qwen2"})
+    said = capsys.readouterr().err
+    assert said.startswith("memkit: no head profile is shipped for this model (qwen2, 3 layers × 2 key/value heads)")
+    assert said.count("\n") == 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 
 import memkit
+from memkit.errors import EvenSharesWarning
 from memkit.profiles import HeadProfile, load_profile, per_layer, profile_names, profile_of
 
 RATIOS = ((0.5, 1.5), (1.0, 1.0), (0.75, 1.25))
@@ -64,6 +66,18 @@ def test_auto_without_a_profile_is_even():
         layers = per_layer("untrained-observed", 2, 2, facts)
         assert all(not layer.head_policies and layer.slots_after(10_000) == SLOTS for layer in layers)
     assert per_layer("kvm-sqrt-16", 2, 2) == [memkit.load_policy("kvm-sqrt-16").build()] * 2
+
+
+def test_a_model_without_a_profile_is_told_so():
+    others = {"model_type": "llama", "hidden_size": 8}
+    with pytest.warns(EvenSharesWarning, match=r"\(llama, 3 layers × 2 key/value heads\).*untrained-observed"):
+        layers = per_layer("untrained-observed", 3, 2, others)
+    assert [layer.spec.heads.ratios for layer in layers] == [(1.0,)] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        per_layer("untrained-observed", 3, 2)  # of no model in particular
+        per_layer(memkit.load_policy("untrained-observed", {"heads": {}}), 3, 2, others)
+        per_layer("untrained-observed", 30, 3, load_profile("smollm2-135m").model)
 
 
 def test_another_model_is_refused(tmp_path: Path):
