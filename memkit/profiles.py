@@ -7,7 +7,7 @@ It belongs to that model. Which policies use one is theirs to say: `heads: {prof
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +114,24 @@ def profile_of(facts: Mapping[str, Any], asked: bool = False) -> str | None:
     return next((fitting[readers] for readers in order if readers in fitting), None)
 
 
+def _profile_for(policy: PolicySpec, facts: Mapping[str, Any]) -> str | None:
+    """What `auto` is for a policy, of a model that says this of itself."""
+    return profile_of(facts, policy.observe.aggregate == "max")
+
+
+def warn_of_even_shares(policies: Iterable[PolicySpec], facts: Mapping[str, Any]) -> None:
+    """An `EvenSharesWarning` for each policy that asks for a profile where none is shipped for the model."""
+    for policy in policies:
+        if policy.heads.profile == AUTO and not policy.build().sinks_only and _profile_for(policy, facts) is None:
+            layers, heads = facts.get("num_hidden_layers"), facts.get("num_key_value_heads")
+            warn(
+                f"no head profile is shipped for this model ({facts.get('model_type')}, {layers} layers × {heads} "
+                f"key/value heads), so that all its heads have as many slots under {policy.name or 'this policy'}; "
+                "measure one with memkit profile, and name its file in heads.profile",
+                EvenSharesWarning,
+            )
+
+
 def fitting_profile(
     name: str | Path, layers: int, kv_heads: int, facts: Mapping[str, Any] | None = None
 ) -> HeadProfile:
@@ -144,23 +162,15 @@ def per_layer(
 ) -> list[Policy]:
     """The policy of each layer of a model: its profile's ratios put in, where it names one.
 
-    layers, kv_heads: of the model. facts: what its config says, by which `auto` finds a profile; where there is none
-    that fits, shares are even, and it warns so (`EvenSharesWarning`). Raises `PolicyError` for a profile that is not
-    there or not right, or is of another model.
+    layers, kv_heads: of the model. facts: what its config says, by which `auto` finds a profile; without a fitting one
+    the shares are even. Raises `PolicyError` for a profile that is not there or not right, or is of another model.
     """
     policy = as_policy(policy)
     wanted = policy.spec.heads.profile
-    name = profile_of(facts or {}, policy.spec.observe.aggregate == "max") if wanted == AUTO else wanted
+    name = _profile_for(policy.spec, facts or {}) if wanted == AUTO else wanted
     if wanted is None or policy.sinks_only:
         return [policy] * layers
     if name is None:
-        if facts is not None:
-            warn(
-                f"no head profile is shipped for this model ({facts.get('model_type')}, {layers} layers × {kv_heads} "
-                f"key/value heads), so that all its heads have as many slots under {policy.name or 'this policy'}; "
-                "measure one with memkit profile, and name its file in heads.profile",
-                EvenSharesWarning,
-            )
         even = policy.spec.with_ratios(1.0).build()
         return [even] * layers
     profile = fitting_profile(name, layers, kv_heads, facts)

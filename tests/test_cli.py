@@ -17,7 +17,7 @@ from memkit import cli, comparison
 from memkit.catalog import policies_folder
 from memkit.cli import app
 from memkit.costing import cost
-from memkit.profiles import per_layer
+from memkit.profiles import warn_of_even_shares
 from memkit.schema import policy_schema
 from memkit.viz.tables import amount
 
@@ -549,9 +549,10 @@ def test_a_former_name_is_said_once_in_one_line():
 
 
 def test_even_shares_are_said_once_in_one_line(capsys: pytest.CaptureFixture[str]):
+    facts = {"model_type": "qwen2", "num_hidden_layers": 3, "num_key_value_heads": 2}
     with cli._notices_are_one_line():
         for _ in range(2):
-            per_layer("untrained-observed", 3, 2, {"model_type": "qwen2"})
+            warn_of_even_shares([memkit.load_policy("untrained-observed")], facts)
     said = capsys.readouterr().err
     assert said.startswith("memkit: no head profile is shipped for this model (qwen2, 3 layers × 2 key/value heads)")
     assert said.count("\n") == 1

@@ -9,7 +9,7 @@ import pytest
 
 import memkit
 from memkit.errors import EvenSharesWarning
-from memkit.profiles import HeadProfile, load_profile, per_layer, profile_names, profile_of
+from memkit.profiles import HeadProfile, load_profile, per_layer, profile_names, profile_of, warn_of_even_shares
 
 RATIOS = ((0.5, 1.5), (1.0, 1.0), (0.75, 1.25))
 SLOTS = memkit.load_policy("untrained-observed").build().slots_after(10_000)
@@ -71,15 +71,15 @@ def test_auto_without_a_profile_is_even():
 
 
 def test_a_model_without_a_profile_is_told_so():
-    others = {"model_type": "llama", "hidden_size": 8}
-    with pytest.warns(EvenSharesWarning, match=r"\(llama, 3 layers × 2 key/value heads\).*untrained-observed"):
-        layers = per_layer("untrained-observed", 3, 2, others)
-    assert [layer.spec.heads.ratios for layer in layers] == [(1.0,)] * 3
+    others = {**load_profile("smollm2-135m").model, "num_hidden_layers": 3}
+    observed, even = memkit.load_policy("untrained-observed"), memkit.load_policy("untrained-observed", {"heads": {}})
+    with pytest.warns(EvenSharesWarning, match=r"\(llama, 3 layers × 3 key/value heads\).*untrained-observed"):
+        warn_of_even_shares([observed], others)
+    assert [layer.spec.heads.ratios for layer in per_layer(observed, 3, 3, others)] == [(1.0,)] * 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        per_layer("untrained-observed", 3, 2)  # of no model in particular
-        per_layer(memkit.load_policy("untrained-observed", {"heads": {}}), 3, 2, others)
-        per_layer("untrained-observed", 30, 3, load_profile("smollm2-135m").model)
+        warn_of_even_shares([even, memkit.load_policy("full")], others)
+        warn_of_even_shares([observed], load_profile("smollm2-135m").model)
 
 
 def test_another_model_is_refused(tmp_path: Path):

@@ -11,6 +11,7 @@ from memkit.budgets import Budget, alike, check_bounded, has_rows, held_at_most,
 from memkit.errors import InputError
 from memkit.holding import Shape
 from memkit.layers import KEEP, AnyLayers, LayerFunction, LayerPoliciesSpec, as_layers, layer_policies
+from memkit.profiles import warn_of_even_shares
 
 if TYPE_CHECKING:
     from memkit.hf.probe import LayerFacts
@@ -36,31 +37,25 @@ class Sizes:
         facts: Mapping[int, LayerFacts],
     ) -> None:
         self.budget, self.layers, self.kv_heads, self.model, self.facts = budget, layers, kv_heads, model, facts
-        self.asked: AnyLayers | LayerFunction | LayerPoliciesSpec = policy
         self._made: dict[int | None, dict[int, Policy]] = {}
-        if not budget:
-            return
         if callable(policy):
             each = {str(layer): policy(layer) for layer in range(layers)}
             self.asked = LayerPoliciesSpec(default=KEEP, at=each)
         else:
             self.asked = as_layers(policy)
         self.numbered = [spec for spec in self.asked.policies if has_rows(spec)]
-        if not self.numbered:
+        if budget and not self.numbered:
             raise InputError(
                 f"rows, share and bytes are for policies with a number of slots or a sliding window, got "
                 f"{self.asked.label}; leave them out, or use another policy"
             )
+        warn_of_even_shares(self.asked.policies, model)
 
     def policies(self, rows: int | None) -> dict[int, Policy]:
         """Of each attending layer, by number; rows: None for what the policies say themselves."""
         if rows not in self._made:
             windows = [self.facts[layer].window if layer in self.facts else None for layer in range(self.layers)]
-            asked = (
-                sized(self.asked, rows)
-                if rows is not None and isinstance(self.asked, LayerPoliciesSpec)
-                else self.asked
-            )
+            asked = self.asked if rows is None else sized(self.asked, rows)
             chosen = layer_policies(asked, self.layers, self.kv_heads, self.model, windows)
             self._made[rows] = {layer: chosen[layer] for layer in self.facts}
         return self._made[rows]

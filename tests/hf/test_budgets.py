@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import memkit
 from memkit import hf
-from memkit.errors import InputError, MemoryStateError
+from memkit.errors import EvenSharesWarning, InputError, MemoryStateError
 from memkit.hf.names import CACHE, returned_cache
 from tests.hf.families import made
 
@@ -138,3 +139,15 @@ def test_a_prompt_too_short_for_its_share_is_refused_before_anything_is_read(tin
         with pytest.raises(InputError, match=message):
             tiny(ids)
         tiny(ids.repeat(1, 2))
+
+
+@pytest.mark.parametrize("budget", [{}, {"rows": 50}, {"bytes": 200_000}, {"prefill": "full", "share": 0.5}])
+@torch.no_grad()
+def test_even_shares_are_said_where_a_model_is_attached_and_not_again(tiny: Any, ids: Tensor, budget: dict[str, Any]):
+    with pytest.warns(EvenSharesWarning, match="no head profile is shipped") as said:
+        handle = hf.attach(tiny, OBSERVED, **budget)
+    assert [warning.filename for warning in said] == [__file__]
+    with warnings.catch_warnings(), handle as model:
+        warnings.simplefilter("error", EvenSharesWarning)
+        for tokens in (60, 80):
+            model(ids[:, :tokens])
