@@ -385,6 +385,11 @@ class Policy:
         return not (self.observes or self.competes or self.head_ratios)
 
     @functools.cached_property
+    def compares(self) -> bool:
+        """Whether admission or routing looks at slots' keys."""
+        return self.routing.compares or (self.admission is not None and self.admission.compares)
+
+    @functools.cached_property
     def sequential(self) -> bool:
         """Whether a pass with gradients is recorded operation by operation: what it sums is no plain sum of tokens."""
         return not self.merging.additive or not self.plans_ahead

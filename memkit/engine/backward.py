@@ -1,7 +1,8 @@
 """One call as one node of autograd's graph, for additive policies: no graph per chunk.
 
-Forward keeps, per chunk, how the slots it touched read before and what they summed after: as many numbers as the chunk
-has. Backward walks the steps in reverse (`gradients.py`).
+Forward keeps what going back through its folds takes: per chunk, how the slots it touched read before and what they
+summed after, as many numbers as the chunk has (`gradients.py`); or, where chunks are folded together, where their
+tokens went (`together.py`). Backward walks the steps in reverse.
 
 Every tensor that backward needs goes through `save_for_backward`: autograd then notices what was changed in place
 since, saved-tensor hooks see them, and they are freed with the graph.
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from memkit.engine.autocast import autocasts, without_autocast
-from memkit.engine.gradients import Kept, Walk
+from memkit.engine.gradients import ChunkByChunk, Kept
 from memkit.engine.keysets import Queries
 from memkit.engine.read import once_only
 from memkit.engine.schedule import Schedule, Step
+from memkit.engine.together import KeptTogether, Stretch, Together
 from memkit.memory.rows import SlotRules, SlotView
 from memkit.memory.slots import Fold
 from memkit.pieces.rotary import Rotation
@@ -50,14 +52,16 @@ class Inputs:
 @dataclass(frozen=True)
 class Passed:
     """What a pass leaves. output [b, h, t, v]; lse [b, h, t]; sums, numbers: what slots hold at last; view: how they
-    read then; folds: what undoing each fold takes, the first one first."""
+    read then; folds: what undoing each fold takes, the first one first; or stretches alone, where chunks were folded
+    together."""
 
     output: Tensor
     lse: Tensor
     sums: Tensor
     numbers: Tensor
-    view: SlotView
+    view: SlotView | None
     folds: list[Fold]
+    stretches: list[Stretch | None] | None = None
 
 
 def attend_as_one_node(
@@ -117,15 +121,14 @@ class _Pass(torch.autograd.Function):
         queries = Queries(windowed, windowed if remembering is None else remembering, window_scale, memory_scale)
         passed = forward(Inputs(queries, keys, values, weights, sums, numbers))
         rotation = rules.rotation
-        kept = Kept(
-            read=(_apart(passed.view.keys, passed.sums), _apart(passed.view.values, passed.sums), passed.view.bias),
-            folds=passed.folds,
-            lse=passed.lse,
-            started=None if fresh else (sums, numbers),
-            room=passed.sums.shape[2],
-            positions=positions,
-            frequencies=None if rotation is None else rotation.frequencies,
-        )
+        turned = (positions, None if rotation is None else rotation.frequencies)
+        if passed.stretches is not None:
+            kept = KeptTogether(passed.stretches, passed.lse, *turned)
+        else:
+            assert passed.view is not None
+            read = (_apart(passed.view.keys, passed.sums), _apart(passed.view.values, passed.sums), passed.view.bias)
+            started = None if fresh else (sums, numbers)
+            kept = Kept(read, passed.folds, passed.lse, started, passed.sums.shape[2], *turned)
         inputs = (windowed, remembering, window_scale, memory_scale, keys, values, weights, norm_weight, norm_bias)
         saved: list[Tensor | None] = [*inputs, passed.output]
         # Rules and schedule stay, but for their tensors.
@@ -140,7 +143,7 @@ class _Pass(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
         windowed, remembering, window_scale, memory_scale, keys, values, weights, *norms, output = saved[:10]
-        kept: Kept = _with_tensors(ctx.kept, saved)
+        kept: Kept | KeptTogether = _with_tensors(ctx.kept, saved)
         rotation = None
         if ctx.rotation is not None and kept.frequencies is not None:
             rotation = Rotation(ctx.rotation[0], ctx.rotation[1], kept.frequencies)
@@ -148,8 +151,9 @@ class _Pass(torch.autograd.Function):
         rules = dataclasses.replace(ctx.rules, key_norm=norm, rotation=rotation)
         queries = Queries(windowed, windowed if remembering is None else remembering, window_scale, memory_scale)
         with torch.no_grad(), without_autocast(keys.device) if autocasts(keys.device) else nullcontext():
-            walk = Walk(rules, ctx.schedule, ctx.groups, ctx.scale, queries, keys, values, weights, kept)
-            grads = walk.run(output, *given)
+            walk = Together if isinstance(kept, KeptTogether) else ChunkByChunk
+            back = walk(rules, ctx.schedule, ctx.groups, ctx.scale, queries, keys, values, weights, kept)
+            grads = back.run(output, *given)
         found = [
             grads.windowed,
             None if remembering is None else grads.remembering,
@@ -196,9 +200,9 @@ def _with_tensors(part: Any, saved: tuple[Tensor, ...]) -> Any:
 def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(part, (list, tuple)):
         return type(part)(change(each) for each in part)
-    if isinstance(part, (Kept, Fold)):
+    if isinstance(part, (Kept, KeptTogether, Fold, Stretch)):
         changed = copy.copy(part)
         for name, each in vars(part).items():
-            setattr(changed, name, change(each))
+            object.__setattr__(changed, name, change(each))
         return changed
     return part

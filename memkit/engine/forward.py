@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -19,6 +21,7 @@ from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.engine.threads import one_thread
+from memkit.engine.together import Stretch, foldable_together, slots_after, view_of
 from memkit.memory import Memory
 from memkit.memory.contest import Contest
 from memkit.memory.replacing import replace
@@ -94,6 +97,8 @@ class Pass:
         self.plan = None if inputs.plan is None else inputs.plan.to(self.device)
         self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
+        self.together = inputs.values is not None and foldable_together(inputs, self.schedule)
+        self.stretches: list[Stretch | None] = []
 
     # The steps
 
@@ -111,7 +116,7 @@ class Pass:
         lse = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
         for steps in self._groups():
             span = slice(steps[0].start, steps[-1].stop)
-            if len(steps) == 1:
+            if len(steps) == 1 and not self.together:
                 with self._one_thread(steps[0], heads if self.policy.observes else key_sets.keys.shape[1]):
                     self.absorb(steps[0])
                     if (known := self.observe(steps[0])) is not None:
@@ -120,17 +125,48 @@ class Pass:
                 met = key_sets.of(steps[0], queries, self.slots(steps[0]))
                 _, lse[:, :, span] = attend_key_sets(met, self.inputs.checked_scale, out=output[:, :, span])
                 continue
-            snapshots = Snapshots(len(steps), steps[-1].most_slots)
             with self._one_thread(steps[-1], key_sets.keys.shape[1]):
-                for number, step in enumerate(steps):
-                    self.absorb(step)
-                    if step.most_slots:
-                        snapshots.take(number, self.store.read(self.rules))
+                snapshots = self._snapshots(steps)
             together, of_steps = attend_key_sets(key_sets.of_many(steps, queries, snapshots), self.inputs.checked_scale)
             for whole, part in ((output, together), (lse, of_steps)):
                 whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
         output[:, :, int(self.inputs.row_lengths.max(initial=0)) :] = 0
         return output, lse
+
+    def _snapshots(self, steps: list[Step]) -> Snapshots | None:
+        """PLAN and FOLD what leaves before some steps; the slots as each of them reads them, None where none is there.
+
+        Folded together where that is wanted: one plan after the other, by a pass that knows keys alone, and one fold.
+        """
+        if not self.together:
+            snapshots = Snapshots(len(steps), steps[-1].most_slots)
+            for number, step in enumerate(steps):
+                self.absorb(step)
+                if step.most_slots:
+                    snapshots.take(number, self.store.read(self.rules))
+            return snapshots
+        placed = [pair for step in steps for pair in self._placed(step)]
+        store, rules = self.store, self.rules
+        held, keep = (store.sums, store.numbers), self.inputs.differentiable
+        stretch = Stretch.of(steps, placed, int(self.schedule.shift[0]), held, keep)
+        self.stretches.append(stretch)
+        if stretch is None:
+            return None
+        after = slots_after(rules, stretch, stretch.chunk(self.timeline.streams), stretch.sums, stretch.numbers)
+        store.hold(*(each[:, -1] for each in after))
+        return Snapshots.of(view_of(rules, after), len(steps))
+
+    def _placed(self, step: Step) -> list[tuple[LeavingChunk, Assignment]]:
+        """PLAN alone: where the tokens go that leave before a step."""
+        if self.plan is not None:
+            return [(leaving, follow(leaving, self.plan, self.device)) for leaving in step.leaving]
+        self.planner.absorb(step)
+        return self.planner.done[len(self.planner.done) - len(step.leaving) :]
+
+    @functools.cached_property
+    def planner(self) -> Pass:
+        """A pass over the same tokens that knows nothing but keys."""
+        return Pass(dataclasses.replace(self.inputs, queries=None, values=None, differentiable=False))
 
     def absorb(self, step: Step) -> None:
         """PLAN and FOLD the chunks that leave before a step, those of one length at a time."""
@@ -144,7 +180,8 @@ class Pass:
             else:
                 assignment = follow(leaving, self.plan, self.device)
             self.done.append((leaving, assignment))
-            self.store.add(self.rules, assignment, chunk)
+            if self.rules.valued or self.policy.compares:
+                self.store.add(self.rules, assignment, chunk)
 
     def _replace(self, leaving: LeavingChunk, chunk: Chunk) -> None:
         """PLAN and FOLD where slots are made anew, for rows of the batch that have enough in common at a time."""
@@ -213,10 +250,12 @@ class Pass:
 
     def _without_graph(self, given: Inputs) -> Passed:
         """The pass itself; what undoing each fold takes is kept."""
-        store = SlotStore(given.sums.clone(), given.numbers.clone(), undo=[])
+        store = SlotStore(given.sums.clone(), given.numbers.clone(), undo=None if self.together else [])
         outer, self.store = self.store, store
         output, lse = self.read(given.queries)
         self.store = outer
+        if self.together:
+            return Passed(output, lse, store.sums, store.numbers, None, [], self.stretches)
         return Passed(output, lse, store.sums, store.numbers, store.read(self.rules), store.undo or [])
 
     def with_graph(self) -> Tensor:

@@ -9,6 +9,7 @@ each fold makes of its gradients, which no other fold changes, is computed for m
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_s
 from memkit.memory.slots import Fold, flat_slots
 from memkit.memory.window import Columns, columns, joined
 
-__all__ = ["Kept", "Walk"]
+__all__ = ["ChunkByChunk", "Grads", "Kept", "Walk", "add_columns", "gradients_of", "leaf", "with_norm_as_leaves"]
 
 UNFOLDED_TOGETHER = 2048
 """Tokens whose folds are undone at once: enough that each fold's share of the overhead is small."""
@@ -75,7 +76,7 @@ class _Taken:
     reading: list[Tensor]
 
 
-class Walk:
+class Walk(ABC):
     """One walk back through the steps of a pass. The graph may be walked again: nothing that was kept is changed."""
 
     def __init__(
@@ -88,16 +89,82 @@ class Walk:
         keys: Tensor,
         values: Tensor,
         weights: Tensor | None,
-        kept: Kept,
+        kept: Any,
     ) -> None:
         self.rules, self.scale, self.queries, self.weights = rules, scale, queries, weights
-        self.groups, self.kept, self.folds = groups, kept, list(kept.folds)
+        self.groups, self.kept = groups, kept
         self.key_sets = KeySets(schedule, keys.detach(), values.detach())
-        self.view = self._record(*(None if tensor is None else tensor.clone() for tensor in kept.read))
 
+    @abstractmethod
     def run(self, output: Tensor, grad_output: Tensor, grad_sums: Tensor, grad_numbers: Tensor) -> Grads:
         """Gradients of all inputs from those of the output, the final sums and the final numbers."""
-        grads, reading = self._nothing_yet(grad_sums, grad_numbers)
+
+    def through_attention(self, met: list[KeySet], steps: list[Step], read: list[Tensor], grads: Grads) -> list[Tensor]:
+        """Add the gradients of queries and window of k steps; returns those of the keys and values of their slots,
+        [b·k, …], nothing where none was read.
+
+        read: the steps' outputs, log-sum-exps and the outputs' gradients.
+        """
+        if not met:
+            return []
+        count, size = len(steps), steps[0].stop - steps[0].start
+        span = slice(steps[0].start, steps[-1].stop)
+        of_slots: list[Tensor] = []
+        found = attend_key_sets_backward(met, self.scale, *(apart(tensor, size, size) for tensor in read))
+        for key_set, (asked, keys, values) in zip(met, found, strict=True):
+            asked = asked.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
+            if key_set.columns is None:
+                grads.remembering[:, :, span].add_(asked)
+                of_slots = [keys, values]
+                continue
+            grads.windowed[:, :, span].add_(asked)
+            for whole, part in ((grads.keys, keys), (grads.values, values)):
+                _add_stretches(whole, part.unflatten(0, (-1, count)), *key_set.columns, size)
+        return of_slots
+
+    def nothing_yet(self, grad_sums: Tensor, grad_numbers: Tensor) -> Grads:
+        """The gradients to add to."""
+        queries, key_sets, wide = self.queries, self.key_sets, grad_sums.dtype
+        for_windowed = torch.zeros_like(queries.windowed)
+        together = queries.alike and queries.window_scale is queries.memory_scale
+        return Grads(
+            windowed=for_windowed,
+            remembering=for_windowed if together else torch.zeros_like(queries.remembering),
+            window_scale=None,
+            memory_scale=None,
+            keys=torch.zeros_like(key_sets.keys, dtype=wide),
+            values=torch.zeros_like(key_sets.values, dtype=wide),
+            weights=None if self.weights is None else torch.zeros_like(self.weights),
+            norm=[torch.zeros_like(tensor) for tensor in self.rules.key_norm or ()],
+            sums=grad_sums.clone(memory_format=torch.contiguous_format),
+            numbers=grad_numbers.clone(memory_format=torch.contiguous_format),
+        )
+
+    def through_scales(self, grads: Grads) -> Grads:
+        """From gradients of scaled queries to those of queries and scales."""
+        queries = self.queries
+        grads.window_scale = _through_scale(grads.windowed, queries.windowed, queries.window_scale)
+        if grads.remembering is not grads.windowed:
+            grads.memory_scale = _through_scale(grads.remembering, queries.remembering, queries.memory_scale)
+            if queries.alike:
+                grads.windowed += grads.remembering
+        return grads
+
+
+class ChunkByChunk(Walk):
+    """The walk back through a pass that folded one chunk after the other, and kept what undoing each takes."""
+
+    kept: Kept
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.folds = list(self.kept.folds)
+        self.view = self._record(*(None if tensor is None else tensor.clone() for tensor in self.kept.read))
+
+    def run(self, output: Tensor, grad_output: Tensor, grad_sums: Tensor, grad_numbers: Tensor) -> Grads:
+        grads = self.nothing_yet(grad_sums, grad_numbers)
+        # Those of how slots read, until the fold that read them anew takes them.
+        reading = [torch.zeros_like(tensor, dtype=grad_sums.dtype) for tensor in (self.view.keys, self.view.values)]
         taken: list[_Taken] = []
         for steps in reversed(self.groups):
             for of_slots, undone in self._back_through(steps, (output, self.kept.lse, grad_output), grads):
@@ -113,17 +180,7 @@ class Walk:
             grads.sums += sums
             grads.numbers += numbers
             _add(grads.norm, norm)
-        return self._through_scales(grads)
-
-    def _through_scales(self, grads: Grads) -> Grads:
-        """From gradients of scaled queries to those of queries and scales."""
-        queries = self.queries
-        grads.window_scale = _through_scale(grads.windowed, queries.windowed, queries.window_scale)
-        if grads.remembering is not grads.windowed:
-            grads.memory_scale = _through_scale(grads.remembering, queries.remembering, queries.memory_scale)
-            if queries.alike:
-                grads.windowed += grads.remembering
-        return grads
+        return self.through_scales(grads)
 
     def _back_through(
         self, steps: list[Step], read: tuple[Tensor, Tensor, Tensor], grads: Grads
@@ -137,46 +194,18 @@ class Walk:
         first, span = steps[0], slice(steps[0].start, steps[-1].stop)
         some = [tensor[:, :, span] for tensor in read]
         if len(steps) == 1:
-            met = (
-                self.key_sets.of(first, self.queries, self.view if first.most_slots else None)
-                if some[0].numel()
-                else []
-            )
-            of_slots = self._through_attention(met, steps, some, grads)
-            return [(of_slots[0], self._undo(first))]
+            view = self.view if first.most_slots else None
+            met = self.key_sets.of(first, self.queries, view) if some[0].numel() else []
+            return [(self.through_attention(met, steps, some, grads), self._undo(first))]
         snapshots, undone = Snapshots(len(steps), steps[-1].most_slots), list[list[Fold]]()
         for number, step in reversed(list(enumerate(steps))):
             if step.most_slots:
                 snapshots.take(number, self.view)
             undone.append(self._undo(step))
-        size = first.stop - first.start
         met = self.key_sets.of_many(steps, self.queries, snapshots)
-        of_slots = self._through_attention(met, steps, [apart(tensor, size, size) for tensor in some], grads)
-        return list(zip(reversed(of_slots), undone, strict=True))
-
-    def _through_attention(
-        self, met: list[KeySet], steps: list[Step], read: list[Tensor], grads: Grads
-    ) -> list[list[Tensor]]:
-        """Add the gradients of queries and window of k steps, [b·k, …]; returns those of each step's slots."""
-        count, size = len(steps), steps[0].stop - steps[0].start
-        span = slice(steps[0].start, steps[-1].stop)
-        of_slots: list[list[Tensor]] = [[] for _ in steps]
-        output, lse, grad_output = read
-        found = attend_key_sets_backward(met, self.scale, output, lse, grad_output) if met else []
-        for key_set, (asked, keys, values) in zip(met, found, strict=True):
-            asked, keys, values = (tensor.unflatten(0, (-1, count)) for tensor in (asked, keys, values))
-            asked = asked.transpose(1, 2).flatten(2, 3)
-            if key_set.columns is None:
-                grads.remembering[:, :, span].add_(asked)
-                of_slots = [list(each) for each in zip(keys.unbind(1), values.unbind(1), strict=True)]
-                continue
-            grads.windowed[:, :, span].add_(asked)
-            begin, end = key_set.columns
-            for number in range(count):
-                columns_of_step = slice(begin + number * size, end + number * size)
-                grads.keys[:, :, columns_of_step].add_(keys[:, number])
-                grads.values[:, :, columns_of_step].add_(values[:, number])
-        return of_slots
+        of_slots = [each.unflatten(0, (-1, len(steps))) for each in self.through_attention(met, steps, some, grads)]
+        of_steps = [[each[:, number] for each in of_slots] for number in range(len(steps))]
+        return list(zip(reversed(of_steps), undone, strict=True))
 
     def _undo(self, step: Step) -> list[Fold]:
         """A step's folds, the last one first; slots read again as they did before."""
@@ -185,25 +214,6 @@ class Walk:
             undone.append(self.folds.pop())
             self._restore(undone[-1])
         return undone
-
-    def _nothing_yet(self, grad_sums: Tensor, grad_numbers: Tensor) -> tuple[Grads, list[Tensor]]:
-        """The gradients to add to, and those of how slots read."""
-        queries, key_sets, wide = self.queries, self.key_sets, grad_sums.dtype
-        for_windowed = torch.zeros_like(queries.windowed)
-        together = queries.alike and queries.window_scale is queries.memory_scale
-        grads = Grads(
-            windowed=for_windowed,
-            remembering=for_windowed if together else torch.zeros_like(queries.remembering),
-            window_scale=None,
-            memory_scale=None,
-            keys=torch.zeros_like(key_sets.keys, dtype=wide),
-            values=torch.zeros_like(key_sets.values, dtype=wide),
-            weights=None if self.weights is None else torch.zeros_like(self.weights),
-            norm=[torch.zeros_like(tensor) for tensor in self.rules.key_norm or ()],
-            sums=grad_sums.clone(memory_format=torch.contiguous_format),
-            numbers=grad_numbers.clone(memory_format=torch.contiguous_format),
-        )
-        return grads, [torch.zeros_like(tensor, dtype=wide) for tensor in (self.view.keys, self.view.values)]
 
     def _take(self, fold: Fold, reading: list[Tensor]) -> _Taken:
         """Take from how slots read what a fold is answerable for: the gradients of those that it read anew."""
@@ -251,7 +261,7 @@ class Walk:
         _add(grads.norm, norm)
         for whole, part in ((grads.keys, keys), (grads.values, values), (grads.weights, weights)):
             if whole is not None and part is not None:
-                _add_columns(whole, chunk.where, part)
+                add_columns(whole, chunk.where, part)
 
     def _chunk(self, folds: list[Fold]) -> Chunk:
         """The tokens of some folds, the first one first."""
@@ -318,9 +328,9 @@ def _founders(folds: list[Fold]) -> Tensor | None:
 def _through_reading(rules: SlotRules, sums: Tensor, numbers: Tensor, grads: list[Tensor]) -> list[Tensor]:
     """Gradients of sums, numbers and LayerNorm from those of how slots read."""
     with torch.enable_grad():
-        sums, numbers, rules = _leaf(sums), _leaf(numbers), _with_norm_as_leaves(rules)
+        sums, numbers, rules = leaf(sums), leaf(numbers), with_norm_as_leaves(rules)
         view = read_slots(rules, sums, numbers)
-        return _gradients([view.keys, view.values], [sums, numbers, *(rules.key_norm or ())], grads)
+        return gradients_of([view.keys, view.values], [sums, numbers, *(rules.key_norm or ())], grads)
 
 
 def _through_contributions(
@@ -328,33 +338,52 @@ def _through_contributions(
 ) -> list[Tensor | Any]:
     """Gradients of a chunk's keys, values, weights (None where it has none) and LayerNorm from those of its rows."""
     with torch.enable_grad():
-        rules = _with_norm_as_leaves(rules)
+        rules = with_norm_as_leaves(rules)
         given = {name: getattr(chunk, name) for name in ("keys", "values", "weights")}
-        leaves = {name: None if tensor is None else _leaf(tensor) for name, tensor in given.items()}
+        leaves = {name: None if tensor is None else leaf(tensor) for name, tensor in given.items()}
         outputs = contributions(rules, dataclasses.replace(chunk, **leaves), founded)
         present = [leaf for leaf in leaves.values() if leaf is not None]
-        found = _gradients(list(outputs), [*present, *(rules.key_norm or ())], [rows, numbers])
+        found = gradients_of(list(outputs), [*present, *(rules.key_norm or ())], [rows, numbers])
     if leaves["weights"] is None:
         found.insert(2, None)  # type: ignore[arg-type]
     return found
 
 
-def _gradients(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+def gradients_of(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """Gradients of the inputs; zeros where an output does not depend on one."""
     pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
     found = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
     return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, found, strict=True)]
 
 
-def _with_norm_as_leaves(rules: SlotRules) -> SlotRules:
+def with_norm_as_leaves(rules: SlotRules) -> SlotRules:
+    """The rules with a LayerNorm that a gradient can be asked of."""
     if rules.key_norm is None:
         return rules
     weight, bias = rules.key_norm
-    return dataclasses.replace(rules, key_norm=(_leaf(weight), _leaf(bias)))
+    return dataclasses.replace(rules, key_norm=(leaf(weight), leaf(bias)))
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Tensor:
+    """The tensor as a leaf of a graph of its own."""
     return tensor.detach().requires_grad_()
+
+
+def _add_stretches(timeline: Tensor, parts: Tensor, begin: int, end: int, every: int) -> None:
+    """Add parts [b, k, g, end − begin, …] to columns begin … end − 1, and each next one's to those `every` further."""
+    count = parts.shape[1]
+    if count == 1:
+        timeline[:, :, begin:end].add_(parts[:, 0])
+        return
+    for offset in range(0, end - begin, every):  # of that many columns of each at a time no two meet
+        some = parts[:, :, :, offset : offset + every].transpose(1, 2)
+        if some.shape[3] == every:
+            whole = timeline[:, :, begin + offset : begin + offset + count * every]
+            whole.unflatten(2, (count, every)).add_(some)
+            continue
+        for number in range(count):
+            columns_of_step = slice(begin + offset + number * every, end + number * every)
+            timeline[:, :, columns_of_step].add_(some[:, :, number])
 
 
 def _add(sums: list[Tensor], parts: list[Tensor]) -> None:
@@ -362,7 +391,8 @@ def _add(sums: list[Tensor], parts: list[Tensor]) -> None:
         whole += part
 
 
-def _add_columns(timeline: Tensor, where: Columns, part: Tensor) -> None:
+def add_columns(timeline: Tensor, where: Columns, part: Tensor) -> None:
+    """Add [b, g, c, …] to columns of a timeline."""
     if isinstance(where, slice):
         columns(timeline, where).add_(part)
         return

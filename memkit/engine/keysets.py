@@ -92,6 +92,13 @@ class Snapshots:
         self.values: Tensor | None = None
         self.bias: Tensor | None = None
 
+    @classmethod
+    def of(cls, view: SlotView, steps: int) -> Snapshots:
+        """Slots as they were read at all steps, [b·k, …]."""
+        made = cls(steps, view.keys.shape[2])
+        made.keys, made.values, made.bias = view.keys, view.values, view.bias
+        return made
+
     def take(self, step: int, view: SlotView) -> None:
         """Note how the slots are read at a step."""
         self.keys = self._noted(self.keys, step, view.keys)
@@ -146,7 +153,7 @@ class KeySets:
             sets.append(self._set(windowed, begin, end, None, causal=True))
         return sets
 
-    def of_many(self, steps: Sequence[Step], queries: Queries, slots: Snapshots) -> list[KeySet]:
+    def of_many(self, steps: Sequence[Step], queries: Queries, slots: Snapshots | None) -> list[KeySet]:
         """What k alike steps meet, each with the slots as they were then: one batch row per row and step, [b·k, …].
 
         Columns are those of the first step; those of each next one stand as many further as a step has queries.
@@ -157,7 +164,7 @@ class KeySets:
         older = begin - int(first.first[0])
         windowed = apart(queries.for_window(span), size, size)
         remembering = apart(queries.for_slots(span), size, size)
-        sets = [self._slots_of_many(steps, remembering, slots)] if last.most_slots else []
+        sets = [self._slots_of_many(steps, remembering, slots)] if last.most_slots and slots is not None else []
         for columns, width, causal in (((begin - older, end - size), older, False), ((begin, end), size, True)):
             if width:
                 seen = slice(*columns)

@@ -31,13 +31,12 @@ def place(rules: SlotRules, leaving: LeavingChunk, chunk: Chunk, store: SlotStor
         for numbers in (leaving.slots_before, leaving.new_slots, leaving.sink_tokens)
     )
     most = int(leaving.slots_before[leaving.leaves].max())
-    compares = policy.routing.compares or (policy.admission is not None and policy.admission.compares)
     assert chunk.memory_keys is not None
     context = ChunkContext(
         keys=chunk.memory_keys,
         read_values=lambda: chunk.values,
         evidence=None if chunk.evidence is None else Evidence.of(chunk.evidence),
-        slots=store.read(rules).route[:, :, :most] if compares and most else chunk.memory_keys[:, :, :0],
+        slots=store.read(rules).route[:, :, :most] if policy.compares and most else chunk.memory_keys[:, :, :0],
         slots_before=before,
         sinks=policy.sinks,
         sink_tokens=sink_tokens,

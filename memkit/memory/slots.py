@@ -138,6 +138,13 @@ class SlotStore:
             self._add_in_turn(rules, target.view(stored.shape), stored, assignment.founded, rows, numbers)
         self._read_anew(rules, assignment, chunk, target)
 
+    def hold(self, sums: Tensor, numbers: Tensor) -> None:
+        """Have the first slots hold this instead, [b, g, m, …]."""
+        self.about_to_write()
+        self.sums[:, :, : sums.shape[2]] = sums
+        self.numbers[:, :, : numbers.shape[2]] = numbers
+        self.view = None
+
     def about_to_write(self) -> None:
         """To be called before these tensors, or those of the window beside them, are changed in place."""
         if self.in_place and self.before_writing is not None:

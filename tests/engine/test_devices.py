@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import memkit
-from memkit.engine import forward, read
+from memkit.engine import forward, read, together
 from memkit.engine.keysets import KeySets
 from memkit.pieces import Need
 
@@ -84,21 +84,24 @@ def test_chunks_read_together_read_the_same(
     apart = _everything(*_given(name, rows, kv_heads, 203))
     assert not groups
     monkeypatch.setattr(forward, "TOGETHER", {"cpu": 48})
-    together = _everything(*_given(name, rows, kv_heads, 203))
-    assert bool(groups) == (_small(name).window.kind == "block")
-    assert max(groups, default=6) == 6
-    # The same sums in another order: of 203 products at most, of numbers of order 1.
-    for one, other in zip(apart, together, strict=True):
-        if one.numel():
-            assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(one.detach().abs().max()))
+    for folded in (set[str](), {"cpu"}):
+        groups.clear()
+        monkeypatch.setattr(together, "FOLDED_TOGETHER", folded)
+        found = _everything(*_given(name, rows, kv_heads, 203))
+        assert bool(groups) == (_small(name).window.kind == "block")
+        assert max(groups, default=6) == 6
+        # The same sums in another order: of 203 products at most, of numbers of order 1.
+        for one, other in zip(apart, found, strict=True):
+            if one.numel():
+                assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(one.detach().abs().max()))
 
 
 def test_rows_of_one_phase_but_unequal_slots_are_not_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both rows have whole chunks behind them, so that columns agree; slots do not."""
     monkeypatch.setattr(forward, "UNEQUAL_SLOTS", {"cpu"})
     results: list[Tensor] = []
-    for together in ({}, {"cpu": 48}):
-        monkeypatch.setattr(forward, "TOGETHER", together)
+    for at_once in ({}, {"cpu": 48}):
+        monkeypatch.setattr(forward, "TOGETHER", at_once)
         policy, tensors, more = _given("kvm-sqrt-16", 2, 2, 96)
         del more["weights"]
         first, second = ([tensor[:, :, span] for tensor in tensors] for span in (slice(0, 48), slice(48, None)))
