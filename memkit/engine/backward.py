@@ -25,7 +25,8 @@ from memkit.engine.gradients import ChunkByChunk, Kept
 from memkit.engine.keysets import Queries
 from memkit.engine.read import once_only
 from memkit.engine.schedule import Schedule, Step
-from memkit.engine.together import KeptTogether, Stretch, Together
+from memkit.engine.stretch import Stretch
+from memkit.engine.together import KeptTogether, Together
 from memkit.memory.rows import SlotRules, SlotView
 from memkit.memory.slots import Fold
 from memkit.pieces.rotary import Rotation

@@ -13,6 +13,7 @@ from torch import Tensor
 from memkit.engine.backward import Inputs, Passed, attend_as_one_node
 from memkit.engine.carry import close, open_store, open_timeline, without_padding
 from memkit.engine.decode import decode
+from memkit.engine.fused import fold_fused, fuses
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
 from memkit.engine.leaving import LeavingTokens
@@ -20,8 +21,9 @@ from memkit.engine.observe import Observer, alike_rows
 from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
+from memkit.engine.stretch import Stretch
 from memkit.engine.threads import one_thread
-from memkit.engine.together import Stretch, foldable_together, slots_after, view_of
+from memkit.engine.together import foldable_together, slots_after, view_of
 from memkit.memory import Memory
 from memkit.memory.contest import Contest
 from memkit.memory.replacing import replace
@@ -35,7 +37,7 @@ TOGETHER = {"cpu": 2048, "cuda": 4096}
 """Queries that are read together, per kind of device; elsewhere one chunk's at a time."""
 
 UNEQUAL_SLOTS = {"cuda"}
-"""Where chunks with unequal numbers of slots are read together too: the mask costs less than another call."""
+"""Where chunks with unequal numbers of slots are read together too: the window at once, and slots step by step."""
 
 
 def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
@@ -98,6 +100,7 @@ class Pass:
         self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
         self.together = inputs.values is not None and foldable_together(inputs, self.schedule)
+        self.fuses = self.together and self.plan is None and fuses(self.rules, self.store.sums)
         self.stretches: list[Stretch | None] = []
 
     # The steps
@@ -134,34 +137,45 @@ class Pass:
         return output, lse
 
     def _snapshots(self, steps: list[Step]) -> Snapshots | None:
-        """PLAN and FOLD what leaves before some steps; the slots as each of them reads them, None where none is there.
+        """PLAN and FOLD what leaves before some steps; the slots as each of them reads them, None if none is there."""
+        if self.together:
+            return self._folded_together(steps)
+        snapshots = Snapshots(len(steps), steps[-1].most_slots)
+        for number, step in enumerate(steps):
+            self.absorb(step)
+            if step.most_slots:
+                snapshots.take(number, self.store.read(self.rules))
+        return snapshots
 
-        Folded together where that is wanted: one plan after the other, by a pass that knows keys alone, and one fold.
-        """
-        if not self.together:
-            snapshots = Snapshots(len(steps), steps[-1].most_slots)
-            for number, step in enumerate(steps):
-                self.absorb(step)
-                if step.most_slots:
-                    snapshots.take(number, self.store.read(self.rules))
-            return snapshots
-        placed = [pair for step in steps for pair in self._placed(step)]
-        store, rules = self.store, self.rules
-        held, keep = (store.sums, store.numbers), self.inputs.differentiable
-        stretch = Stretch.of(steps, placed, int(self.schedule.shift[0]), held, keep)
-        self.stretches.append(stretch)
-        if stretch is None:
+    def _folded_together(self, steps: list[Step]) -> Snapshots | None:
+        """PLAN chunk by chunk, by a pass that knows keys alone, and one FOLD; or both by kernels, if they know it."""
+        store, most = self.store, steps[-1].most_slots
+        if not most:
+            self.stretches.append(None)
             return None
-        after = slots_after(rules, stretch, stretch.chunk(self.timeline.streams), stretch.sums, stretch.numbers)
-        store.hold(*(each[:, -1] for each in after))
-        return Snapshots.of(view_of(rules, after), len(steps))
+        stretch = Stretch.of(steps, int(self.schedule.shift[0]), (store.sums[:, :, :most], store.numbers[:, :, :most]))
+        stretch = stretch.apart() if self.inputs.differentiable else stretch
+        chunk = stretch.chunk(self.timeline.streams)
+        fused = fold_fused(self.rules, steps, chunk, stretch) if self.fuses else None
+        if fused is not None:
+            stretch, view, *last = fused
+        else:
+            stretch = stretch.placed(self._placed(steps))
+            after = slots_after(self.rules, stretch, chunk)
+            view, last = view_of(self.rules, after), [each[:, -1] for each in after]
+        self.stretches.append(stretch)
+        store.hold(*last)
+        return Snapshots.of(view, len(steps))
 
-    def _placed(self, step: Step) -> list[tuple[LeavingChunk, Assignment]]:
-        """PLAN alone: where the tokens go that leave before a step."""
+    def _placed(self, steps: list[Step]) -> list[Assignment]:
+        """PLAN alone: where the tokens go that leave before some steps."""
+        leaving = [each for step in steps for each in step.leaving]
         if self.plan is not None:
-            return [(leaving, follow(leaving, self.plan, self.device)) for leaving in step.leaving]
-        self.planner.absorb(step)
-        return self.planner.done[len(self.planner.done) - len(step.leaving) :]
+            return [follow(each, self.plan, self.device) for each in leaving]
+        self.planner.store.hold(self.store.sums[..., : self.rules.width], self.store.numbers)
+        for step in steps:
+            self.planner.absorb(step)
+        return [assignment for _, assignment in self.planner.done[len(self.planner.done) - len(leaving) :]]
 
     @functools.cached_property
     def planner(self) -> Pass:

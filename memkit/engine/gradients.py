@@ -23,7 +23,17 @@ from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_s
 from memkit.memory.slots import Fold, flat_slots
 from memkit.memory.window import Columns, columns, joined
 
-__all__ = ["ChunkByChunk", "Grads", "Kept", "Walk", "add_columns", "gradients_of", "leaf", "with_norm_as_leaves"]
+__all__ = [
+    "ChunkByChunk",
+    "Grads",
+    "Kept",
+    "Walk",
+    "add_columns",
+    "gradients_of",
+    "leaf",
+    "through_contributions",
+    "with_norm_as_leaves",
+]
 
 UNFOLDED_TOGETHER = 2048
 """Tokens whose folds are undone at once: enough that each fold's share of the overhead is small."""
@@ -257,7 +267,7 @@ class ChunkByChunk(Walk):
         folds = [each.fold for each in reversed(taken)]  # in the order of their tokens
         chunk, founders = self._chunk(folds), _founders(folds)
         of_sums, of_numbers = (torch.cat(each[::-1], dim=2) for each in of_rows)
-        keys, values, weights, *norm = _through_contributions(self.rules, chunk, founders, of_sums, of_numbers)
+        keys, values, weights, *norm = through_contributions(self.rules, chunk, founders, of_sums, of_numbers)
         _add(grads.norm, norm)
         for whole, part in ((grads.keys, keys), (grads.values, values), (grads.weights, weights)):
             if whole is not None and part is not None:
@@ -333,7 +343,7 @@ def _through_reading(rules: SlotRules, sums: Tensor, numbers: Tensor, grads: lis
         return gradients_of([view.keys, view.values], [sums, numbers, *(rules.key_norm or ())], grads)
 
 
-def _through_contributions(
+def through_contributions(
     rules: SlotRules, chunk: Chunk, founded: Tensor | None, rows: Tensor, numbers: Tensor
 ) -> list[Tensor | Any]:
     """Gradients of a chunk's keys, values, weights (None where it has none) and LayerNorm from those of its rows."""

@@ -67,7 +67,7 @@ class Queries:
 def readable_together(one: Step, other: Step, unequal_slots: bool) -> bool:
     """Whether two steps are alike: as many queries, older tokens of the window and slots, and all rows in step.
 
-    unequal_slots: whether numbers of slots may differ, for the price of a mask.
+    unequal_slots: whether numbers of slots may differ, for the price of a call per step.
     """
     numbers = (one.first, one.slots, other.first, other.slots)
     if any(common(each, one.active) is None for each in numbers) or one.stop - one.start == 1:
@@ -175,14 +175,9 @@ class KeySets:
 
     def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Snapshots) -> KeySet:
         assert slots.keys is not None and slots.values is not None
-        slots_of = [step.most_slots for step in steps]
+        counts = tuple(step.most_slots for step in steps)
         bias = None if slots.bias is None else slots.bias.unsqueeze(2)
-        if min(slots_of) < slots.most:
-            rows = len(slots.keys) // len(steps)
-            numbers = torch.arange(slots.most, device=self.device)
-            beyond = self._hiding(numbers >= on_device(np.array(slots_of * rows), self.device)[:, None])
-            bias = beyond if bias is None else bias + beyond
-        return KeySet(queries, slots.keys, slots.values, bias)
+        return KeySet(queries, slots.keys, slots.values, bias, counts=counts if min(counts) < slots.most else None)
 
     def _older(self, step: Step, queries: Tensor, end: int) -> list[KeySet]:
         """Columns before `end` that the first query sees; masked where rows differ or later queries lose some."""

@@ -48,7 +48,8 @@ class KeySet:
 
     queries [b, h, s, d], keys [b, g, n, d], values [b, g, n, v], n ≥ 1; bias [b|1, g|1, s|1, n]: added to the scores,
     no gradient, −∞ hides a key; causal: query i sees keys 0 … i (then n = s); columns: where on the timeline the keys
-    stand, None for slots; hides: whether the bias hides keys, so that a query may see none of this set.
+    stand, None for slots; hides: whether the bias hides keys, so that a query may see none of this set; counts: where
+    batch rows are those of k steps, [b·k, …], how many of the keys each step sees, the others being nobody's.
     """
 
     queries: Tensor
@@ -58,6 +59,24 @@ class KeySet:
     causal: bool = False
     columns: tuple[int, int] | None = None
     hides: bool = False
+    counts: tuple[int, ...] | None = None
+
+    def by_step(self) -> list[KeySet]:
+        """The set of each step, with the keys that it sees: no mask, and no kernel that takes one, is needed."""
+        assert self.counts is not None
+        bias = self.bias.unflatten(0, (-1, len(self.counts))) if self.bias is not None else None
+        queries, keys, values = (
+            tensor.unflatten(0, (-1, len(self.counts))) for tensor in (self.queries, self.keys, self.values)
+        )
+        return [
+            KeySet(
+                queries[:, step],
+                keys[:, step, :, :count],
+                values[:, step, :, :count],
+                None if bias is None else bias[:, step, ..., :count],
+            )
+            for step, count in enumerate(self.counts)
+        ]
 
     def sees_nothing(self) -> Tensor | None:
         """Queries from which the whole set is hidden, bool, broadcastable to [b, h, s]; None where there are none."""
@@ -69,13 +88,10 @@ def attend_key_sets(key_sets: list[KeySet], scale: float, out: Tensor | None = N
 
     Every query must see a key of at least one key_set.
     """
-    heads, width = key_sets[0].queries.shape[1], key_sets[0].values.shape[-1]
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
     for key_set in key_sets:
-        layout = _Layout(key_set)
-        output, lse = _forward(layout, key_set.causal, scale)
-        output, lse = layout.ungroup(output, heads)[..., :width], layout.ungroup(lse, heads)
+        output, lse = _attended(key_set, scale)
         if (nothing := key_set.sees_nothing()) is not None:  # of which kernels say what they like
             output, lse = output.masked_fill(nothing.unsqueeze(-1), 0), lse.masked_fill(nothing, -torch.inf)
         outputs.append(output)
@@ -99,12 +115,38 @@ def attend_key_sets_backward(
     key_sets: list[KeySet], scale: float, output: Tensor, lse: Tensor, grad: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of queries, keys and values of each key_set, from the merged output, log-sum-exp and its gradient."""
-    found = []
-    for key_set in key_sets:
-        layout = _Layout(key_set)
-        grads = _backward(layout, key_set.causal, scale, layout.group(output), layout.group(lse), layout.group(grad))
-        found.append(layout.restore(*grads))
-    return found
+    return [_attended_backward(key_set, scale, output, lse, grad) for key_set in key_sets]
+
+
+def _attended(key_set: KeySet, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one set alone."""
+    if key_set.counts is not None:
+        of_steps = zip(*(_attended(each, scale) for each in key_set.by_step()), strict=True)
+        output, lse = (torch.stack(each, dim=1).flatten(0, 1) for each in of_steps)
+        return output, lse
+    layout, heads = _Layout(key_set), key_set.queries.shape[1]
+    output, lse = _forward(layout, key_set.causal, scale)
+    return layout.ungroup(output, heads)[..., : key_set.values.shape[-1]], layout.ungroup(lse, heads)
+
+
+def _attended_backward(
+    key_set: KeySet, scale: float, output: Tensor, lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one set's queries, keys and values, from the merged output, log-sum-exp and its gradient."""
+    if key_set.counts is not None:
+        queries, keys, values = (torch.zeros_like(each) for each in (key_set.queries, key_set.keys, key_set.values))
+        steps = len(key_set.counts)
+        whole = [each.unflatten(0, (-1, steps)) for each in (queries, keys, values)]
+        given = [each.unflatten(0, (-1, steps)) for each in (output, lse, grad)]
+        for step, part in enumerate(key_set.by_step()):
+            found = _attended_backward(part, scale, *(each[:, step] for each in given))
+            whole[0][:, step] = found[0]
+            for into, each in zip(whole[1:], found[1:], strict=True):
+                into[:, step, :, : each.shape[2]] = each
+        return queries, keys, values
+    layout = _Layout(key_set)
+    grads = _backward(layout, key_set.causal, scale, layout.group(output), layout.group(lse), layout.group(grad))
+    return layout.restore(*grads)
 
 
 def differentiable_key_sets(key_sets: list[KeySet], scale: float) -> Tensor:

@@ -14,6 +14,7 @@ The price is that all slots are read after each chunk, where `ChunkByChunk` read
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,15 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.engine.gradients import Grads, Walk, add_columns, gradients_of, leaf, with_norm_as_leaves
+from memkit.engine.fused import Unfold
+from memkit.engine.gradients import (
+    Grads,
+    Walk,
+    add_columns,
+    gradients_of,
+    leaf,
+    through_contributions,
+    with_norm_as_leaves,
+)
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Snapshots
-from memkit.engine.schedule import LeavingChunk, Schedule, Step
+from memkit.engine.schedule import Schedule, Step
+from memkit.engine.stretch import Stretch
 from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, on_device, read_slots
-from memkit.memory.window import Columns, Streams, joined
-from memkit.pieces.chunk import Assignment
 
-__all__ = ["FOLDED_TOGETHER", "KeptTogether", "Stretch", "Together", "foldable_together", "slots_after", "view_of"]
+__all__ = ["FOLDED_TOGETHER", "KeptTogether", "Together", "foldable_together", "slots_after", "view_of"]
 
 FOLDED_TOGETHER = {"cuda"}
 """Devices on which chunks are folded together, where they can be. On a CPU operations cost less than what is read in
@@ -46,76 +55,9 @@ def foldable_together(inputs: AttendInputs, schedule: Schedule) -> bool:
     return device.type in FOLDED_TOGETHER and in_step and chunks and plain
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Steps whose chunks are folded together, and all that folding them takes.
-
-    where: columns of their leaving tokens, the first chunk's first; sizes: how many of them leave before each step;
-    slot [b, g, n]: where they go, −1 for nowhere; founders [b, g, n]: which of them found, None for nobody; drops:
-    whether any may go nowhere; first [1, 1, n]: which are of the memory's first chunk, False for none; sums, numbers
-    [b, g, m, …]: what slots hold before all of this, of as many slots as the last step reads.
-    """
-
-    where: Columns
-    sizes: tuple[int, ...]
-    slot: Tensor
-    founders: Tensor | None
-    drops: bool
-    first: bool | Tensor
-    sums: Tensor
-    numbers: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        steps: Sequence[Step],
-        placed: Sequence[tuple[LeavingChunk, Assignment]],
-        shift: int,
-        held: tuple[Tensor, Tensor],
-        keep: bool,
-    ) -> Stretch | None:
-        """The stretch of some steps, whose leaving chunks are `placed`; None where none of them reads a slot.
-
-        shift: from positions to columns; held: sums and numbers of all slots there is room for; keep: whether in
-        tensors of their own, so that these may be written into.
-        """
-        most = max(step.most_slots for step in steps)
-        if not most:
-            return None
-        sums, numbers = (each[:, :, :most].clone() if keep else each[:, :, :most] for each in held)
-        begins = [int(leaving.begin[0]) for leaving, _ in placed]
-        ends = [begin + leaving.size for begin, (leaving, _) in zip(begins, placed, strict=True)]
-        slices = [slice(begin + shift, end + shift) for begin, end in zip(begins, ends, strict=True)]
-        slots = [assignment.slot for _, assignment in placed]
-        first: bool | Tensor = False
-        if 0 in begins:
-            whose = np.repeat(np.array(begins) == 0, [leaving.size for leaving, _ in placed])
-            first = on_device(whose, sums.device)[None, None]
-        return cls(
-            where=joined(slices, len(sums), sums.device) if slices else slice(0, 0),
-            sizes=tuple(sum(leaving.size for leaving in step.leaving) for step in steps),
-            slot=torch.cat(slots, 2) if slots else sums.new_empty((*sums.shape[:2], 0), dtype=torch.long),
-            founders=_founders([assignment for _, assignment in placed]),
-            drops=any(assignment.drops for _, assignment in placed),
-            first=first,
-            sums=sums,
-            numbers=numbers,
-        )
-
-    def chunk(self, streams: Streams) -> Chunk:
-        """The tokens that leave."""
-        return Chunk.of(streams, self.where, self.first)
-
-
-def _founders(assignments: Sequence[Assignment]) -> Tensor | None:
-    """Which tokens found, [b, g, n]; None for nobody."""
-    if not any(assignment.founds for assignment in assignments):
-        return None
-    return torch.cat([assignment.founded for assignment in assignments], dim=2)
-
-
-def slots_after(rules: SlotRules, stretch: Stretch, chunk: Chunk, sums: Tensor, numbers: Tensor) -> list[Tensor]:
+def slots_after(rules: SlotRules, stretch: Stretch, chunk: Chunk) -> list[Tensor]:
     """Sums [b, k, g, m, d + v] and numbers [b, k, g, m, s] as each of k steps reads them, from those before."""
+    sums, numbers = stretch.sums, stretch.numbers
     steps, (batch, heads, room) = len(stretch.sizes), sums.shape[:3]
     rows = contributions(rules, chunk, stretch.founders)
     if stretch.drops:
@@ -195,6 +137,10 @@ class Together(Walk):
         timeline = {"keys": self.key_sets.keys, "values": self.key_sets.values}
         more = {"weights": self.weights, "positions": self.kept.positions}
         chunk = stretch.chunk(timeline | {name: each for name, each in more.items() if each is not None})
+        unfold = Unfold.of(self.rules, stretch, chunk)
+        if unfold is not None:
+            self._through_fused(steps, stretch, chunk, unfold, read, grads)
+            return
         with torch.enable_grad():
             rules = with_norm_as_leaves(self.rules)
             tokens = {name: getattr(chunk, name) for name in ("keys", "values", "weights")}
@@ -202,7 +148,7 @@ class Together(Walk):
             for name, tensor in tokens.items():
                 setattr(chunk, name, tensor)
             held = leaf(stretch.sums), leaf(stretch.numbers)
-            after = slots_after(rules, stretch, chunk, *held)
+            after = slots_after(rules, dataclasses.replace(stretch, sums=held[0], numbers=held[1]), chunk)
             view = view_of(rules, after)
             outputs = [view.keys, view.values, *(each[:, -1] for each in after)]
         snapshots = Snapshots.of(view, len(steps))
@@ -217,3 +163,17 @@ class Together(Walk):
             add_columns(getattr(grads, name), stretch.where, next(found))
         for whole in grads.norm:
             whole += next(found)
+
+    def _through_fused(
+        self, steps: list[Step], stretch: Stretch, chunk: Chunk, unfold: Unfold, read: list[Tensor], grads: Grads
+    ) -> None:
+        """The same by kernels."""
+        met = self.key_sets.of_many(steps, self.queries, Snapshots.of(unfold.fold.view(), len(steps)))
+        of_slots, most = self.through_attention(met, steps, read, grads), stretch.sums.shape[2]
+        rows, numbers, norm = unfold.back(of_slots, (grads.sums[:, :, :most], grads.numbers[:, :, :most]))
+        found = through_contributions(self.rules, chunk, stretch.founders, rows, numbers)
+        for whole, part in zip((grads.keys, grads.values, grads.weights), found, strict=False):
+            if whole is not None and part is not None:
+                add_columns(whole, stretch.where, part)
+        for whole, *parts in zip(grads.norm, norm, found[3:], strict=True):
+            whole += sum(parts)

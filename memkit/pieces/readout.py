@@ -29,6 +29,9 @@ __all__ = ["LAYER_NORM_EPS", "TINY", "Readout", "ReadoutSpec"]
 
 LAYER_NORM_EPS = 1e-5
 
+SHORTEST = 1e-12
+"""Instead of the length of a value sum that is shorter."""
+
 TINY = 1e-30
 """Instead of a divisor that is 0 in an empty slot."""
 
@@ -107,7 +110,7 @@ class Readout:
         """The slots' values: sums [..., m, v] → [..., m, v]."""
         match self.spec.value:
             case "birth-radius":
-                return sums * (numbers[RADIUS].to(sums.dtype) / sums.norm(dim=-1).clamp(min=1e-12)).unsqueeze(-1)
+                return sums * (numbers[RADIUS].to(sums.dtype) / sums.norm(dim=-1).clamp(min=SHORTEST)).unsqueeze(-1)
             case "mean-norm":
                 return _of_mean_norm(sums, numbers[VALUE_NORM], numbers[MASS])
             case "count-mean":

@@ -1,0 +1,245 @@
+"""PLAN and FOLD of many chunks on a GPU, by the kernels of `kernels.py`: what `together.py` does, in few launches.
+
+They know one kind of memory, that of Key-Value Means: plain sums, read by a LayerNorm and a radius; a chunk's most
+novel tokens found slots, and the others join the most similar one. Everything else is PyTorch's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkit.engine.schedule import LeavingChunk, Step
+from memkit.engine.stretch import Stretch
+from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, memory_keys, read_slots, read_tokens
+from memkit.pieces.admission import Novelty
+from memkit.pieces.readout import LAYER_NORM_EPS, SHORTEST
+from memkit.pieces.routing import Nearest
+from memkit.pieces.statistics import RADIUS
+
+__all__ = ["FUSED_ON", "Unfold", "fold_fused", "fuses"]
+
+FUSED_ON = {"cuda"}
+"""Devices on which these kernels are used, where Triton is installed; take it out, and PyTorch does all."""
+
+TOKENS, SLOTS, UNFOLDED, WARPS = 64, 64, 32, 8
+"""Tokens and slots of which a program has a tile, slots of the gradient's, and warps that share it."""
+
+WIDEST, LONGEST = 256, 1024
+"""Channels of a head, and tokens of a chunk, that a program can hold."""
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' module; None where Triton is not installed."""
+    return importlib.import_module("memkit.engine.kernels") if importlib.util.find_spec("triton") else None
+
+
+def fuses(rules: SlotRules, sums: Tensor) -> bool:
+    """Whether the kernels know this memory, which sums [b, g, m, d + v], and this device."""
+    policy, routing, spec = rules.policy, rules.policy.routing, rules.policy.readout.spec
+    joins = isinstance(routing, Nearest) and routing.similarity == "dot" and routing.new_slots and routing.least is None
+    read = spec.key == "layer-norm" and spec.value == "birth-radius" and spec.bias == "none"
+    summed = policy.merging.additive and policy.merging.joins and policy.merging.of == "both"
+    fits = (
+        max(rules.width, sums.shape[-1] - rules.width) <= WIDEST
+        and policy.chunk <= LONGEST
+        and rules.dtype != torch.float64
+    )
+    known = type(policy.admission) is Novelty and joins and read and summed and not policy.rotary.rotates_slots
+    return known and fits and sums.device.type in FUSED_ON and _kernels() is not None
+
+
+def fold_fused(
+    rules: SlotRules, steps: Sequence[Step], chunk: Chunk, stretch: Stretch
+) -> tuple[Stretch, SlotView, Tensor, Tensor] | None:
+    """The stretch with its tokens placed; slots as each of k steps reads them, [b·k, g, m, …]; last sums and numbers.
+
+    chunk: the stretch's tokens. None where that is for PyTorch: sinks among them, or a memory that is empty and does
+    not take its first chunk whole.
+    """
+    leaving = [each for step in steps for each in step.leaving]
+    if len(leaving) != len(steps) or any(not _simple(each) for each in leaving):
+        return None
+    size, width, device = leaving[0].size, rules.width, stretch.sums.device
+    chunk.memory_keys = keys = memory_keys(rules, chunk).contiguous()
+    everyone = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=device)
+    alone, joining = contributions(rules, chunk, everyone), contributions(rules, chunk, None)
+    some_found = any(0 < int(each.new_slots[0]) < size for each in leaving)
+    as_slots = read_tokens(rules, chunk).contiguous() if some_found else keys
+    batch, heads, tokens = keys.shape[:3]
+    slot = torch.empty(batch, heads, tokens, dtype=torch.long, device=device)
+    founded = torch.zeros(batch, heads, tokens, dtype=torch.uint8, device=device)
+    sums = stretch.sums.clone(memory_format=torch.contiguous_format)
+    fold = _Fold(rules, stretch, (alone, joining), slot, founded, sums, kept=False)
+    best_of_all, best = torch.empty(2, batch * heads, size, dtype=torch.float32, device=device)
+    grid, tiles = (batch * heads, -(-size // TOKENS)), {"width": width, "padded": _power(width), "tokens": TOKENS}
+    tiles["num_warps"] = WARPS
+    for number, each in enumerate(leaving):
+        here = slice(number * size, (number + 1) * size)
+        live, new = int(each.slots_before[0]), int(each.new_slots[0])
+        goes, founds, asks = slot[:, :, here], founded[:, :, here], keys[:, :, here]
+        if new == size:
+            goes.copy_(torch.arange(live, live + size, device=device))
+            founds.fill_(1)
+        else:
+            strides = (tokens * width, fold.room * width, tokens)
+            tensors = (asks, fold.route, best_of_all, best, goes)
+            _kernels().nearest[grid](*tensors, live, size, *strides, sinks=rules.policy.sinks, **tiles, slots=SLOTS)
+        if 0 < new < size:
+            of_chunk = {"padded_chunk": _power(size)}
+            _kernels().found[grid](best_of_all, founds, new, size, tokens, **of_chunk, tokens=TOKENS)
+            tensors = (asks, as_slots[:, :, here], founds, best, goes)
+            _kernels().join[grid](*tensors, live, size, tokens * width, tokens, **tiles, **of_chunk)
+        fold.run(number, 1, live + new)
+    founders = founded.view(torch.bool)
+    placed = dataclasses.replace(stretch, slot=slot, founders=founders)
+    numbers, room = stretch.numbers, fold.room
+    added = torch.where(founders.unsqueeze(-1), alone[1], joining[1]).flatten(0, 2)
+    numbers = numbers.flatten(0, 2).index_put((_flat(slot, room).flatten(),), added, accumulate=True).view_as(numbers)
+    return placed, fold.view(), sums, numbers
+
+
+class _Fold:
+    """What the kernel `fold` is given, but for which chunks: see there.
+
+    kept: whether what each step holds is kept, and `sums` are left as they are.
+    """
+
+    def __init__(
+        self,
+        rules: SlotRules,
+        stretch: Stretch,
+        rows: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+        slot: Tensor,
+        founded: Tensor,
+        sums: Tensor,
+        kept: bool,
+    ) -> None:
+        (alone, numbers), (joining, _) = rows
+        device, wide = sums.device, torch.float32
+        self.batch, self.heads, self.room, both = sums.shape
+        self.count, self.width, self.values = len(stretch.sizes), rules.width, both - rules.width
+        radius = rules.policy.statistics.index(RADIUS)
+        reach, self.radii = (each[..., radius].to(wide).contiguous() for each in (numbers, stretch.numbers))
+        held = (sums, self.radii)
+        self.route = sums if kept else read_slots(rules, sums, stretch.numbers).route.contiguous()
+        self.norm = [each.detach().to(wide).contiguous() for each in rules.key_norm or ()]
+        self.norm = self.norm or [torch.ones(self.width, device=device), torch.zeros(self.width, device=device)]
+        shape = (self.batch, self.count, self.heads, self.room)
+        self.keys = torch.zeros(*shape, self.width, dtype=rules.dtype, device=device)
+        self.seen = torch.zeros(*shape, self.values, dtype=rules.dtype, device=device)
+        self.kept = (sums.new_empty(*shape, both), sums.new_empty(shape)) if kept else held
+        read = (self.route, *self.norm, self.keys, self.seen, *self.kept)
+        self.tensors = (alone.contiguous(), joining.contiguous(), reach, slot, founded, *held, *read)
+        self.size, self.tokens, self.keeps = stretch.sizes[0], slot.shape[2], kept
+        self.widths = {
+            "width": self.width,
+            "values": self.values,
+            "padded": _power(self.width),
+            "padded_values": _power(self.values),
+            "epsilon": LAYER_NORM_EPS,
+            "shortest": SHORTEST,
+        }
+
+    def run(self, first: int, chunks: int, after: int) -> None:
+        """Fold some chunks in, after which there are so many slots."""
+        _kernels().fold[self.batch * self.heads, -(-after // SLOTS)](
+            *self.tensors,
+            *(first, chunks, after, self.size, self.count, self.heads),
+            *(self.tokens * (self.width + self.values), self.tokens, self.room),
+            **self.widths,
+            tokens=TOKENS,
+            keeps=self.keeps,
+            slots=SLOTS,
+            num_warps=WARPS,
+        )
+
+    def view(self) -> SlotView:
+        """The slots as each step reads them, [b·k, g, m, …]."""
+        keys = self.keys.flatten(0, 1)
+        return SlotView(keys, keys, self.seen.flatten(0, 1), None)
+
+
+class Unfold:
+    """The way back through a stretch: its chunks folded again, as each step read them; then their gradients.
+
+    chunk: the stretch's tokens.
+    """
+
+    def __init__(self, rules: SlotRules, stretch: Stretch, chunk: Chunk) -> None:
+        self.rules, self.stretch = rules, stretch
+        rows = contributions(rules, chunk, stretch.founders)
+        founded = stretch.founders
+        if founded is None:
+            founded = torch.zeros_like(stretch.slot, dtype=torch.bool)
+        self.fold = _Fold(
+            rules, stretch, (rows, rows), stretch.slot, founded.view(torch.uint8), stretch.sums, kept=True
+        )
+        self.fold.run(0, self.fold.count, self.fold.room)
+
+    @classmethod
+    def of(cls, rules: SlotRules, stretch: Stretch, chunk: Chunk) -> Unfold | None:
+        """None where that is for PyTorch: chunks of more than one length."""
+        alike = len(set(stretch.sizes)) == 1 and stretch.sizes[0] > 0 and not stretch.drops
+        return cls(rules, stretch, chunk) if alike and fuses(rules, stretch.sums) else None
+
+    def back(self, of_slots: Sequence[Tensor], grads: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients of what each token adds, [b, g, n, d + v] and [b, g, n, s], and of the LayerNorm, if it is learned.
+
+        of_slots: those of how slots' keys and values read, [b·k, g, m, …]; grads: those of sums and numbers,
+        [b, g, m, …], after the last step, which become those before the first.
+        """
+        fold, (sums, numbers), (kept, radii) = self.fold, grads, self.fold.kept
+        radius = self.rules.policy.statistics.index(RADIUS)
+        of_sums, of_radii = sums.float().contiguous(), numbers[..., radius].float().contiguous()
+        tiles = -(-fold.room // UNFOLDED)
+        of_norm = sums.new_empty(fold.batch * fold.heads, tiles, 2, fold.width, dtype=torch.float32)
+        _kernels().unfold[fold.batch * fold.heads, tiles](
+            *(kept, radii, *(each.contiguous() for each in of_slots), of_sums, of_radii, fold.norm[0], of_norm),
+            *(fold.count, fold.heads, fold.room),
+            **fold.widths,
+            slots=UNFOLDED,
+            num_warps=WARPS,
+        )
+        where = self._where().flatten()
+        shape = self.stretch.slot.shape
+        rows = kept.flatten(0, 3)[where].view(*shape, -1)
+        flat = _flat(self.stretch.slot, fold.room).flatten()
+        of_numbers = numbers.flatten(0, 2)[flat].view(*shape, -1)
+        of_numbers[..., radius] = radii.flatten()[where].view(shape).to(numbers.dtype)
+        sums.copy_(of_sums)
+        numbers[..., radius] = of_radii.to(numbers.dtype)
+        return rows, of_numbers, list(of_norm.sum((0, 1)).unbind()) if self.rules.key_norm is not None else []
+
+    def _where(self) -> Tensor:
+        """Each token's slot in tensors [b·k·g·m, …], [b, g, n]."""
+        fold, device = self.fold, self.stretch.slot.device
+        step = torch.arange(fold.tokens, device=device) // fold.size
+        row, head = torch.arange(fold.batch, device=device), torch.arange(fold.heads, device=device)
+        begins = ((row[:, None, None] * fold.count + step) * fold.heads + head[:, None]) * fold.room
+        return begins + self.stretch.slot
+
+
+def _flat(slot: Tensor, room: int) -> Tensor:
+    """Slots [b, g, n] in tensors [b·g·m, …], m = room."""
+    batch, heads, _ = slot.shape
+    return slot + (torch.arange(batch * heads, device=slot.device) * room).view(batch, heads, 1)
+
+
+def _simple(leaving: LeavingChunk) -> bool:
+    """Whether all of a chunk's tokens found, or some slot was there before it, and no sink is among them."""
+    live, new, sinks = (int(each[0]) for each in (leaving.slots_before, leaving.new_slots, leaving.sink_tokens))
+    return new == leaving.size or (live > 0 and not sinks)
+
+
+def _power(number: int) -> int:
+    """The power of two, 16 at least, that is no smaller."""
+    return max(16, 1 << (number - 1).bit_length())
