@@ -15,6 +15,10 @@ settings.register_profile("explore", derandomize=False, deadline=None, print_blo
 settings.register_profile("verify", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("MEMKIT_HYPOTHESIS_PROFILE", "ci"))
 
+# Kernels for GPUs are interpreted where there is none. Triton asks when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Tensors are tiny here: a second thread only waits for the first.
 torch.set_num_threads(1)
 

@@ -10,7 +10,9 @@ Writes OUT/gpu.json and OUT/gpu.md, after every part anew, so that a run cut sho
 - waiting: whether the host waits for the device anywhere in a prefill or a training step.
 - determinism: outputs of two runs, bit for bit; and gradients, under `torch.use_deterministic_algorithms(True)`.
 - ceilings: device memory's bandwidth, a large matrix product, each of PyTorch's attention kernels.
-- table: prefill, forward and backward, and decoding, against the fastest of these kernels; serial time per chunk.
+- kernels: memkit's own (`memkit/engine/kernels.py`) against PyTorch on the same device; interpreted on a CPU.
+- table: prefill, forward and backward, and decoding, against the fastest of these kernels; serial time per chunk; where
+  memkit has kernels of its own for a policy, with them and without.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS is not deterministic
+if "cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton asks when it is imported
 
 import torch
 from torch import Tensor
@@ -38,6 +43,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import memkit
+from memkit.engine import fused, together
+from memkit.memory.rows import SlotRules
 from memkit.pieces import Need
 
 DEVICE_TESTS = Path(__file__).parents[1] / "tests" / "engine" / "test_devices.py"
@@ -62,6 +69,7 @@ class Report:
     settings: dict[str, Any]
     tests: str = "not run"
     agreement: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
     table: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -74,7 +82,7 @@ class Report:
     def markdown(self) -> str:
         """The report as tables."""
         lines = [", ".join(f"{name} {value}" for name, value in self.settings.items()), "", f"Tests: {self.tests}", ""]
-        for rows in (self.agreement, [self.ceilings] if self.ceilings else [], self.table):
+        for rows in (self.agreement, self.kernels, [self.ceilings] if self.ceilings else [], self.table):
             if rows:
                 names = list(dict.fromkeys(name for row in rows for name in row))
                 lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
@@ -214,6 +222,65 @@ def agreement(name: str, device: str, report: Report) -> None:
             report.failures.append(f"{name} in {exact}: the host waits at {', '.join(waits)}")
 
 
+@contextmanager
+def own_kernels(device: str, used: bool) -> Generator[None]:
+    """Chunks are folded together on the device, by memkit's own kernels or without."""
+    before = fused.FUSED_ON, together.FOLDED_TOGETHER
+    fused.FUSED_ON = {device} if used else set()
+    together.FOLDED_TOGETHER = together.FOLDED_TOGETHER | {device}
+    try:
+        yield
+    finally:
+        fused.FUSED_ON, together.FOLDED_TOGETHER = before
+
+
+def has_kernels(policy: memkit.Policy, device: str) -> bool:
+    """Whether memkit has kernels of its own for a policy."""
+    with own_kernels(device, True):
+        rules = SlotRules(policy, 16, torch.float32, None, None, True)
+        return fused.fuses(rules, torch.zeros(1, 1, 1, 32, device=device))
+
+
+def kernels_agree(name: str, device: str, report: Report) -> None:
+    """One shipped policy: do memkit's kernels say what PyTorch says on the same device, and twice the same?"""
+    policy = small(name)
+    if not has_kernels(policy, device):
+        return
+    shapes = ((1, 2, 1, 80, 16),) if device == "cpu" else ((2, 4, 2, 150, 16), (2, 8, 4, 3000, 128))
+    for rows, heads, kv_heads, tokens, width in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            shape = (rows, kv_heads, tokens, width)
+            tensors = [torch.randn(rows, heads, tokens, width), *(torch.randn(shape) for _ in range(2))]
+            tensors, more = [moved(each, device, dtype) for each in tensors], given(policy, heads, shape, device, dtype)
+            cotangent = torch.randn(rows, heads, tokens, width).to(device, dtype)
+            runs: list[list[Tensor]] = []
+            for used in (False, True, True):
+                with own_kernels(device, used):
+                    runs.append(step(policy, tensors, more, cotangent))
+            errors = [
+                float((mine.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1))
+                for mine, other in zip(runs[1], runs[0], strict=True)
+            ]
+            same = all(map(torch.equal, runs[1], runs[2]))
+            allowed = {torch.float32: 2**-13, torch.bfloat16: 2**-4}[dtype]
+            report.kernels.append(
+                {
+                    "policy": name,
+                    "tokens": tokens,
+                    "width": width,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "outputs": errors[0],
+                    "gradients": max(errors[1:]),
+                    "two runs": "same" if same else "differ",
+                }
+            )
+            if max(errors) > allowed or not max(errors) >= 0:
+                report.failures.append(
+                    f"{name}, own kernels in {dtype}: off by {max(errors):.2g}, {allowed:.2g} allowed"
+                )
+
+
 def ceilings(device: str, clock: Clock) -> dict[str, float]:
     """GB/s of a copy (bytes read and written), TFLOP/s of a matrix product in bfloat16."""
     numbers, size = (2**30, 8192) if device == "cuda" else (2**22, 512)
@@ -316,23 +383,27 @@ def table(arguments: argparse.Namespace, clock: Clock, report: Report, until: fl
                     policy = memkit.load_policy(name).build()
                     if mode == "train" and not policy.plans_ahead:
                         continue
-                    spent, peak = timed(policy, mode, clock, tensors)
                     chunks = tokens // policy.chunk if policy.chunk else 0
-                    report.table.append(
-                        {
-                            "mode": mode,
-                            "tokens": tokens,
-                            "rows": rows,
-                            "policy": name,
-                            "ms": spent,
-                            "full, ms": best,
-                            "kernel": kernel,
-                            "× full": best / spent,
-                            "µs a chunk": 1000 * spent / chunks if chunks and mode != "decode" else None,
-                            "peak MB": None if peak is None else peak / 1e6,
-                        }
-                    )
-                    print({key: _cell(each) for key, each in report.table[-1].items()}, flush=True)
+                    both = mode != "decode" and arguments.device == "cuda" and has_kernels(policy, "cuda")
+                    for used in (False, True) if both else (None,):
+                        with nullcontext() if used is None else own_kernels(arguments.device, used):
+                            spent, peak = timed(policy, mode, clock, tensors)
+                        report.table.append(
+                            {
+                                "mode": mode,
+                                "tokens": tokens,
+                                "rows": rows,
+                                "policy": name,
+                                "own kernels": None if used is None else str(used).lower(),
+                                "ms": spent,
+                                "full, ms": best,
+                                "kernel": kernel,
+                                "× full": best / spent,
+                                "µs a chunk": 1000 * spent / chunks if chunks and mode != "decode" else None,
+                                "peak MB": None if peak is None else peak / 1e6,
+                            }
+                        )
+                        print({key: _cell(each) for key, each in report.table[-1].items()}, flush=True)
                 del tensors
                 report.write(arguments.out)
 
@@ -362,6 +433,7 @@ def main() -> int:
     )
     for name in memkit.policy_names():
         agreement(name, arguments.device, report)
+        kernels_agree(name, arguments.device, report)
     report.write(arguments.out)
     print(report.markdown(), flush=True)
     report.ceilings = ceilings(arguments.device, clock)

@@ -26,11 +26,12 @@ from memkit.pieces.statistics import RADIUS
 
 __all__ = ["FUSED_ON", "Unfold", "fold_fused", "fuses"]
 
-FUSED_ON = {"cuda"}
+FUSED_ON: set[str] = set()
 """Devices on which these kernels are used, where Triton is installed; take it out, and PyTorch does all."""
 
-TOKENS, SLOTS, UNFOLDED, WARPS = 64, 64, 32, 8
-"""Tokens and slots of which a program has a tile, slots of the gradient's, and warps that share it."""
+TOKENS, SLOTS, UNFOLDED, WARPS = 32, 32, 16, 8
+"""Tokens and slots of which a program has a tile, slots of the gradient's, and warps that share it: with heads of 128
+nearly all stays in registers."""
 
 WIDEST, LONGEST = 256, 1024
 """Channels of a head, and tokens of a chunk, that a program can hold."""
@@ -79,8 +80,10 @@ def fold_fused(
     founded = torch.zeros(batch, heads, tokens, dtype=torch.uint8, device=device)
     sums = stretch.sums.clone(memory_format=torch.contiguous_format)
     fold = _Fold(rules, stretch, (alone, joining), slot, founded, sums, kept=False)
-    best_of_all, best = torch.empty(2, batch * heads, size, dtype=torch.float32, device=device)
-    grid, tiles = (batch * heads, -(-size // TOKENS)), {"width": width, "padded": _power(width), "tokens": TOKENS}
+    kernels, rows = _kernels(), batch * heads
+    best_of_all, best = torch.empty(2, rows, size, dtype=torch.float32, device=device)
+    place = torch.empty(rows, size, dtype=torch.int32, device=device)
+    grid, tiles = (rows, -(-size // TOKENS)), {"width": width, "padded": _power(width), "tokens": TOKENS}
     tiles["num_warps"] = WARPS
     for number, each in enumerate(leaving):
         here = slice(number * size, (number + 1) * size)
@@ -92,12 +95,12 @@ def fold_fused(
         else:
             strides = (tokens * width, fold.room * width, tokens)
             tensors = (asks, fold.route, best_of_all, best, goes)
-            _kernels().nearest[grid](*tensors, live, size, *strides, sinks=rules.policy.sinks, **tiles, slots=SLOTS)
+            kernels.nearest[grid](*tensors, live, size, *strides, sinks=rules.policy.sinks, **tiles, slots=SLOTS)
         if 0 < new < size:
-            of_chunk = {"padded_chunk": _power(size)}
-            _kernels().found[grid](best_of_all, founds, new, size, tokens, **of_chunk, tokens=TOKENS)
-            tensors = (asks, as_slots[:, :, here], founds, best, goes)
-            _kernels().join[grid](*tensors, live, size, tokens * width, tokens, **tiles, **of_chunk)
+            facts = (new, live, size, tokens)
+            kernels.found[(rows,)](best_of_all, founds, place, *facts, padded_chunk=_power(size), tokens=TOKENS)
+            tensors = (asks, as_slots[:, :, here], founds, place, best, goes)
+            kernels.join[grid](*tensors, size, tokens * width, tokens, **tiles)
         fold.run(number, 1, live + new)
     founders = founded.view(torch.bool)
     placed = dataclasses.replace(stretch, slot=slot, founders=founders)

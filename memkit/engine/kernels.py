@@ -12,8 +12,6 @@ chunk begins at its first token. This module is imported where Triton is there (
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -25,16 +23,16 @@ VARYING = ["live", "new", "after", "chunk", "first", "chunks", "count", "room"]
 
 @triton.jit(do_not_specialize=VARYING)
 def nearest(
-    keys: Any,
-    route: Any,
-    best_of_all: Any,
-    best: Any,
-    slot: Any,
-    live: Any,
-    chunk: Any,
-    keys_stride: Any,
-    route_stride: Any,
-    slot_stride: Any,
+    keys,
+    route,
+    best_of_all,
+    best,
+    slot,
+    live,
+    chunk,
+    keys_stride,
+    route_stride,
+    slot_stride,
     sinks: tl.constexpr,
     width: tl.constexpr,
     padded: tl.constexpr,
@@ -67,48 +65,55 @@ def nearest(
 
 @triton.jit(do_not_specialize=VARYING)
 def found(
-    best_of_all: Any,
-    founded: Any,
-    new: Any,
-    chunk: Any,
-    founded_stride: Any,
+    best_of_all,
+    founded,
+    place,
+    new,
+    live,
+    chunk,
+    founded_stride,
     padded_chunk: tl.constexpr,
     tokens: tl.constexpr,
 ):
-    """Which tokens found: the `new` that are least like any slot, the earliest on ties."""
-    head, every = tl.program_id(0).to(tl.int64), tl.arange(0, padded_chunk)
-    t = tl.program_id(1) * tokens + tl.arange(0, tokens)
+    """Which tokens found, the `new` that are least like any slot, the earliest on ties; and their slots: behind the
+    live ones, in token order. A program has all tokens of a head."""
+    head, t = tl.program_id(0).to(tl.int64), tl.arange(0, padded_chunk)
     mine = tl.load(best_of_all + head * chunk + t, t < chunk, float("inf"))
-    others = tl.load(best_of_all + head * chunk + every, every < chunk, float("inf"))
-    first = (others[None, :] == mine[:, None]) & (every[None, :] < t[:, None])
-    ahead = ((others[None, :] < mine[:, None]) | first) & (every < chunk)[None, :]
-    tl.store(founded + head * founded_stride + t, (tl.sum(ahead.to(tl.int32), 1) < new).to(tl.uint8), t < chunk)
+    ahead = tl.zeros((padded_chunk,), tl.int32)
+    for begin in range(0, chunk, tokens):
+        other = begin + tl.arange(0, tokens)
+        theirs = tl.load(best_of_all + head * chunk + other, other < chunk, float("inf"))
+        earlier = (theirs[None, :] == mine[:, None]) & (other[None, :] < t[:, None])
+        before = ((theirs[None, :] < mine[:, None]) | earlier) & (other < chunk)[None, :]
+        ahead += tl.sum(before.to(tl.int32), 1)
+    founds = ((ahead < new) & (t < chunk)).to(tl.int32)
+    tl.store(founded + head * founded_stride + t, founds.to(tl.uint8), t < chunk)
+    tl.store(place + head * chunk + t, live + tl.cumsum(founds, 0) - 1, t < chunk)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def join(
-    keys: Any,
-    alone: Any,
-    founded: Any,
-    best: Any,
-    slot: Any,
-    live: Any,
-    chunk: Any,
-    keys_stride: Any,
-    founded_stride: Any,
+    keys,
+    alone,
+    founded,
+    place,
+    best,
+    slot,
+    chunk,
+    keys_stride,
+    founded_stride,
     width: tl.constexpr,
     padded: tl.constexpr,
-    padded_chunk: tl.constexpr,
     tokens: tl.constexpr,
 ):
-    """Founders go to their own slots, behind the live ones in token order; who is more like a founder than like any
-    slot joins it.
+    """Founders go to their own slots, and who is more like a founder than like any slot joins that one's.
 
-    alone: the tokens' keys as slots of their own are read. `slot` and `founded` have the same stride.
+    alone: the tokens' keys as slots of their own are read; place: founders' slots. `slot` and `founded` have the same
+    stride.
     """
     head, w = tl.program_id(0).to(tl.int64), tl.arange(0, padded)
     t = tl.program_id(1) * tokens + tl.arange(0, tokens)
-    there, columns, every = t < chunk, w < width, tl.arange(0, padded_chunk)
+    there, columns = t < chunk, w < width
     mine = tl.load(keys + head * keys_stride + t[:, None] * width + w, there[:, None] & columns[None, :], 0.0)
     most = tl.load(best + head * chunk + t, there, float("-inf"))
     whom = tl.full((tokens,), -1, tl.int32)
@@ -125,37 +130,36 @@ def join(
             most = tl.maximum(most, highest)
     own = tl.load(founded + head * founded_stride + t, there, 0) > 0
     whom = tl.where(own, t, whom)
-    founders = tl.load(founded + head * founded_stride + every, every < chunk, 0).to(tl.int32)
-    nth = tl.sum(founders[None, :] * (every[None, :] < whom[:, None]).to(tl.int32), 1)
+    goes = tl.load(place + head * chunk + whom, there & (whom >= 0), 0).to(tl.int64)
     stands = tl.load(slot + head * founded_stride + t, there, 0)
-    tl.store(slot + head * founded_stride + t, tl.where(whom >= 0, (live + nth).to(tl.int64), stands), there)
+    tl.store(slot + head * founded_stride + t, tl.where(whom >= 0, goes, stands), there)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def fold(
-    alone: Any,
-    joining: Any,
-    radius: Any,
-    slot: Any,
-    founded: Any,
-    sums: Any,
-    radii: Any,
-    route: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-    view_keys: Any,
-    view_values: Any,
-    kept_sums: Any,
-    kept_radii: Any,
-    first: Any,
-    chunks: Any,
-    after: Any,
-    chunk: Any,
-    count: Any,
-    heads: Any,
-    rows_stride: Any,
-    slot_stride: Any,
-    room: Any,
+    alone,
+    joining,
+    radius,
+    slot,
+    founded,
+    sums,
+    radii,
+    route,
+    norm_weight,
+    norm_bias,
+    view_keys,
+    view_values,
+    kept_sums,
+    kept_radii,
+    first,
+    chunks,
+    after,
+    chunk,
+    count,
+    heads,
+    rows_stride,
+    slot_stride,
+    room,
     width: tl.constexpr,
     values: tl.constexpr,
     padded: tl.constexpr,
@@ -177,7 +181,7 @@ def fold(
     w, v = tl.arange(0, padded), tl.arange(0, padded_values)
     there, columns, channels = s < after, w < width, v < values
     some_keys, some_values = there[:, None] & columns[None, :], there[:, None] & channels[None, :]
-    both, dtype = width + values, view_keys.dtype.element_ty
+    both = width + values
     at = sums + (head * room + s)[:, None] * both
     of_keys = tl.load(at + w, some_keys, 0.0)
     of_values = tl.load(at + width + v, some_values, 0.0)
@@ -209,8 +213,8 @@ def fold(
         length = tl.maximum(tl.sqrt(tl.sum(of_values * of_values, 1)), shortest)
         value = of_values * (reach / length)[:, None]
         place = ((head // heads * count + number) * heads + head % heads) * room + s
-        tl.store(view_keys + place[:, None] * width + w, key.to(dtype), some_keys)
-        tl.store(view_values + place[:, None] * values + v, value.to(dtype), some_values)
+        tl.store(view_keys + place[:, None] * width + w, key.to(view_keys.dtype.element_ty), some_keys)
+        tl.store(view_values + place[:, None] * values + v, value.to(view_values.dtype.element_ty), some_values)
         if keeps:
             tl.store(kept_sums + place[:, None] * both + w, of_keys, some_keys)
             tl.store(kept_sums + place[:, None] * both + width + v, of_values, some_values)
@@ -225,17 +229,17 @@ def fold(
 
 @triton.jit(do_not_specialize=VARYING)
 def unfold(
-    kept_sums: Any,
-    kept_radii: Any,
-    grad_keys: Any,
-    grad_values: Any,
-    grad_sums: Any,
-    grad_radii: Any,
-    norm_weight: Any,
-    grad_norm: Any,
-    count: Any,
-    heads: Any,
-    room: Any,
+    kept_sums,
+    kept_radii,
+    grad_keys,
+    grad_values,
+    grad_sums,
+    grad_radii,
+    norm_weight,
+    grad_norm,
+    count,
+    heads,
+    room,
     width: tl.constexpr,
     values: tl.constexpr,
     padded: tl.constexpr,
