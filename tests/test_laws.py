@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 import memkit
+from memkit.engine import forward, together
 from memkit.pieces import registry
 from memkit.testing import calls, cases, laws, scaled_down
 from tests.testing.ema import EmaSpec
@@ -23,6 +24,25 @@ each_law = pytest.mark.parametrize("law", laws.POLICY_LAWS, ids=lambda law: law.
 @each_law
 def test_drawn_policies(law):
     @DRAWN
+    @given(calls())
+    def holds(call):
+        law(*call)
+
+    holds()
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch):
+    """Chunks are folded and read together."""
+    monkeypatch.setattr(forward, "TOGETHER", {"cpu": 48})
+    monkeypatch.setattr(forward, "UNEQUAL_SLOTS", {"cpu"})
+    monkeypatch.setattr(together, "FOLDED_TOGETHER", {"cpu"})
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@each_law
+def test_drawn_policies_as_on_a_gpu(law):
+    @settings(DRAWN, max_examples=60)
     @given(calls())
     def holds(call):
         law(*call)

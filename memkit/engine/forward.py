@@ -138,7 +138,8 @@ class Pass:
 
     def _snapshots(self, steps: list[Step]) -> Snapshots | None:
         """PLAN and FOLD what leaves before some steps; the slots as each of them reads them, None if none is there."""
-        if self.together:
+        # Where nothing leaves and nobody goes back, slots may be there only as they are read.
+        if self.together and (self.inputs.differentiable or any(step.leaving for step in steps)):
             return self._folded_together(steps)
         snapshots = Snapshots(len(steps), steps[-1].most_slots)
         for number, step in enumerate(steps):
