@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from memkit import Memory, PolicySpec
-from memkit.engine import carry, forward, gradients, heads, keysets, leaving, observe, read, schedule
+from memkit.engine import carry, forward, gradients, heads, keysets, leaving, observe, read, schedule, together
 from memkit.memory import replacing, slots
 from memkit.pieces import Merging, Readout, ReadoutSpec, admission
 from memkit.pieces.admission import Admission, Novelty, OutputErrorSpec
@@ -33,6 +33,7 @@ from memkit.pieces.statistics import COUNT, MASS, POSITION
 from memkit.pieces.window import BlockWindow, BlockWindowSpec
 from memkit.policy import Policy
 from memkit.testing import Law, laws
+from tests.as_on_a_gpu import SETTINGS
 
 # Merge rules
 
@@ -450,6 +451,18 @@ def _undoes_nothing(right):
     return lambda self, fold, *sums: None
 
 
+def _reads_one_chunk_ahead(right):
+    return lambda rules, stretch, chunk: [each.roll(-1, 1) for each in right(rules, stretch, chunk)]
+
+
+def _forgets_later_readings(right):
+    def through(self, steps, stretch, read, grads):
+        grads.sums.zero_()
+        right(self, steps, stretch, read, grads)
+
+    return through
+
+
 def _channels_side_by_side(right):
     return lambda tensor: tensor
 
@@ -528,7 +541,8 @@ def _rows_of_another_head(right):
 class Fault:
     """A fault, and the law that must catch it: a piece to examine, or places to patch while policies are drawn.
 
-    fixed: pieces of those policies that are not drawn, so that the fault matters in most of them.
+    fixed: pieces of those policies that are not drawn, so that the fault matters in most of them; settings: what is set
+    beside it.
     """
 
     law: Law
@@ -536,6 +550,7 @@ class Fault:
     wrong: Callable[[Any], Any] | None = None
     places: tuple[tuple[Any, str], ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[tuple[Any, str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -545,6 +560,8 @@ class Fault:
     def planted(self) -> Generator[None]:
         """The mistake is in memkit while this lasts."""
         with ExitStack() as stack:
+            for setting in self.settings:
+                stack.enter_context(mock.patch.object(*setting))
             for target, attribute in self.places:
                 assert self.wrong is not None
                 right = getattr(target, attribute)
@@ -554,6 +571,11 @@ class Fault:
 
 def _in_policies(law: Law, wrong: Callable[[Any], Any], *places: tuple[Any, str], **fixed: Any) -> Fault:
     return Fault(law, wrong=wrong, places=places, fixed=tuple(fixed.items()))
+
+
+def _as_on_a_gpu(wrong: Callable[[Any], Any], *places: tuple[Any, str]) -> Fault:
+    fixed = FOLDS_TOGETHER.items()
+    return Fault(laws.same_plan_same_answer, wrong=wrong, places=places, fixed=tuple(fixed), settings=SETTINGS)
 
 
 WEIGHTED = WeightedMeanSpec(weight="learned")
@@ -568,6 +590,15 @@ SEES: dict[str, Any] = {
     "sinks": 1,
 }
 PLANS_AHEAD: dict[str, Any] = {"observe": ObservationSpec(), "eviction": "never", "heads": HeadsSpec()}
+FOLDS_TOGETHER: dict[str, Any] = {
+    "chunker": FixedChunkerSpec(size=2),
+    "window": BlockWindowSpec(chunks=1),
+    "growth": GROWS,
+    "merging": MeanSpec(),
+    "routing": NearestSpec(),
+    "sinks": 0,
+    **PLANS_AHEAD,
+}
 CONTRIBUTIONS = ((slots, "contributions"), (leaving, "contributions"), (gradients, "contributions"))
 
 FAULTS = (
@@ -645,15 +676,11 @@ FAULTS = (
     _in_policies(
         laws.same_plan_same_answer,
         _undoes_nothing,
-        (gradients.Walk, "_restore"),
-        chunker=FixedChunkerSpec(size=2),
-        window=BlockWindowSpec(chunks=1),
-        growth=GROWS,
-        merging=MeanSpec(),
-        routing=NearestSpec(),
-        sinks=0,
-        **PLANS_AHEAD,
+        (gradients.ChunkByChunk, "_restore"),
+        **FOLDS_TOGETHER,
     ),
+    _as_on_a_gpu(_reads_one_chunk_ahead, (forward, "slots_after"), (together, "slots_after")),
+    _as_on_a_gpu(_forgets_later_readings, (together.Together, "_through")),
     _in_policies(laws.same_plan_same_answer, _evidence_one_chunk_late, (observe.Observer, "observe"), **SEES),
     _in_policies(laws.causality, _asks_queries_to_come, (observe.Observer, "_at"), **SEES),
     _in_policies(laws.same_plan_same_answer, _evidence_left_behind, (replacing, "_tokens"), **SEES),

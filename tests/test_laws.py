@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 import memkit
-from memkit.engine import forward, together
 from memkit.pieces import registry
 from memkit.testing import calls, cases, laws, scaled_down
+from tests.as_on_a_gpu import SETTINGS
 from tests.testing.ema import EmaSpec
 
 # Fewer, and not made smaller, where the same tests verify hundreds of mutants (make mutants).
@@ -34,9 +34,8 @@ def test_drawn_policies(law):
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch):
     """Chunks are folded and read together."""
-    monkeypatch.setattr(forward, "TOGETHER", {"cpu": 48})
-    monkeypatch.setattr(forward, "UNEQUAL_SLOTS", {"cpu"})
-    monkeypatch.setattr(together, "FOLDED_TOGETHER", {"cpu"})
+    for setting in SETTINGS:
+        monkeypatch.setattr(*setting)
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")

@@ -173,7 +173,8 @@ class Pass:
         leaving = [each for step in steps for each in step.leaving]
         if self.plan is not None:
             return [follow(each, self.plan, self.device) for each in leaving]
-        self.planner.store.hold(self.store.sums[..., : self.rules.width], self.store.numbers)
+        room = self.planner.store.room  # decoding makes room for some more slots in the store, and not there
+        self.planner.store.hold(self.store.sums[:, :, :room, : self.rules.width], self.store.numbers[:, :, :room])
         for step in steps:
             self.planner.absorb(step)
         return [assignment for _, assignment in self.planner.done[len(self.planner.done) - len(leaving) :]]
