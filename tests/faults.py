@@ -679,7 +679,7 @@ FAULTS = (
         (gradients.ChunkByChunk, "_restore"),
         **FOLDS_TOGETHER,
     ),
-    _as_on_a_gpu(_reads_one_chunk_ahead, (forward, "slots_after"), (together, "slots_after")),
+    _as_on_a_gpu(_reads_one_chunk_ahead, (together, "slots_after")),
     _as_on_a_gpu(_forgets_later_readings, (together.Together, "_through")),
     _in_policies(laws.same_plan_same_answer, _evidence_one_chunk_late, (observe.Observer, "observe"), **SEES),
     _in_policies(laws.causality, _asks_queries_to_come, (observe.Observer, "_at"), **SEES),

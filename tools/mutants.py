@@ -1,4 +1,4 @@
-"""Mutation testing of the code that decides: growth, admission, routing, merging, plan and schedule.
+"""Mutation testing of the code that decides: growth, admission, routing, merging, plan, schedule, folds together.
 
 Changes one operator, comparison, constant or call at a time, runs the tests against each change, and prints the share
 that some test notices. A mutant never touches the working tree: a child process compiles the changed source in place
@@ -32,6 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAWS = "tests/test_laws.py::test_drawn_policies"
 FAMILY = "tests/testing/test_checks.py::test_shipped_pieces_keep_the_laws_of_their_family"
+GPU = f"{LAWS}_as_on_a_gpu"
+TOGETHER = ["tests/engine/test_devices.py", "-k", "together"]
 AGREE = f"{LAWS}[same_plan_same_answer]"
 PLANS = ["tests/engine/test_plan.py", "-k", "not float64"]
 CHOICES = "tests/pieces/test_admission_and_routing.py"
@@ -57,6 +59,8 @@ TARGETS = {
     "memkit/pieces/merging.py": [["tests/pieces/test_merging_and_readout.py"], [AGREE], [FAMILY, "-k", "Mean or Drop"]],
     "memkit/engine/plan.py": [[CHOICES], [WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
     "memkit/engine/schedule.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
+    "memkit/engine/stretch.py": [TOGETHER, [GPU]],
+    "memkit/engine/together.py": [TOGETHER, [GPU]],
 }
 """What is mutated, and the tests that verify it, the quickest first."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 from memkit.engine.backward import Inputs, Passed, attend_as_one_node
 from memkit.engine.carry import close, open_store, open_timeline, without_padding
 from memkit.engine.decode import decode
-from memkit.engine.fused import fold_fused, fuses
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
 from memkit.engine.leaving import LeavingTokens
@@ -21,9 +19,8 @@ from memkit.engine.observe import Observer, alike_rows
 from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
-from memkit.engine.stretch import Stretch
 from memkit.engine.threads import one_thread
-from memkit.engine.together import foldable_together, slots_after, view_of
+from memkit.engine.together import FoldsTogether, foldable_together
 from memkit.memory import Memory
 from memkit.memory.contest import Contest
 from memkit.memory.replacing import replace
@@ -99,9 +96,10 @@ class Pass:
         self.plan = None if inputs.plan is None else inputs.plan.to(self.device)
         self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
-        self.together = inputs.values is not None and foldable_together(inputs, self.schedule)
-        self.fuses = self.together and self.plan is None and fuses(self.rules, self.store.sums)
-        self.stretches: list[Stretch | None] = []
+        self.together: FoldsTogether | None = None
+        if inputs.values is not None and foldable_together(inputs, self.schedule):
+            keep, planner = inputs.differentiable, None if inputs.plan is not None else self._planner
+            self.together = FoldsTogether(self.rules, self.schedule, self.timeline, self.plan, planner, keep)
 
     # The steps
 
@@ -119,7 +117,7 @@ class Pass:
         lse = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
         for steps in self._groups():
             span = slice(steps[0].start, steps[-1].stop)
-            if len(steps) == 1 and not self.together:
+            if len(steps) == 1 and self.together is None:
                 with self._one_thread(steps[0], heads if self.policy.observes else key_sets.keys.shape[1]):
                     self.absorb(steps[0])
                     if (known := self.observe(steps[0])) is not None:
@@ -139,8 +137,8 @@ class Pass:
     def _snapshots(self, steps: list[Step]) -> Snapshots | None:
         """PLAN and FOLD what leaves before some steps; the slots as each of them reads them, None if none is there."""
         # Where nothing leaves and nobody goes back, slots may be there only as they are read.
-        if self.together and (self.inputs.differentiable or any(step.leaving for step in steps)):
-            return self._folded_together(steps)
+        if self.together is not None and (self.inputs.differentiable or any(step.leaving for step in steps)):
+            return self.together.snapshots(steps, self.store)
         snapshots = Snapshots(len(steps), steps[-1].most_slots)
         for number, step in enumerate(steps):
             self.absorb(step)
@@ -148,39 +146,7 @@ class Pass:
                 snapshots.take(number, self.store.read(self.rules))
         return snapshots
 
-    def _folded_together(self, steps: list[Step]) -> Snapshots | None:
-        """PLAN chunk by chunk, by a pass that knows keys alone, and one FOLD; or both by kernels, if they know it."""
-        store, most = self.store, steps[-1].most_slots
-        if not most:
-            self.stretches.append(None)
-            return None
-        stretch = Stretch.of(steps, int(self.schedule.shift[0]), (store.sums[:, :, :most], store.numbers[:, :, :most]))
-        stretch = stretch.apart() if self.inputs.differentiable else stretch
-        chunk = stretch.chunk(self.timeline.streams)
-        fused = fold_fused(self.rules, steps, chunk, stretch) if self.fuses else None
-        if fused is not None:
-            stretch, view, *last = fused
-        else:
-            stretch = stretch.placed(self._placed(steps))
-            after = slots_after(self.rules, stretch, chunk)
-            view, last = view_of(self.rules, after), [each[:, -1] for each in after]
-        self.stretches.append(stretch)
-        store.hold(*last)
-        return Snapshots.of(view, len(steps))
-
-    def _placed(self, steps: list[Step]) -> list[Assignment]:
-        """PLAN alone: where the tokens go that leave before some steps."""
-        leaving = [each for step in steps for each in step.leaving]
-        if self.plan is not None:
-            return [follow(each, self.plan, self.device) for each in leaving]
-        room = self.planner.store.room  # decoding makes room for some more slots in the store, and not there
-        self.planner.store.hold(self.store.sums[:, :, :room, : self.rules.width], self.store.numbers[:, :, :room])
-        for step in steps:
-            self.planner.absorb(step)
-        return [assignment for _, assignment in self.planner.done[len(self.planner.done) - len(leaving) :]]
-
-    @functools.cached_property
-    def planner(self) -> Pass:
+    def _planner(self) -> Pass:
         """A pass over the same tokens that knows nothing but keys."""
         return Pass(dataclasses.replace(self.inputs, queries=None, values=None, differentiable=False))
 
@@ -266,12 +232,12 @@ class Pass:
 
     def _without_graph(self, given: Inputs) -> Passed:
         """The pass itself; what undoing each fold takes is kept."""
-        store = SlotStore(given.sums.clone(), given.numbers.clone(), undo=None if self.together else [])
+        store = SlotStore(given.sums.clone(), given.numbers.clone(), undo=[] if self.together is None else None)
         outer, self.store = self.store, store
         output, lse = self.read(given.queries)
         self.store = outer
-        if self.together:
-            return Passed(output, lse, store.sums, store.numbers, None, [], self.stretches)
+        if self.together is not None:
+            return Passed(output, lse, store.sums, store.numbers, None, [], self.together.stretches)
         return Passed(output, lse, store.sums, store.numbers, store.read(self.rules), store.undo or [])
 
     def with_graph(self) -> Tensor:

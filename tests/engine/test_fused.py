@@ -37,14 +37,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> set[bool]:
     for name, size in (("TOKENS", 16), ("SLOTS", 16), ("UNFOLDED", 16)):
         monkeypatch.setattr(fused, name, size)
     found: set[bool] = set()
-    fold_fused = forward.fold_fused
+    fold_fused = together.fold_fused
 
     def noting(*given: Any) -> Any:
         result = fold_fused(*given)
         found.add(result is not None)
         return result
 
-    monkeypatch.setattr(forward, "fold_fused", noting)
+    monkeypatch.setattr(together, "fold_fused", noting)
     return found
 
 
