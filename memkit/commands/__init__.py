@@ -1,1 +1,1 @@
-"""Commands of the command line that have a module of their own; `memkit.cli` registers them."""
+"""The commands of the command line, each in a module of its own; `memkit.cli` puts them together."""

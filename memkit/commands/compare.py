@@ -25,10 +25,10 @@ from memkit.commands.options import (
 )
 from memkit.errors import InputError, short
 
-__all__ = ["compare_command", "register", "report_command"]
+__all__ = ["compare", "report"]
 
 
-def compare_command(
+def compare(
     policies: Annotated[
         list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: `make compare`'s.")
     ] = None,
@@ -132,7 +132,7 @@ def _check_trained(model: str, options: dict[str, Any]) -> None:
             raise InputError(f"{option} is for stock models, got {short(model)}; leave it out")
 
 
-def report_command(
+def report(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The HTML file to write.")],
     policies: Annotated[
         list[str] | None, typer.Argument(metavar="POLICY", help="Names or YAML files; left out: `make compare`'s.")
@@ -188,9 +188,3 @@ def report_command(
 
     write(out, page(compared, title))
     typer.echo(f"{out}: {len(compared.policies)} policies")
-
-
-def register(app: typer.Typer) -> None:
-    """Make the commands known."""
-    app.command("compare")(compare_command)
-    app.command("report")(report_command)

@@ -12,13 +12,13 @@ from memkit.commands.models import tokenizer_of
 from memkit.commands.options import check_writable, write
 from memkit.plain_json import as_json
 
-__all__ = ["eval_command", "register"]
+__all__ = ["evaluate"]
 
 NEWLINE = 10
 """The byte before a text that has no context, for models over bytes."""
 
 
-def eval_command(
+def evaluate(
     tasks: Annotated[list[str], typer.Option(metavar="TASK", help="A task of lm-evaluation-harness; repeat it.")],
     model: Annotated[
         str | None,
@@ -63,8 +63,3 @@ def eval_command(
                 typer.echo(f"{task:24} {name.split(',')[0]:20} {value:.4f}")
     if json_file is not None:
         write(json_file, as_json(found) + "\n")
-
-
-def register(app: typer.Typer) -> None:
-    """Make the command known."""
-    app.command("eval")(eval_command)

@@ -10,10 +10,10 @@ import typer
 
 from memkit.errors import InputError
 
-__all__ = ["register", "sweep_command"]
+__all__ = ["sweep"]
 
 
-def sweep_command(
+def sweep(
     declared: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's YAML; sweeps/ has examples.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to; what is in it is not done again.")],
     jobs: Annotated[
@@ -60,8 +60,3 @@ def sweep_command(
             f"({seeds}) at learning rate {point.learning_rate:g}"
         )
     typer.echo(f"{out / 'sweep.csv'}: {len(found.rows)} lines")
-
-
-def register(app: typer.Typer) -> None:
-    """Make the command known."""
-    app.command("sweep")(sweep_command)

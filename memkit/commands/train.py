@@ -11,10 +11,10 @@ import typer
 from memkit.commands.options import SetOption, parse_overrides
 from memkit.errors import InputError
 
-__all__ = ["register", "train_command"]
+__all__ = ["train"]
 
 
-def train_command(
+def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name, a YAML file, or a folder.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to; a run in it is gone on with.")],
     text: Annotated[
@@ -93,8 +93,3 @@ def declared(task: str) -> Any:
     if task.endswith((".yaml", ".yml")) or "/" in task:
         return yaml12.read(Path(task), InputError)
     return {"kind": task}
-
-
-def register(app: typer.Typer) -> None:
-    """Make the command known."""
-    app.command("train")(train_command)
