@@ -20,6 +20,11 @@ from memkit.policy import Policy
 __all__ = ["Fold", "SlotStore", "flat_slots"]
 
 
+BY_PRODUCT = {"cuda": (512, 2**26)}
+"""Up to how many slots a chunk's rows are summed by a product with zeros and ones, and up to how many of these, per
+kind of device, where products of float32 are exact. There sorting rows by slot is some twenty operations more."""
+
+
 @dataclass
 class Fold:
     """What undoing one fold takes: kept where a backward pass will run through it.
@@ -133,7 +138,10 @@ class SlotStore:
             if assignment.drops:
                 rows, numbers = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, numbers))
             self.about_to_write()
-            self.sums, self.numbers = self._added(self.sums, target, rows), self._added(self.numbers, target, numbers)
+            takes = self._takes(assignment.slot)
+            self.sums = self._added(self.sums, target, takes, rows)
+            if rules.valued or not rules.policy.readout.layer_norm:  # a plan reads such slots' keys by their sums alone
+                self.numbers = self._added(self.numbers, target, takes, numbers)
         else:
             self._add_in_turn(rules, target.view(stored.shape), stored, assignment.founded, rows, numbers)
         self._read_anew(rules, assignment, chunk, target)
@@ -164,8 +172,19 @@ class SlotStore:
             self.evidence = self.evidence.index_copy(0, rows, store.evidence)
         self.view = self.founders_keys = self.lines = None
 
-    def _added(self, sums: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-        flat, rows = sums.flatten(0, 2), rows.flatten(0, 2).to(sums.dtype)
+    def _takes(self, slot: Tensor) -> Tensor | None:
+        """Whether each slot takes each token, [b, g, M, c]; None where rows are not summed by a product."""
+        most, numbers = BY_PRODUCT.get(slot.device.type, (0, 0))
+        if self.room > most or slot.numel() * self.room > numbers or not _products_are_exact():
+            return None
+        return slot.unsqueeze(-2) == torch.arange(self.room, device=slot.device).unsqueeze(-1)
+
+    def _added(self, sums: Tensor, target: Tensor, takes: Tensor | None, rows: Tensor) -> Tensor:
+        rows = rows.to(sums.dtype)
+        if takes is not None:
+            added = takes.to(sums.dtype) @ rows
+            return sums.add_(added) if self.in_place else sums + added
+        flat, rows = sums.flatten(0, 2), rows.flatten(0, 2)
         if sums.device.type == "cuda":
             # Sorts and reduces by segment, where index_add would add in whatever order its threads arrive.
             if self.in_place:
@@ -235,6 +254,13 @@ class SlotStore:
             pairs.append((view.bias, fresh.bias))
         for whole, part in pairs:
             whole.flatten(0, 2).index_copy_(0, target, part)
+
+
+def _products_are_exact() -> bool:
+    """Whether a GPU multiplies float32 as such, and not rounded to TF32."""
+    of_products = torch.backends.cuda.matmul.fp32_precision
+    of_all: str = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return (of_all if of_products == "none" else of_products) in ("none", "ieee")
 
 
 def _longer(tensor: Tensor, missing: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 import memkit
 from memkit.engine import forward, read, together
 from memkit.engine.keysets import KeySets
+from memkit.memory import slots
 from memkit.pieces import Need
 
 PLANNED = [name for name in memkit.policy_names() if memkit.load_policy(name).build().plans_ahead]
@@ -87,6 +88,7 @@ def test_chunks_read_together_read_the_same(
     for folded in (set[str](), {"cpu"}):
         groups.clear()
         monkeypatch.setattr(together, "FOLDED_TOGETHER", folded)
+        monkeypatch.setattr(slots, "BY_PRODUCT", {"cpu": (512 if folded else 0, 2**26)})
         found = _everything(*_given(name, rows, kv_heads, 203))
         assert bool(groups) == (_small(name).window.kind == "block")
         assert max(groups, default=6) == 6
@@ -94,6 +96,21 @@ def test_chunks_read_together_read_the_same(
         for one, other in zip(apart, found, strict=True):
             if one.numel():
                 assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(one.detach().abs().max()))
+
+
+def test_rows_are_not_summed_by_products_that_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "BY_PRODUCT", {"cpu": (512, 2**26)})
+    store, slot = slots.SlotStore(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 1)), torch.tensor([[[2, 0, 2]]])
+    takes = store._takes(slot)
+    assert takes is not None
+    assert takes[0, 0].tolist() == [[False, True, False], [False] * 3, [True, False, True], [False] * 3]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert store._takes(slot) is None
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert store._takes(slot) is not None
 
 
 def test_rows_of_one_phase_but_unequal_slots_are_not_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
