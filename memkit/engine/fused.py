@@ -63,11 +63,11 @@ def fold_fused(
 ) -> tuple[Stretch, SlotView, Tensor, Tensor] | None:
     """The stretch with its tokens placed; slots as each of k steps reads them, [b·k, g, m, …]; last sums and numbers.
 
-    chunk: the stretch's tokens. None where that is for PyTorch: sinks among them, or a memory that is empty and does
-    not take its first chunk whole.
+    chunk: the stretch's tokens. None where that is for PyTorch: sinks among them, or a memory that has no slot which
+    they may join and does not take a chunk whole.
     """
     leaving = [each for step in steps for each in step.leaving]
-    if len(leaving) != len(steps) or any(not _simple(each) for each in leaving):
+    if len(leaving) != len(steps) or any(not _simple(each, rules.policy.sinks) for each in leaving):
         return None
     size, width, device = leaving[0].size, rules.width, stretch.sums.device
     chunk.memory_keys = keys = memory_keys(rules, chunk).contiguous()
@@ -237,10 +237,10 @@ def _flat(slot: Tensor, room: int) -> Tensor:
     return slot + (torch.arange(batch * heads, device=slot.device) * room).view(batch, heads, 1)
 
 
-def _simple(leaving: LeavingChunk) -> bool:
-    """Whether all of a chunk's tokens found, or some slot was there before it, and no sink is among them."""
-    live, new, sinks = (int(each[0]) for each in (leaving.slots_before, leaving.new_slots, leaving.sink_tokens))
-    return new == leaving.size or (live > 0 and not sinks)
+def _simple(leaving: LeavingChunk, sinks: int) -> bool:
+    """Whether all of a chunk's tokens found, or some slot is there that they may join, and no sink is among them."""
+    live, new, own_sinks = (int(each[0]) for each in (leaving.slots_before, leaving.new_slots, leaving.sink_tokens))
+    return new == leaving.size or (live > sinks and not own_sinks)
 
 
 def _power(number: int) -> int:
