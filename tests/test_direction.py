@@ -45,6 +45,7 @@ OUTSIDE = {
     "matplotlib": {"viz"},
     "rich": {"viz"},
     "transformers": {"hf", "evals", "training"},
+    "triton": {"engine"},
     "typer": {"cli", "commands"},
 }
 
