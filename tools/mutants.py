@@ -32,6 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAWS = "tests/test_laws.py::test_drawn_policies"
 FAMILY = "tests/testing/test_checks.py::test_shipped_pieces_keep_the_laws_of_their_family"
+SEES = ["tests/engine/test_compress.py", "tests/engine/test_heads_as_rows.py", "tests/engine/test_observing.py"]
+GOLDEN = ["tests/engine/test_golden.py"]
 GPU = f"{LAWS}_as_on_a_gpu"
 TOGETHER = ["tests/engine/test_devices.py", "-k", "together"]
 AGREE = f"{LAWS}[same_plan_same_answer]"
@@ -51,14 +53,24 @@ TARGETS = {
         [AGREE],
         [FAMILY, "-k", "Novelty or Recency or Stride"],
         [LAWS],
+        SEES,
+        GOLDEN,
         PLANS,
     ],
-    "memkit/pieces/chunk.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Novelty"], [LAWS], PLANS],
-    "memkit/pieces/similarity.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Novelty"], [LAWS], PLANS],
-    "memkit/pieces/routing.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Segment"], [LAWS], PLANS],
+    "memkit/pieces/chunk.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Novelty"], [LAWS], SEES, GOLDEN, PLANS],
+    "memkit/pieces/similarity.py": [
+        [CHOICES],
+        [AGREE],
+        [FAMILY, "-k", "Nearest or Novelty"],
+        [LAWS],
+        SEES,
+        GOLDEN,
+        PLANS,
+    ],
+    "memkit/pieces/routing.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Segment"], [LAWS], SEES, GOLDEN, PLANS],
     "memkit/pieces/merging.py": [["tests/pieces/test_merging_and_readout.py"], [AGREE], [FAMILY, "-k", "Mean or Drop"]],
-    "memkit/engine/plan.py": [[CHOICES], [WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
-    "memkit/engine/schedule.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS],
+    "memkit/engine/plan.py": [[CHOICES], [WEIGHTS], [AGREE], [LAWS], PLANS, ROWS, SEES, GOLDEN],
+    "memkit/engine/schedule.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS, SEES, GOLDEN],
     "memkit/engine/stretch.py": [TOGETHER, [GPU]],
     "memkit/engine/together.py": [TOGETHER, [GPU]],
 }

@@ -98,6 +98,32 @@ def test_chunks_read_together_read_the_same(
                 assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(one.detach().abs().max()))
 
 
+@pytest.mark.parametrize("weigh", [{"founders": True, "first_chunk": True}, {"founders": True}, {"first_chunk": True}])
+@pytest.mark.parametrize("split", [0, 60])
+def test_the_first_chunk_is_weighed_the_same_together(
+    weigh: dict[str, bool], split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "TOGETHER", {"cpu": 48})
+    torch.manual_seed(0)
+    changes = {"chunker.size": 8, "window.chunks": 1, "growth.factor": 2.0, "growth.floor": 8, "merging.weigh": weigh}
+    policy = memkit.load_policy("kvm-sqrt-16", changes).build()
+    tensors = [torch.randn(1, 2, 120, WIDTH, dtype=torch.float64) for _ in range(3)]
+    weights = torch.rand(1, 2, 120, dtype=torch.float64) + 0.5
+    results: list[list[Tensor]] = []
+    for folded in (set[str](), {"cpu"}):
+        monkeypatch.setattr(together, "FOLDED_TOGETHER", folded)
+        leaves = [tensor.clone().requires_grad_() for tensor in (*tensors, weights)]
+        memory, outputs = None, list[Tensor]()
+        for span in (slice(0, split), slice(split, None)):
+            *some, of_some = (leaf[:, :, span] for leaf in leaves)
+            output, memory = memkit.attend(policy, *some, weights=of_some, memory=memory)
+            outputs.append(output)
+        loss = sum(output.square().sum() for output in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 def test_rows_are_not_summed_by_products_that_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "BY_PRODUCT", {"cpu": (512, 2**26)})
     store, slot = slots.SlotStore(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 1)), torch.tensor([[[2, 0, 2]]])
