@@ -446,3 +446,18 @@ def test_rows_that_are_not_there_are_none_of_the_others():
 def test_neighbours_are_an_odd_number():
     with pytest.raises(PolicyError, match="pool must be odd"):
         memkit.load_policy("untrained-observed", {"admission.pool": 2})
+
+
+@pytest.mark.parametrize("admission", [NoveltySpec(), RecencySpec()])
+def test_who_is_like_nobody_joins_no_slot(admission: AdmissionSpec):
+    """The best of the slots there were and those founded in this step counts; as much as `least` is enough."""
+    founder, old = [0.0, 3.0], [1.0, 0.0]
+    others = {0: old, 1: [0.0, 1 / 3], -1: [0.5, 0.0]}  # whom each is like: the old slot, the founder, nobody enough
+    order = [founder, *others.values()] if isinstance(admission, NoveltySpec) else [*others.values(), founder]
+    keys, slots = torch.tensor([[order]]), torch.tensor([[[old]]])
+    chunk = leaving(keys, slots, slots_before=1, new_slots=1)
+    assignment = place(NearestSpec(least=1.0), admission, chunk)
+    expected = [1, *others] if isinstance(admission, NoveltySpec) else [*others, 1]
+    assert assignment.slot[0, 0].tolist() == expected
+    nobody = place(NearestSpec(least=1.0), admission, leaving(keys, slots, slots_before=1, new_slots=0))
+    assert nobody.slot[0, 0].tolist() == [0 if key == old else -1 for key in order]
