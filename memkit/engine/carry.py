@@ -83,9 +83,10 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         view = opened.view if timeline.in_place else None
         view = None if view is None or view.made_with != made_with else view
     sums, numbers, evidence = opened.sums, opened.numbers, opened.evidence
+    apart = inputs.values is None or inputs.differentiable
     if inputs.values is None:  # a plan only reads the memory, and only its keys
         sums, numbers = sums[..., : inputs.keys.shape[-1]].clone(), numbers.clone()
-    elif inputs.differentiable:  # the memory that is returned shares nothing with this one
+    elif apart:  # the memory that is returned shares nothing with this one
         sums, numbers, evidence = sums.clone(), numbers.clone(), None if evidence is None else evidence.clone()
     store = SlotStore(
         sums,
@@ -94,7 +95,7 @@ def open_store(inputs: AttendInputs, schedule: Schedule, timeline: Timeline) -> 
         evidence,
         in_place=not inputs.differentiable,
         founders_keys=opened.founders_keys,
-        before_writing=memory.about_to_write,
+        before_writing=None if apart else memory.about_to_write,
     )
     if room > store.room:
         if timeline.in_place and opened is memory.store:

@@ -20,7 +20,7 @@ from memkit.engine.plan import compete, follow, place, record, shared, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.engine.threads import one_thread
-from memkit.engine.together import FoldsTogether, foldable_together
+from memkit.engine.together import MOST_BYTES, FoldsTogether, foldable_together
 from memkit.memory import Memory
 from memkit.memory.contest import Contest
 from memkit.memory.replacing import replace
@@ -209,9 +209,12 @@ class Pass:
         if not together or not self.inputs.equal_lengths or self.policy.window.band is not None or self.policy.observes:
             return [[step] for step in steps]
         groups: list[list[Step]] = []
+        slots = None if self.together is None else MOST_BYTES // max(1, self.store.sums[:, :, :1].nbytes)
         for step in steps:
             last = groups[-1] if groups else []
-            if last and step.stop - last[0].start <= together and readable_together(last[0], step, unequal_slots):
+            fits = slots is None or (len(last) + 1) * step.most_slots <= slots
+            fits = fits and bool(last) and step.stop - last[0].start <= together
+            if fits and readable_together(last[0], step, unequal_slots):
                 last.append(step)
             else:
                 groups.append([step])

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ TOKENS, SLOTS, UNFOLDED, WARPS = 32, 32, 16, 8
 """Tokens and slots of which a program has a tile, slots of the gradient's, and warps that share it: with heads of 128
 nearly all stays in registers."""
 
-WIDEST, LONGEST = 256, 1024
-"""Channels of a head, and tokens of a chunk, that a program can hold."""
+WIDEST, LONGEST = 128, 1024
+"""Channels of a head, and tokens of a chunk, that a program can hold on any GPU since 2020."""
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def _kernels() -> Any:
 def fuses(rules: SlotRules, sums: Tensor) -> bool:
     """Whether the kernels know this memory, which sums [b, g, m, d + v], and this device."""
     policy, routing, spec = rules.policy, rules.policy.routing, rules.policy.readout.spec
-    joins = isinstance(routing, Nearest) and routing.similarity == "dot" and routing.new_slots and routing.least is None
+    joins = type(routing) is Nearest and routing.similarity == "dot" and routing.new_slots and routing.least is None
     read = spec.key == "layer-norm" and spec.value == "birth-radius" and spec.bias == "none"
     summed = policy.merging.additive and policy.merging.joins and policy.merging.of == "both"
     fits = (
@@ -58,17 +59,30 @@ def fuses(rules: SlotRules, sums: Tensor) -> bool:
     return known and fits and sums.device.type in FUSED_ON and _kernels() is not None
 
 
+def _there(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the tensor's GPU while this lasts: Triton takes the current one."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
 def fold_fused(
     rules: SlotRules, steps: Sequence[Step], chunk: Chunk, stretch: Stretch
 ) -> tuple[Stretch, SlotView, Tensor, Tensor] | None:
     """The stretch with its tokens placed; slots as each of k steps reads them, [b·k, g, m, …]; last sums and numbers.
 
-    chunk: the stretch's tokens. None where that is for PyTorch: sinks among them, or a memory that has no slot which
-    they may join and does not take a chunk whole.
+    chunk: the stretch's tokens. None where that is for PyTorch: not one chunk before each step, sinks among the tokens,
+    or a memory that has no slot which they may join and does not take a chunk whole. Keys that are the same to the last
+    bit may join another slot than in PyTorch, for a founder's key is read by PyTorch's LayerNorm here.
     """
     leaving = [each for step in steps for each in step.leaving]
     if len(leaving) != len(steps) or any(not _simple(each, rules.policy.sinks) for each in leaving):
         return None
+    with _there(stretch.sums):
+        return _folded(rules, leaving, chunk, stretch)
+
+
+def _folded(
+    rules: SlotRules, leaving: list[LeavingChunk], chunk: Chunk, stretch: Stretch
+) -> tuple[Stretch, SlotView, Tensor, Tensor]:
     size, width, device = leaving[0].size, rules.width, stretch.sums.device
     chunk.memory_keys = keys = memory_keys(rules, chunk).contiguous()
     everyone = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=device)
@@ -186,11 +200,12 @@ class Unfold:
         self.fold = _Fold(
             rules, stretch, (rows, rows), stretch.slot, founded.view(torch.uint8), stretch.sums, kept=True
         )
-        self.fold.run(0, self.fold.count, self.fold.room)
+        with _there(stretch.sums):
+            self.fold.run(0, self.fold.count, self.fold.room)
 
     @classmethod
     def of(cls, rules: SlotRules, stretch: Stretch, chunk: Chunk) -> Unfold | None:
-        """None where that is for PyTorch: chunks of more than one length."""
+        """None where that is for PyTorch: chunks of several lengths, or none, and tokens that may go nowhere."""
         alike = len(set(stretch.sizes)) == 1 and stretch.sizes[0] > 0 and not stretch.drops
         return cls(rules, stretch, chunk) if alike and fuses(rules, stretch.sums) else None
 
@@ -200,7 +215,11 @@ class Unfold:
         of_slots: those of how slots' keys and values read, [b·k, g, m, …]; grads: those of sums and numbers,
         [b, g, m, …], after the last step, which become those before the first.
         """
-        fold, (sums, numbers), (kept, radii) = self.fold, grads, self.fold.kept
+        with _there(grads[0]):
+            return self._back(of_slots, *grads)
+
+    def _back(self, of_slots: Sequence[Tensor], sums: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        fold, (kept, radii) = self.fold, self.fold.kept
         radius = self.rules.policy.statistics.index(RADIUS)
         of_sums, of_radii = sums.float().contiguous(), numbers[..., radius].float().contiguous()
         tiles = -(-fold.room // UNFOLDED)

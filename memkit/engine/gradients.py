@@ -22,6 +22,7 @@ from memkit.engine.schedule import Schedule, Step
 from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots
 from memkit.memory.slots import Fold, flat_slots
 from memkit.memory.window import Columns, columns, joined
+from memkit.pieces.chunk import as_tensor
 
 __all__ = [
     "ChunkByChunk",
@@ -281,7 +282,7 @@ class ChunkByChunk(Walk):
         first = firsts[0]
         if isinstance(first, Tensor) or any(each is not first for each in firsts):
             shapes = [(rows, 1, fold.slot.shape[2]) for fold in folds]
-            of_folds = [torch.as_tensor(each, device=self.key_sets.device) for each in firsts]
+            of_folds = [as_tensor(each, self.key_sets.keys) for each in firsts]
             first = torch.cat([each.expand(shape) for each, shape in zip(of_folds, shapes, strict=True)], dim=2)
         return Chunk(
             keys=columns(self.key_sets.keys, where),

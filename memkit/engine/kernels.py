@@ -39,7 +39,7 @@ def nearest(
     tokens: tl.constexpr,
     slots: tl.constexpr,
 ):
-    """For each token of a chunk the slot most like it, sinks left out, −1 for none; and the best similarity of all."""
+    """For each token of a chunk: the slot most like it that is no sink (there is one), and how alike any is at best."""
     head, w = tl.program_id(0).to(tl.int64), tl.arange(0, padded)
     t = tl.program_id(1) * tokens + tl.arange(0, tokens)
     there, columns = t < chunk, w < width
@@ -60,6 +60,7 @@ def nearest(
         most = tl.maximum(most, highest)
     tl.store(best_of_all + head * chunk + t, most_of_all, there)
     tl.store(best + head * chunk + t, most, there)
+    where = tl.maximum(where, sinks)  # where scores are no numbers
     tl.store(slot + head * slot_stride + t, where.to(tl.int64), there)
 
 

@@ -44,7 +44,10 @@ from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.pieces.chunk import Assignment
 
-__all__ = ["FOLDED_TOGETHER", "FoldsTogether", "KeptTogether", "Together", "foldable_together"]
+__all__ = ["FOLDED_TOGETHER", "MOST_BYTES", "FoldsTogether", "KeptTogether", "Together", "foldable_together"]
+
+MOST_BYTES = 2**30
+"""Of what slots hold after each of the steps that are folded together, at most; of one step at least."""
 
 FOLDED_TOGETHER = {"cuda"}
 """Devices on which chunks are folded together, where they can be. On a CPU operations cost less than what is read in
@@ -87,10 +90,12 @@ def _running(held: Tensor, steps: int, target: Tensor, rows: Tensor) -> Tensor:
     else:
         flat = flat.index_add(0, target, rows)
     added = flat.view(len(held), steps, *held.shape[1:])
-    return added.cumsum(1) if steps > 1 else added
+    if steps == 1:
+        return added
+    return added.cumsum(1) if added.requires_grad else added.cumsum_(1)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def _begins(batch: int, heads: int, sizes: tuple[int, ...], room: int, device: torch.device) -> Tensor:
     """Where each token's slots begin among those of all rows, steps and heads, [b, g, n]."""
     with torch.inference_mode(False):
@@ -175,8 +180,8 @@ class FoldsTogether:
 class KeptTogether:
     """What such a pass leaves for its backward pass besides its inputs and its output.
 
-    stretches: one per group of steps, None where these read no slots; streams: names and tensors of the timeline other
-    than keys, values and weights.
+    stretches: one per group of steps, None where these read no slots; lse [b, h, t]; positions [b, 1, n] of the
+    timeline; frequencies of the rotation.
     """
 
     stretches: list[Stretch | None]

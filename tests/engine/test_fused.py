@@ -122,6 +122,21 @@ def test_an_empty_memory_that_takes_some_of_its_first_chunk_is_left_to_pytorch(
         assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(other.abs().max()))
 
 
+@pytest.mark.usefixtures("kernels")
+def test_rows_of_the_batch_know_nothing_of_one_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "FUSED_ON", {DEVICE})
+    policy = memkit.load_policy("kvm-fixed-256", {"chunker.size": 16, "growth.slots": 40}).build()
+    torch.manual_seed(0)
+    queries, keys, values = (torch.randn(2, 2, 99, 16, device=DEVICE) for _ in range(3))
+    broken = keys.clone()
+    broken[1, 0, 20] = torch.nan
+    with torch.no_grad():
+        wanted, memory = memkit.attend(policy, queries, keys, values)
+        found, other = memkit.attend(policy, queries, broken, values)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(other.store.numbers[0], memory.store.numbers[0])
+
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import memkit
+from tests.as_on_a_gpu import SETTINGS
 from tests.engine.cases import Case, make_case, small
 
 BACKENDS = ["torch", "reference"]
@@ -52,12 +53,16 @@ def test_a_fork_is_a_memory_of_its_own(backend: str):
     assert torch.equal(output, expected)
 
 
+@pytest.mark.parametrize("settings", [(), SETTINGS], ids=["", "as on a GPU"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_with_gradients_a_memory_stays_as_it_is(backend: str):
+def test_with_gradients_a_memory_stays_as_it_is(backend: str, settings: Any, monkeypatch: pytest.MonkeyPatch):
+    for setting in settings:
+        monkeypatch.setattr(*setting)
     rest, memory = started()
     kept = memory.fork()
     rest.leaves().attend(memory=memory, backend=backend)
     assert not memory.taken
+    assert not memory.written
     for name, tensor in kept._saved().items():
         assert torch.equal(memory._saved()[name], tensor), name
 

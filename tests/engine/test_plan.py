@@ -180,6 +180,7 @@ def test_a_plan_reads_the_memory_and_leaves_it_alone(name: str):
     kept = memory.fork()
     plan = case.part(41, 70).plan(memory=memory)
     assert not memory.taken
+    assert not memory.written
     for name_, tensor in kept._saved().items():
         assert torch.equal(memory._saved()[name_], tensor), name_
     begin, length = int(plan.begin[0]), int(plan.length[0])
