@@ -68,11 +68,16 @@ TARGETS = {
         PLANS,
     ],
     "memkit/pieces/routing.py": [[CHOICES], [AGREE], [FAMILY, "-k", "Nearest or Segment"], [LAWS], SEES, GOLDEN, PLANS],
-    "memkit/pieces/merging.py": [["tests/pieces/test_merging_and_readout.py"], [AGREE], [FAMILY, "-k", "Mean or Drop"]],
+    "memkit/pieces/merging.py": [
+        ["tests/pieces/test_merging_and_readout.py"],
+        [AGREE],
+        [FAMILY, "-k", "Mean or Drop"],
+        ["tests/engine/test_validation.py"],
+    ],
     "memkit/engine/plan.py": [[CHOICES], [WEIGHTS], [AGREE], [LAWS], PLANS, ROWS, SEES, GOLDEN],
     "memkit/engine/schedule.py": [[WEIGHTS], [AGREE], [LAWS], PLANS, ROWS, SEES, GOLDEN],
-    "memkit/engine/stretch.py": [TOGETHER, [GPU]],
-    "memkit/engine/together.py": [TOGETHER, [GPU]],
+    "memkit/engine/stretch.py": [TOGETHER, [GPU], ["tests/engine/test_fused.py"]],
+    "memkit/engine/together.py": [TOGETHER, [GPU], ["tests/engine/test_fused.py"]],
 }
 """What is mutated, and the tests that verify it, the quickest first."""
 

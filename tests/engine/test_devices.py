@@ -79,7 +79,15 @@ def test_chunks_read_together_read_the_same(
         groups.append(len(steps))
         return of_many(self, steps, *rest)
 
+    folds: list[int] = []
+    slots_after = together.slots_after
+
+    def folding(rules: Any, stretch: Any, chunk: Any) -> Any:
+        folds.append(len(stretch.sizes))
+        return slots_after(rules, stretch, chunk)
+
     monkeypatch.setattr(KeySets, "of_many", counting)
+    monkeypatch.setattr(together, "slots_after", folding)
     monkeypatch.setattr(forward, "UNEQUAL_SLOTS", {"cpu"})
     monkeypatch.setattr(forward, "TOGETHER", {})
     apart = _everything(*_given(name, rows, kv_heads, 203))
@@ -87,6 +95,7 @@ def test_chunks_read_together_read_the_same(
     monkeypatch.setattr(forward, "TOGETHER", {"cpu": 48})
     for folded, most in ((set[str](), 2**30), ({"cpu"}, 2**30), ({"cpu"}, 1)):
         groups.clear()
+        folds.clear()
         monkeypatch.setattr(together, "FOLDED_TOGETHER", folded)
         monkeypatch.setattr(forward, "MOST_BYTES", most)
         monkeypatch.setattr(slots, "BY_PRODUCT", {"cpu": (512 if folded else 0, 2**26)})
@@ -94,6 +103,7 @@ def test_chunks_read_together_read_the_same(
         assert bool(groups) == (_small(name).window.kind == "block")
         keeps = _small(name).build().slots_after(203) > 0
         assert max(groups, default=6) == (1 if keeps and most == 1 and groups else 6)
+        assert bool(folds) == bool(folded and keeps and groups)
         # The same sums in another order: of 203 products at most, of numbers of order 1.
         for one, other in zip(apart, found, strict=True):
             if one.numel():
