@@ -60,7 +60,8 @@ def foldable_together(inputs: AttendInputs, schedule: Schedule) -> bool:
     in_step = inputs.equal_lengths and bool((schedule.seen == schedule.seen[:1]).all()) and inputs.row_policies is None
     chunks = policy.chunk > 0 and policy.window.band is None and not policy.takes_boundaries
     plain = policy.merging.additive and policy.plans_ahead and not policy.replaces
-    return device.type in FOLDED_TOGETHER and in_step and chunks and plain
+    several = inputs.differentiable or schedule.most_leaving > policy.chunk  # a pass for the plan costs something, too
+    return device.type in FOLDED_TOGETHER and in_step and chunks and plain and several
 
 
 def slots_after(rules: SlotRules, stretch: Stretch, chunk: Chunk) -> list[Tensor]:

@@ -122,6 +122,7 @@ def test_an_empty_memory_that_takes_some_of_its_first_chunk_is_left_to_pytorch(
         assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(other.abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter says so
 @pytest.mark.usefixtures("kernels")
 def test_rows_of_the_batch_know_nothing_of_one_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "FUSED_ON", {DEVICE})
