@@ -97,7 +97,7 @@ class Pass:
         self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
         self.together: FoldsTogether | None = None
-        if inputs.values is not None and foldable_together(inputs, self.schedule):
+        if inputs.values is not None and foldable_together(inputs, self.schedule, self.rules, self.store.sums):
             keep, planner = inputs.differentiable, None if inputs.plan is not None else self._planner
             self.together = FoldsTogether(self.rules, self.schedule, self.timeline, self.plan, planner, keep)
 

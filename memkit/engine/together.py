@@ -9,7 +9,8 @@ to autograd: of each sum it needs the suffix sum over all later readings.
 
     ∂S_i = Σ_{k ≥ i} ∂S_k (as read after chunk k),   ∂row_t = ∂S_{chunk of t}[slot of t]
 
-The price is that all slots are read after each chunk, where `ChunkByChunk` reads those again that a chunk touched.
+The price is that all slots are read after each chunk, where `ChunkByChunk` reads those again that a chunk touched: so
+not where there are many (`LITTLE`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ from memkit.pieces.chunk import Assignment
 
 __all__ = ["FOLDED_TOGETHER", "MOST_BYTES", "FoldsTogether", "KeptTogether", "Together", "foldable_together"]
 
+LITTLE = 2**26
+"""Bytes of all slots' sums from which on chunks are folded one after the other again: a device that is busy with them
+gains nothing by fewer operations."""
+
 MOST_BYTES = 2**30
 """Of what slots hold after each of the steps that are folded together, at most; of one step at least."""
 
@@ -54,14 +59,16 @@ FOLDED_TOGETHER = {"cuda"}
 vain: a training step of the small models of `make bench-train` takes a tenth longer."""
 
 
-def foldable_together(inputs: AttendInputs, schedule: Schedule) -> bool:
-    """Whether the chunks of a call may be folded together: all rows in step, and plain sums of what a plan places."""
+def foldable_together(inputs: AttendInputs, schedule: Schedule, rules: SlotRules, sums: Tensor) -> bool:
+    """Whether the chunks of a call are folded together: all rows in step, and plain sums of what a plan places; and so
+    few [b, g, m, d + v] that it pays, or by kernels that know them."""
     policy, device = inputs.policy, inputs.keys.device
     in_step = inputs.equal_lengths and bool((schedule.seen == schedule.seen[:1]).all()) and inputs.row_policies is None
     chunks = policy.chunk > 0 and policy.window.band is None and not policy.takes_boundaries
     plain = policy.merging.additive and policy.plans_ahead and not policy.replaces
     several = inputs.differentiable or schedule.most_leaving > policy.chunk  # a pass for the plan costs something, too
-    return device.type in FOLDED_TOGETHER and in_step and chunks and plain and several
+    pays = sums.nbytes < LITTLE or (inputs.plan is None and fuses(rules, sums))
+    return device.type in FOLDED_TOGETHER and in_step and chunks and plain and several and pays
 
 
 def slots_after(rules: SlotRules, stretch: Stretch, chunk: Chunk) -> list[Tensor]:

@@ -110,6 +110,22 @@ def test_chunks_read_together_read_the_same(
                 assert (one - other).abs().max() <= 256 * EPS * max(1.0, float(one.detach().abs().max()))
 
 
+def test_many_slots_are_folded_one_chunk_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "FOLDED_TOGETHER", {"cpu"})
+    folds: list[object] = []
+    slots_after = together.slots_after
+    monkeypatch.setattr(together, "slots_after", lambda *given: folds.append(given) or slots_after(*given))
+    policy, tensors, more = _given("kvm-fixed-256", 1, 2, 203)
+    results: list[Tensor] = []
+    with torch.no_grad():
+        for little in (2**26, 1):
+            monkeypatch.setattr(together, "LITTLE", little)
+            results.append(memkit.attend(policy, *tensors, **more)[0])
+            assert bool(folds) == (little > 1)
+            folds.clear()
+    assert (results[0] - results[1]).abs().max() <= 256 * EPS
+
+
 @pytest.mark.parametrize("weigh", [{"founders": True, "first_chunk": True}, {"founders": True}, {"first_chunk": True}])
 @pytest.mark.parametrize("split", [0, 60])
 def test_the_first_chunk_is_weighed_the_same_together(
