@@ -20,6 +20,7 @@ from torch import Tensor
 from memkit.engine.schedule import LeavingChunk, Step
 from memkit.engine.stretch import Stretch
 from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, memory_keys, read_slots, read_tokens
+from memkit.memory.slots import flat_slots
 from memkit.pieces.admission import Novelty
 from memkit.pieces.readout import LAYER_NORM_EPS, SHORTEST
 from memkit.pieces.routing import Nearest
@@ -120,7 +121,7 @@ def _folded(
     placed = dataclasses.replace(stretch, slot=slot, founders=founders)
     numbers, room = stretch.numbers, fold.room
     added = torch.where(founders.unsqueeze(-1), alone[1], joining[1]).flatten(0, 2)
-    numbers = numbers.flatten(0, 2).index_put((_flat(slot, room).flatten(),), added, accumulate=True).view_as(numbers)
+    numbers = numbers.flatten(0, 2).index_put((flat_slots(slot, room),), added, accumulate=True).view_as(numbers)
     return placed, fold.view(), sums, numbers
 
 
@@ -231,29 +232,15 @@ class Unfold:
             slots=UNFOLDED,
             num_warps=WARPS,
         )
-        where = self._where().flatten()
+        where = self.stretch.places()
         shape = self.stretch.slot.shape
         rows = kept.flatten(0, 3)[where].view(*shape, -1)
-        flat = _flat(self.stretch.slot, fold.room).flatten()
+        flat = flat_slots(self.stretch.slot, fold.room)
         of_numbers = numbers.flatten(0, 2)[flat].view(*shape, -1)
         of_numbers[..., radius] = radii.flatten()[where].view(shape).to(numbers.dtype)
         sums.copy_(of_sums)
         numbers[..., radius] = of_radii.to(numbers.dtype)
         return rows, of_numbers, list(of_norm.sum((0, 1)).unbind()) if self.rules.key_norm is not None else []
-
-    def _where(self) -> Tensor:
-        """Each token's slot in tensors [b·k·g·m, …], [b, g, n]."""
-        fold, device = self.fold, self.stretch.slot.device
-        step = torch.arange(fold.tokens, device=device) // fold.size
-        row, head = torch.arange(fold.batch, device=device), torch.arange(fold.heads, device=device)
-        begins = ((row[:, None, None] * fold.count + step) * fold.heads + head[:, None]) * fold.room
-        return begins + self.stretch.slot
-
-
-def _flat(slot: Tensor, room: int) -> Tensor:
-    """Slots [b, g, n] in tensors [b·g·m, …], m = room."""
-    batch, heads, _ = slot.shape
-    return slot + (torch.arange(batch * heads, device=slot.device) * room).view(batch, heads, 1)
 
 
 def _simple(leaving: LeavingChunk, sinks: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,3 +80,18 @@ class Stretch:
     def chunk(self, streams: Streams) -> Chunk:
         """The tokens that leave."""
         return Chunk.of(streams, self.where, self.first)
+
+    def places(self) -> Tensor:
+        """Each token's slot in tensors of what slots hold after each of k steps, [b·k·g·m, …]: [b·g·n]."""
+        batch, heads, room = self.sums.shape[:3]
+        begins = _begins(batch, heads, self.sizes, room, self.slot.device)
+        return (self.slot.clamp(min=0) + begins).flatten()
+
+
+@functools.lru_cache(maxsize=16)
+def _begins(batch: int, heads: int, sizes: tuple[int, ...], room: int, device: torch.device) -> Tensor:
+    """Where each token's slots begin among those of all rows, steps and heads, [b, g, n]."""
+    with torch.inference_mode(False):
+        step = on_device(np.repeat(np.arange(len(sizes)), sizes), device)
+        row, head = (torch.arange(count, device=device) for count in (batch, heads))
+        return ((row[:, None, None] * len(sizes) + step) * heads + head[:, None]) * room

@@ -16,12 +16,10 @@ not where there are many (`LITTLE`).
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ from memkit.engine.keysets import Snapshots
 from memkit.engine.plan import follow
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.engine.stretch import Stretch
-from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, on_device, read_slots
+from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.pieces.chunk import Assignment
@@ -73,15 +71,12 @@ def foldable_together(inputs: AttendInputs, schedule: Schedule, rules: SlotRules
 
 def slots_after(rules: SlotRules, stretch: Stretch, chunk: Chunk) -> list[Tensor]:
     """Sums [b, k, g, m, d + v] and numbers [b, k, g, m, s] as each of k steps reads them, from those before."""
-    sums, numbers = stretch.sums, stretch.numbers
-    steps, (batch, heads, room) = len(stretch.sizes), sums.shape[:3]
     rows = contributions(rules, chunk, stretch.founders)
     if stretch.drops:
         dropped = (stretch.slot < 0).unsqueeze(-1)
         rows = tuple(each.masked_fill(dropped, 0) for each in rows)
-    begins = _begins(batch, heads, stretch.sizes, room, sums.device)
-    target = (stretch.slot.clamp(min=0) + begins).flatten()
-    return [_running(held, steps, target, each) for held, each in zip((sums, numbers), rows, strict=True)]
+    held, target = (stretch.sums, stretch.numbers), stretch.places()
+    return [_running(whole, len(stretch.sizes), target, each) for whole, each in zip(held, rows, strict=True)]
 
 
 def _running(held: Tensor, steps: int, target: Tensor, rows: Tensor) -> Tensor:
@@ -101,15 +96,6 @@ def _running(held: Tensor, steps: int, target: Tensor, rows: Tensor) -> Tensor:
     if steps == 1:
         return added
     return added.cumsum(1) if added.requires_grad else added.cumsum_(1)
-
-
-@functools.lru_cache(maxsize=16)
-def _begins(batch: int, heads: int, sizes: tuple[int, ...], room: int, device: torch.device) -> Tensor:
-    """Where each token's slots begin among those of all rows, steps and heads, [b, g, n]."""
-    with torch.inference_mode(False):
-        step = on_device(np.repeat(np.arange(len(sizes)), sizes), device)
-        row, head = (torch.arange(count, device=device) for count in (batch, heads))
-        return ((row[:, None, None] * len(sizes) + step) * heads + head[:, None]) * room
 
 
 def view_of(rules: SlotRules, after: Sequence[Tensor]) -> SlotView:
