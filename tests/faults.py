@@ -452,7 +452,7 @@ def _undoes_nothing(right):
 
 
 def _reads_one_chunk_ahead(right):
-    return lambda rules, stretch, chunk: [each.roll(-1, 1) for each in right(rules, stretch, chunk)]
+    return lambda stretch, rows: [each.roll(-1, 1) for each in right(stretch, rows)]
 
 
 def _forgets_later_readings(right):

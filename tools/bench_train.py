@@ -4,7 +4,8 @@
 
 Every model has two layers of width 64 over the same random tokens. Steps of all models take turns, so that what else
 the machine does meets all alike; the median counts. The plain transformer is an embedding, two
-nn.TransformerEncoderLayers (pre-norm, causal fused attention, an MLP of four widths) and a head.
+nn.TransformerEncoderLayers (pre-norm, causal fused attention, an MLP of four widths) and a head. Freed memory is kept,
+as `memkit train` keeps it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from memkit.catalog import load_policy
 from memkit.lm import MemoryLM, ModelSpec, load_model_spec, with_policy
 from memkit.training.settings import TrainingSpec
+from memkit_command import keep_freed_memory
 
 WIDTH, DEPTH, HEADS, VOCABULARY = 64, 2, 2, 256
 
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--steps", type=int, default=15)
     given = parser.parse_args()
+    keep_freed_memory()
     settings = TrainingSpec()
     torch.manual_seed(0)
     ids = torch.randint(VOCABULARY, (given.batch, given.tokens))

@@ -84,9 +84,11 @@ class Pass:
         rows, _, tokens, width = inputs.keys.shape
         seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
         cuts = None if inputs.memory is None else inputs.memory.cuts
-        self.schedule = Schedule(
-            inputs.policy, seen, inputs.row_lengths, tokens, cuts, inputs.row_boundaries, inputs.row_policies
-        )
+        where = (inputs.policy, seen, inputs.row_lengths, tokens)
+        if not inputs.policy.takes_boundaries and inputs.row_policies is None:
+            self.schedule = Schedule.of_positions(*where)
+        else:
+            self.schedule = Schedule(*where, cuts, inputs.row_boundaries, inputs.row_policies)
         self.rules = SlotRules(
             inputs.policy, width, inputs.keys.dtype, inputs.key_norm, inputs.rotation, inputs.values is not None
         )

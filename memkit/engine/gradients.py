@@ -20,7 +20,7 @@ from memkit.engine.keysets import KeySets, Queries, Snapshots, apart
 from memkit.engine.read import KeySet, attend_key_sets_backward
 from memkit.engine.schedule import Schedule, Step
 from memkit.memory.rows import Chunk, SlotRules, SlotView, contributions, read_slots
-from memkit.memory.slots import Fold, flat_slots
+from memkit.memory.slots import Fold
 from memkit.memory.window import Columns, columns, joined
 from memkit.pieces.chunk import as_tensor
 
@@ -78,12 +78,11 @@ class Grads:
 class _Taken:
     """A fold, and the gradients [n, …] of how the keys and values of the slots that it read anew were read.
 
-    target: each token's slot, flat; touched: the slots that were read anew, flat, None for all.
+    target: each token's slot, flat. The slots read anew are these, or all (`Fold.before`).
     """
 
     fold: Fold
     target: Tensor
-    touched: Tensor | None
     reading: list[Tensor]
 
 
@@ -180,9 +179,9 @@ class ChunkByChunk(Walk):
         for steps in reversed(self.groups):
             for of_slots, undone in self._back_through(steps, (output, self.kept.lse, grad_output), grads):
                 for whole, part in zip(reading, of_slots, strict=False):
-                    whole[:, :, : part.shape[2]] += part
+                    whole[:, :, : part.shape[2]].add_(part)
                 taken += [self._take(fold, reading) for fold in undone]
-            if sum(each.fold.slot.shape[2] for each in taken) >= UNFOLDED_TOGETHER:
+            if sum(each.fold.target.shape[2] for each in taken) >= UNFOLDED_TOGETHER:
                 self._unfold(taken, grads)
                 taken = []
         self._unfold(taken, grads)
@@ -228,18 +227,14 @@ class ChunkByChunk(Walk):
 
     def _take(self, fold: Fold, reading: list[Tensor]) -> _Taken:
         """Take from how slots read what a fold is answerable for: the gradients of those that it read anew."""
-        target = flat_slots(fold.slot, self.kept.room)
+        target = fold.target.flatten()
         flat = [tensor.flatten(0, 2) for tensor in reading]
         if fold.before is None:
-            taken = _Taken(fold, target, None, [tensor.clone() for tensor in flat])
+            taken = _Taken(fold, target, [tensor.clone() for tensor in flat])
             for tensor in flat:
                 tensor.zero_()
             return taken
-        # A slot touched by several tokens stands several times in `target`; its gradient passes through one of them.
-        order = torch.arange(len(target), device=target.device)
-        first = torch.full((len(flat[0]),), len(target), device=target.device)
-        first = first.scatter_reduce(0, target, order, "amin")[target] == order
-        taken = _Taken(fold, target, target, [tensor[target] * first.unsqueeze(-1) for tensor in flat])
+        taken = _Taken(fold, target, [tensor.index_select(0, target) for tensor in flat])
         for tensor in flat:
             tensor.index_fill_(0, target, 0)
         return taken
@@ -250,6 +245,9 @@ class ChunkByChunk(Walk):
         if not taken:
             return
         given = [torch.cat([each.reading[part] for each in taken]) for part in range(2)]
+        if taken[0].fold.before is not None:  # as in all others
+            first = _first_of_slot([each.target for each in taken], grads.sums.shape[:3].numel())
+            given = [each.mul_(first) for each in given]
         sums, numbers = (torch.cat([getattr(each.fold, name) for each in taken]) for name in ("sums", "numbers"))
         of_sums, of_numbers, *norm = _through_reading(self.rules, sums, numbers, given)
         _add(grads.norm, norm)
@@ -257,14 +255,16 @@ class ChunkByChunk(Walk):
         parts = of_sums.split(sizes), of_numbers.split(sizes)
         of_rows: tuple[list[Tensor], list[Tensor]] = [], []
         for each, *read_anew in zip(taken, *parts, strict=True):
-            stored = (each.fold.slot >= 0).unsqueeze(-1)
+            fold = each.fold
             for whole, part, into in zip((grads.sums, grads.numbers), read_anew, of_rows, strict=True):
                 flat = whole.flatten(0, 2)
-                if each.touched is None:
+                if fold.before is None:
                     flat += part
                 else:
-                    flat.index_add_(0, each.touched, part)
-                into.append(flat[each.target].view(*stored.shape[:3], -1) * stored)
+                    flat.index_add_(0, each.target, part)
+                into.append(flat.index_select(0, each.target).view(*fold.target.shape, -1))
+                if fold.dropped is not None:
+                    into[-1].masked_fill_(fold.dropped.unsqueeze(-1), 0)
         folds = [each.fold for each in reversed(taken)]  # in the order of their tokens
         chunk, founders = self._chunk(folds), _founders(folds)
         of_sums, of_numbers = (torch.cat(each[::-1], dim=2) for each in of_rows)
@@ -281,7 +281,7 @@ class ChunkByChunk(Walk):
         firsts = [fold.first for fold in folds]
         first = firsts[0]
         if isinstance(first, Tensor) or any(each is not first for each in firsts):
-            shapes = [(rows, 1, fold.slot.shape[2]) for fold in folds]
+            shapes = [(rows, 1, fold.target.shape[2]) for fold in folds]
             of_folds = [as_tensor(each, self.key_sets.keys) for each in firsts]
             first = torch.cat([each.expand(shape) for each, shape in zip(of_folds, shapes, strict=True)], dim=2)
         return Chunk(
@@ -296,7 +296,7 @@ class ChunkByChunk(Walk):
     def _restore(self, fold: Fold) -> None:
         """Read again what was read before a fold, from the sums of then where the fold does not say."""
         if fold.before is not None:
-            target = flat_slots(fold.slot, self.kept.room)
+            target = fold.target.flatten()
             for whole, part in zip((self.view.keys, self.view.values, self.view.bias), fold.before, strict=True):
                 if whole is not None and part is not None:
                     whole.flatten(0, 2).index_copy_(0, target, part)
@@ -330,10 +330,20 @@ def _founders(folds: list[Fold]) -> Tensor | None:
     """Which tokens of some folds founded, [b, g, c]; None for nobody."""
     if all(fold.founders is None for fold in folds):
         return None
-    none = [torch.zeros_like(fold.slot, dtype=torch.bool) for fold in folds]
-    return torch.cat(
-        [zero if fold.founders is None else fold.founders for fold, zero in zip(folds, none, strict=True)], 2
-    )
+    nobody = as_tensor(False, folds[0].target)
+    return torch.cat([nobody.expand_as(each.target) if each.founders is None else each.founders for each in folds], 2)
+
+
+def _first_of_slot(targets: list[Tensor], slots: int) -> Tensor:
+    """Which rows are the first of their fold that stand for their slot, [n, 1]: a slot that several tokens of a fold
+    touched stands there several times, and its gradient passes through one of them.
+
+    targets: each fold's slots, flat, of so many.
+    """
+    target = torch.cat([each + number * slots for number, each in enumerate(targets)])
+    order = torch.arange(len(target), device=target.device)
+    first = torch.full((len(targets) * slots,), len(target), device=target.device)
+    return (first.scatter_reduce(0, target, order, "amin")[target] == order).unsqueeze(-1)
 
 
 def _through_reading(rules: SlotRules, sums: Tensor, numbers: Tensor, grads: list[Tensor]) -> list[Tensor]:

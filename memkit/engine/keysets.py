@@ -69,18 +69,10 @@ def readable_together(one: Step, other: Step, unequal_slots: bool) -> bool:
 
     unequal_slots: whether numbers of slots may differ, for the price of a call per step.
     """
-    numbers = (one.first, one.slots, other.first, other.slots)
-    if any(common(each, one.active) is None for each in numbers) or one.stop - one.start == 1:
+    if one.alike is None or other.alike is None:
         return False
-    facts = [
-        (
-            step.stop - step.start,
-            int(step.first[0]) - step.start,
-            step.most_slots > 0 if unequal_slots else step.most_slots,
-        )
-        for step in (one, other)
-    ]
-    return facts[0] == facts[1]
+    (*window, slots), (*others, most) = one.alike, other.alike
+    return window == others and ((slots > 0) == (most > 0) if unequal_slots else slots == most)
 
 
 class Snapshots:
@@ -88,29 +80,32 @@ class Snapshots:
 
     def __init__(self, steps: int, most: int) -> None:
         self.steps, self.most = steps, most
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.bias: Tensor | None = None
+        self._notes: list[Tensor | None] = [None, None, None]  # of keys, values and bias, [b, k, …]
 
     @classmethod
     def of(cls, view: SlotView, steps: int) -> Snapshots:
         """Slots as they were read at all steps, [b·k, …]."""
         made = cls(steps, view.keys.shape[2])
-        made.keys, made.values, made.bias = view.keys, view.values, view.bias
+        read = (view.keys, view.values, view.bias)
+        made._notes = [None if each is None else each.unflatten(0, (-1, steps)) for each in read]
         return made
 
     def take(self, step: int, view: SlotView) -> None:
         """Note how the slots are read at a step."""
-        self.keys = self._noted(self.keys, step, view.keys)
-        self.values = self._noted(self.values, step, view.values)
-        self.bias = None if view.bias is None else self._noted(self.bias, step, view.bias)
+        for number, read in enumerate((view.keys, view.values, view.bias)):
+            if read is None:
+                continue
+            rows, heads, room, *width = read.shape
+            notes = self._notes[number]
+            if notes is None:
+                notes = self._notes[number] = read.new_empty(rows, self.steps, heads, self.most, *width)
+            notes[:, step] = read if room == self.most else read[:, :, : self.most]
 
-    def _noted(self, notes: Tensor | None, step: int, read: Tensor) -> Tensor:
-        rows, heads, _, *width = read.shape
-        if notes is None:
-            notes = read.new_empty(rows * self.steps, heads, self.most, *width)
-        notes.unflatten(0, (rows, self.steps))[:, step].copy_(read[:, :, : self.most])
-        return notes
+    def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and bias."""
+        keys, values, bias = (None if each is None else each.flatten(0, 1) for each in self._notes)
+        assert keys is not None and values is not None
+        return keys, values, bias
 
 
 def apart(timeline: Tensor, width: int, every: int) -> Tensor:
@@ -174,10 +169,10 @@ class KeySets:
         return sets
 
     def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Snapshots) -> KeySet:
-        assert slots.keys is not None and slots.values is not None
+        keys, values, bias = slots.read()
         counts = tuple(step.most_slots for step in steps)
-        bias = None if slots.bias is None else slots.bias.unsqueeze(2)
-        return KeySet(queries, slots.keys, slots.values, bias, counts=counts if min(counts) < slots.most else None)
+        bias = None if bias is None else bias.unsqueeze(2)
+        return KeySet(queries, keys, values, bias, counts=counts if min(counts) < slots.most else None)
 
     def _older(self, step: Step, queries: Tensor, end: int) -> list[KeySet]:
         """Columns before `end` that the first query sees; masked where rows differ or later queries lose some."""

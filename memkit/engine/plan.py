@@ -15,7 +15,7 @@ from memkit.memory.rows import Chunk, SlotRules, on_device, read_tokens
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Columns, columns
 from memkit.pieces.admission import Admission
-from memkit.pieces.chunk import Assignment, ChunkContext, Parted, maximum
+from memkit.pieces.chunk import Assignment, ChunkContext, Parted, as_tensor, maximum
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import Routing
 
@@ -26,11 +26,12 @@ __all__ = ["assign", "compete", "follow", "place", "record", "shared", "span"]
 def place(rules: SlotRules, leaving: LeavingChunk, chunk: Chunk, store: SlotStore) -> Assignment:
     """Each token's slot, and whether it founds it."""
     policy, device = rules.policy, chunk.keys.device
+    counts = (leaving.slots_before, leaving.new_slots, leaving.sink_tokens)
     before, new, sink_tokens = (
-        shared(numbers, leaving.leaves, device)
-        for numbers in (leaving.slots_before, leaving.new_slots, leaving.sink_tokens)
+        one if one is not None else per_row(numbers, leaving.leaves, device)
+        for one, numbers in zip(leaving.shared, counts, strict=True)
     )
-    most = int(leaving.slots_before[leaving.leaves].max())
+    most = leaving.most_before
     assert chunk.memory_keys is not None
     context = ChunkContext(
         keys=chunk.memory_keys,
@@ -44,7 +45,7 @@ def place(rules: SlotRules, leaving: LeavingChunk, chunk: Chunk, store: SlotStor
         joins=policy.merging.joins,
         similarity=policy.routing.similarity,
         alone=lambda: read_tokens(rules, chunk),
-        most_new=int(leaving.new_slots[leaving.leaves].max()),
+        most_new=leaving.most_new,
     )
     return _only(leaving, assign(policy, context))
 
@@ -122,7 +123,7 @@ def assign(policy: Chooses, chunk: ChunkContext) -> Assignment:
     else:
         slot = torch.full(chunk.shape, -1, device=chunk.keys.device)
     if founded is None:
-        nobody = torch.zeros(chunk.shape, dtype=torch.bool, device=chunk.keys.device)
+        nobody = as_tensor(False, slot).expand(chunk.shape)
         return Assignment(slot, nobody, drops, founds=False, parted=Parted(nowhere, everywhere))
     parted = chunk.parted(founded)
     slot = torch.where(founded, chunk.slots_before + founded.cumsum(-1) - 1, slot)
@@ -184,7 +185,12 @@ def span(leaving: LeavingChunk, begin: np.ndarray, device: torch.device) -> Colu
 def shared(numbers: np.ndarray, among: np.ndarray, device: torch.device) -> int | Tensor:
     """What the rows in `among` have in common, as one number; else one per row, [b, 1, 1]."""
     one = common(numbers, among)
-    return one if one is not None else on_device(numbers * among, device)[:, None, None]
+    return one if one is not None else per_row(numbers, among, device)
+
+
+def per_row(numbers: np.ndarray, among: np.ndarray, device: torch.device) -> Tensor:
+    """The numbers of the rows in `among`, 0 in others, [b, 1, 1]."""
+    return on_device(numbers * among, device)[:, None, None]
 
 
 def _only(leaving: LeavingChunk, assignment: Assignment) -> Assignment:

@@ -41,6 +41,21 @@ class LeavingChunk:
     new_slots: Rows
     sink_tokens: Rows
 
+    @functools.cached_property
+    def most_before(self) -> int:
+        """The most slots that any of the rows has before it."""
+        return int(self.slots_before[self.leaves].max())
+
+    @functools.cached_property
+    def most_new(self) -> int:
+        """The most of its tokens that found in any of the rows."""
+        return int(self.new_slots[self.leaves].max())
+
+    @functools.cached_property
+    def shared(self) -> tuple[int | None, ...]:
+        """Slots before it, new slots and sink tokens, as far as all of the rows have equally many."""
+        return tuple(common(each, self.leaves) for each in (self.slots_before, self.new_slots, self.sink_tokens))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -57,16 +72,26 @@ class Step:
     first: Rows
     slots: Rows
 
-    @property
+    @functools.cached_property
     def most_slots(self) -> int:
         """The most slots that any active row reads."""
         return int(self.slots[self.active].max(initial=0))
+
+    @functools.cached_property
+    def alike(self) -> tuple[int, int, int] | None:
+        """What all active rows share: queries, older tokens of the window, slots; None where they differ, or with one
+        query alone."""
+        first, slots = common(self.first, self.active), common(self.slots, self.active)
+        if first is None or slots is None or self.stop - self.start == 1:
+            return None
+        return self.stop - self.start, first - self.start, slots
 
 
 class Schedule:
     """The steps of a call of `tokens` columns, of which `lengths[r]` are row r's, after `seen[r]` tokens.
 
-    cuts, boundaries, row_policies: as for `course_of`.
+    cuts, boundaries, row_policies: as for `course_of`. What follows from positions alone is worked out once for all
+    calls that are alike, as training's are (`of_positions`).
     """
 
     def __init__(
@@ -85,6 +110,11 @@ class Schedule:
         self.old = int((seen - self.left_before).max(initial=0))
         self.shift = self.old - seen
         self.after = seen + lengths
+
+    @classmethod
+    def of_positions(cls, policy: Policy, seen: Rows, lengths: Rows, tokens: int) -> Schedule:
+        """The schedule of a policy whose chunks nobody ends; not to be changed."""
+        return _of_positions(policy, tuple(seen.tolist()), tuple(lengths.tolist()), tokens)
 
     @functools.cached_property
     def steps(self) -> list[Step]:
@@ -141,6 +171,13 @@ class Schedule:
         for size in np.unique(sizes[leaves]).tolist():
             here = leaves & (sizes == size)
             yield LeavingChunk(size, here, left.copy(), before, after - before, np.clip(policy.sinks - left, 0, size))
+
+
+@functools.lru_cache(maxsize=64)
+def _of_positions(policy: Policy, seen: tuple[int, ...], lengths: tuple[int, ...], tokens: int) -> Schedule:
+    before, new = (np.array(each, dtype=np.int64) for each in (seen, lengths))
+    before.flags.writeable = new.flags.writeable = False
+    return Schedule(policy, before, new, tokens)
 
 
 def common(numbers: Rows, among: Rows) -> int | None:

@@ -15,7 +15,6 @@ not where there are many (`LITTLE`).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,33 +68,45 @@ def foldable_together(inputs: AttendInputs, schedule: Schedule, rules: SlotRules
     return device.type in FOLDED_TOGETHER and in_step and chunks and plain and several and pays
 
 
-def slots_after(rules: SlotRules, stretch: Stretch, chunk: Chunk) -> list[Tensor]:
-    """Sums [b, k, g, m, d + v] and numbers [b, k, g, m, s] as each of k steps reads them, from those before."""
-    rows = contributions(rules, chunk, stretch.founders)
-    if stretch.drops:
-        dropped = (stretch.slot < 0).unsqueeze(-1)
-        rows = tuple(each.masked_fill(dropped, 0) for each in rows)
-    held, target = (stretch.sums, stretch.numbers), stretch.places()
-    return [_running(whole, len(stretch.sizes), target, each) for whole, each in zip(held, rows, strict=True)]
+def slots_after(stretch: Stretch, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Sums [b, k, g, m, d + v] and numbers [b, k, g, m, s] as each of k steps reads them, from those before.
 
-
-def _running(held: Tensor, steps: int, target: Tensor, rows: Tensor) -> Tensor:
-    """What slots hold [b, g, m, w] before k steps, and rows [b, g, n, w] that are added to them: [b, k, g, m, w].
-
-    target [b·g·n]: where each row goes, in [b·k·g·m].
+    rows: what the stretch's tokens add to each, [b, g, n, …].
     """
-    start = held.unsqueeze(1)
-    if steps > 1:
-        start = torch.cat((start, held.new_zeros(1).expand(len(held), steps - 1, *held.shape[1:])), dim=1)
-    flat, rows = start.flatten(0, 3), rows.flatten(0, 2).to(held.dtype)
-    if held.device.type == "cuda":  # sorts, where index_add would add in whatever order its threads arrive
-        flat = flat.index_put((target,), rows, accumulate=True)
-    else:
-        flat = flat.index_add(0, target, rows)
-    added = flat.view(len(held), steps, *held.shape[1:])
+    held, target, after = (stretch.sums, stretch.numbers), stretch.places(), list[Tensor]()
+    for before, added in zip(held, _stored(stretch, rows), strict=True):
+        steps = before.new_zeros(len(before), len(stretch.sizes), *before.shape[1:])
+        steps[:, 0] = before
+        flat, added = steps.flatten(0, 3), added.flatten(0, 2).to(before.dtype)
+        if before.device.type == "cuda":  # sorts, where index_add would add in whatever order its threads arrive
+            flat.index_put_((target,), added, accumulate=True)
+        else:
+            flat.index_add_(0, target, added)
+        after.append(running_sums(steps))
+    return after
+
+
+def _stored(stretch: Stretch, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Rows [b, g, n, …] of the stretch's tokens, 0 for those that go nowhere."""
+    if not stretch.drops:
+        return rows
+    dropped = (stretch.slot < 0).unsqueeze(-1)
+    return [each.masked_fill(dropped, 0) for each in rows]
+
+
+def running_sums(parts: Tensor, back: bool = False) -> Tensor:
+    """Of parts [b, k, …] each with all before it; back: with all behind it. The parts' memory is used.
+
+    On the CPU one is added to the next: torch.cumsum takes many times as long along such an axis.
+    """
+    steps = parts.shape[1]
     if steps == 1:
-        return added
-    return added.cumsum(1) if added.requires_grad else added.cumsum_(1)
+        return parts
+    if parts.device.type != "cpu":
+        return parts.flip(1).cumsum(1).flip(1) if back else parts.cumsum_(1)
+    for step in range(steps - 2, -1, -1) if back else range(1, steps):
+        parts[:, step].add_(parts[:, step + 1 if back else step - 1])
+    return parts
 
 
 def view_of(rules: SlotRules, after: Sequence[Tensor]) -> SlotView:
@@ -149,7 +160,7 @@ class FoldsTogether:
             stretch, view, *last = fused
         else:
             stretch = stretch.placed(self._placed(steps, store))
-            after = slots_after(rules, stretch, chunk)
+            after = slots_after(stretch, contributions(rules, chunk, stretch.founders))
             view, last = view_of(rules, after), [each[:, -1] for each in after]
         self.stretches.append(stretch)
         store.hold(*last)
@@ -211,28 +222,22 @@ class Together(Walk):
         if unfold is not None:
             self._through_fused(steps, stretch, chunk, unfold, read, grads)
             return
+        rows = contributions(self.rules, chunk, stretch.founders)
+        after = slots_after(stretch, rows)
         with torch.enable_grad():
-            rules = with_norm_as_leaves(self.rules)
-            tokens = {name: getattr(chunk, name) for name in ("keys", "values", "weights")}
-            tokens = {name: leaf(tensor) for name, tensor in tokens.items() if tensor is not None}
-            for name, tensor in tokens.items():
-                setattr(chunk, name, tensor)
-            held = leaf(stretch.sums), leaf(stretch.numbers)
-            after = slots_after(rules, dataclasses.replace(stretch, sums=held[0], numbers=held[1]), chunk)
-            view = view_of(rules, after)
-            outputs = [view.keys, view.values, *(each[:, -1] for each in after)]
+            rules, held = with_norm_as_leaves(self.rules), [leaf(each) for each in after]
+            view = view_of(rules, held)
         snapshots = Snapshots.of(view, len(steps))
         of_slots = self.through_attention(self.key_sets.of_many(steps, self.queries, snapshots), steps, read, grads)
-        most = stretch.sums.shape[2]
-        given = [*of_slots, *(each[:, :, :most] for each in (grads.sums, grads.numbers))]
-        inputs = [*held, *tokens.values(), *(rules.key_norm or ())]
-        found = iter(gradients_of(outputs, inputs, given))
-        for whole in (grads.sums, grads.numbers):
-            whole[:, :, :most] = next(found)
-        for name in tokens:
-            add_columns(getattr(grads, name), stretch.where, next(found))
-        for whole in grads.norm:
-            whole += next(found)
+        norm = list(rules.key_norm or ())
+        found, most = gradients_of([view.keys, view.values], [*held, *norm], of_slots), stretch.sums.shape[2]
+        of_rows, where = list[Tensor](), stretch.places()
+        for whole, part in zip((grads.sums, grads.numbers), found[:2], strict=True):
+            part[:, -1].add_(whole[:, :, :most])
+            part = running_sums(part, back=True)
+            whole[:, :, :most] = part[:, 0]
+            of_rows.append(part.flatten(0, 3)[where].view(*stretch.slot.shape, part.shape[-1]))
+        self._through_rows(stretch, chunk, _stored(stretch, of_rows), found[2:], grads)
 
     def _through_fused(
         self, steps: list[Step], stretch: Stretch, chunk: Chunk, unfold: Unfold, read: list[Tensor], grads: Grads
@@ -241,7 +246,13 @@ class Together(Walk):
         met = self.key_sets.of_many(steps, self.queries, Snapshots.of(unfold.fold.view(), len(steps)))
         of_slots, most = self.through_attention(met, steps, read, grads), stretch.sums.shape[2]
         rows, numbers, norm = unfold.back(of_slots, (grads.sums[:, :, :most], grads.numbers[:, :, :most]))
-        found = through_contributions(self.rules, chunk, stretch.founders, rows, numbers)
+        self._through_rows(stretch, chunk, (rows, numbers), norm, grads)
+
+    def _through_rows(
+        self, stretch: Stretch, chunk: Chunk, rows: Sequence[Tensor], norm: list[Tensor], grads: Grads
+    ) -> None:
+        """From the gradients of what tokens add to those of the tokens; norm: those of the LayerNorm, from reading."""
+        found = through_contributions(self.rules, chunk, stretch.founders, *rows)
         for whole, part in zip((grads.keys, grads.values, grads.weights), found, strict=False):
             if whole is not None and part is not None:
                 add_columns(whole, stretch.where, part)

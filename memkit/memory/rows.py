@@ -193,7 +193,7 @@ def read_slots(rules: SlotRules, sums: Tensor, numbers: Tensor, founders_keys: T
     (`Policy.keeps_keys`).
     """
     policy, width, dtype = rules.policy, rules.width, rules.dtype
-    keys, values = sums[..., :width], sums[..., width:]
+    keys, values = sums.split((width, sums.shape[-1] - width), dim=-1)  # one operation on the way back
     named = by_statistic(policy, numbers)
     if policy.keeps_keys:
         route = keys = keys if policy.replaces else keys.clone()  # sums may be written into, but where slots are new

@@ -29,13 +29,15 @@ kind of device, where products of float32 are exact. There sorting rows by slot 
 class Fold:
     """What undoing one fold takes: kept where a backward pass will run through it.
 
-    slot [b, g, c]: each token's slot, −1 where dropped; founders [b, g, c]: which of them founded, None for nobody;
-    where, first: as in `Chunk`. sums, numbers: what the slots that were read anew held after the fold (those of the
-    chunk's tokens, [b·g·c, …], or all, [b·g·m, …]); before: how they read before it, None where all slots were read
-    anew (the sums that the fold before it left tell).
+    target [b, g, c]: each token's slot among those of all rows and heads, any where it was dropped; dropped [b, g, c]:
+    which were, None for none; founders [b, g, c]: which of them founded, None for nobody; where, first: as in `Chunk`.
+    sums, numbers: what the slots that were read anew held after the fold (those of the chunk's tokens, [b·g·c, …], or
+    all, [b·g·m, …]); before: how they read before it, None where all slots were read anew (the sums that the fold
+    before it left tell).
     """
 
-    slot: Tensor
+    target: Tensor
+    dropped: Tensor | None
     founders: Tensor | None
     where: Columns
     first: bool | Tensor
@@ -132,19 +134,19 @@ class SlotStore:
         if self.room == 0:  # a budget of no slots at all
             return
         rows, numbers = contributions(rules, chunk, assignment.founders)
-        stored = assignment.slot >= 0
         target = flat_slots(assignment.slot, self.room)
+        dropped = assignment.slot < 0 if assignment.drops else None
         if rules.policy.merging.additive:
-            if assignment.drops:
-                rows, numbers = (tensor.masked_fill(~stored.unsqueeze(-1), 0) for tensor in (rows, numbers))
+            if dropped is not None:
+                rows, numbers = (tensor.masked_fill(dropped.unsqueeze(-1), 0) for tensor in (rows, numbers))
             self.about_to_write()
             takes = self._takes(assignment.slot)
             self.sums = self._added(self.sums, target, takes, rows)
             if rules.valued or not rules.policy.readout.layer_norm:  # a plan reads such slots' keys by their sums alone
                 self.numbers = self._added(self.numbers, target, takes, numbers)
         else:
-            self._add_in_turn(rules, target.view(stored.shape), stored, assignment.founded, rows, numbers)
-        self._read_anew(rules, assignment, chunk, target)
+            self._add_in_turn(rules, target.view(rows.shape[:3]), dropped, assignment.founded, rows, numbers)
+        self._read_anew(rules, assignment, chunk, target, dropped)
 
     def hold(self, sums: Tensor, numbers: Tensor) -> None:
         """Have the first slots hold this instead, [b, g, m, …]."""
@@ -197,7 +199,7 @@ class SlotStore:
         return flat.index_add(0, target, rows).view_as(sums)
 
     def _add_in_turn(
-        self, rules: SlotRules, target: Tensor, stored: Tensor, founded: Tensor, rows: Tensor, numbers: Tensor
+        self, rules: SlotRules, target: Tensor, dropped: Tensor | None, founded: Tensor, rows: Tensor, numbers: Tensor
     ) -> None:
         """A rule that is not additive: founders first, then token after token, over all rows and heads at once."""
         statistics, combine = rules.policy.statistics, rules.policy.merging.combine
@@ -207,7 +209,7 @@ class SlotStore:
         tokens = torch.cat((rows.to(numbers.dtype), numbers), dim=-1)
         # A token may join a slot whose founder stands behind it in the chunk.
         state = state.index_copy(0, target[founded], tokens[founded])
-        joins = stored & ~founded
+        joins = ~founded if dropped is None else ~(founded | dropped)
         for index in range(tokens.shape[2]):
             # Asked about these alone: on an empty slot a rule may divide by zero, and 0 · NaN spoils a gradient.
             some = joins[:, :, index]
@@ -224,13 +226,15 @@ class SlotStore:
         else:
             self.sums, self.numbers = sums, numbers
 
-    def _read_anew(self, rules: SlotRules, assignment: Assignment, chunk: Chunk, target: Tensor) -> None:
+    def _read_anew(
+        self, rules: SlotRules, assignment: Assignment, chunk: Chunk, target: Tensor, dropped: Tensor | None
+    ) -> None:
         """Read the slots that a chunk has touched again: few of many, or simply all."""
         most = assignment.slot.shape[2]
         if self.undo is not None:  # a backward pass wants all of a call's folds alike
             most = max(most, rules.policy.chunk)
         few = self.room > most
-        facts = (assignment.slot, assignment.founders, chunk.where, chunk.first)
+        facts = (target.view(assignment.slot.shape), dropped, assignment.founders, chunk.where, chunk.first)
         if not few:
             if self.undo is not None:
                 sums, numbers = self.sums.flatten(0, 2).clone(), self.numbers.flatten(0, 2).clone()
@@ -241,11 +245,11 @@ class SlotStore:
             self.view = None
             return
         view = self.read(rules)
-        sums, numbers = self.sums.flatten(0, 2)[target], self.numbers.flatten(0, 2)[target]
+        sums, numbers = (each.flatten(0, 2).index_select(0, target) for each in (self.sums, self.numbers))
         fresh = read_slots(rules, sums, numbers)
         if self.undo is not None:
             read = (view.keys, view.values, view.bias)
-            before = tuple(None if tensor is None else tensor.flatten(0, 2)[target] for tensor in read)
+            before = tuple(None if each is None else each.flatten(0, 2).index_select(0, target) for each in read)
             self.undo.append(Fold(*facts, sums, numbers, before))
         pairs = [(view.keys, fresh.keys), (view.values, fresh.values)]
         if view.route is not view.keys:

@@ -77,7 +77,7 @@ class ChunkContext:
     @functools.cached_property
     def offsets(self) -> Tensor:
         """Each token's place in the chunk, [c]."""
-        return torch.arange(self.keys.shape[2], device=self.keys.device)
+        return _places(self.keys.shape[2], self.keys.device)
 
     @functools.cached_property
     def absent(self) -> Tensor | None:
@@ -138,10 +138,7 @@ class ChunkContext:
         """Some tokens, [b, g, n], with the slots as they are: for asking what they are most like, and nothing else."""
         some = replace(self, keys=picked(self.keys, offsets))
         if "nearest" in vars(self):  # asked before, of all
-            of_all = self.nearest
-            some.__dict__["nearest"] = Nearest(
-                *(each.gather(2, offsets) for each in (of_all.slot, of_all.score, of_all.best))
-            )
+            some.__dict__["nearest"] = self.nearest.only(offsets)
         return some
 
     def alike(self, slots: Tensor) -> Tensor:
@@ -189,7 +186,19 @@ def _begins(batch: int, heads: int, count: int, device: torch.device) -> Tensor:
 
 def as_tensor(condition: Count | bool, like: Tensor) -> Tensor:
     """A condition for all rows as a tensor."""
-    return condition if isinstance(condition, Tensor) else torch.full((), bool(condition), device=like.device)
+    return condition if isinstance(condition, Tensor) else _flag(bool(condition), like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _flag(condition: bool, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), condition, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
 
 
 def maximum(one: Count, other: Count | bool) -> Count:

@@ -15,7 +15,8 @@ from torch import Tensor
 from memkit.errors import PolicyError
 from memkit.pieces.chunk import ChunkContext, as_tensor, maximum, picked
 from memkit.pieces.registry import FamilySpec, register
-from memkit.pieces.similarity import Similarity, best_slot
+from memkit.pieces.similarity import Nearest as MostAlike
+from memkit.pieces.similarity import Similarity
 
 __all__ = ["Discard", "Nearest", "NearestSpec", "Routing", "RoutingSpec", "Segment", "SegmentSpec"]
 
@@ -87,21 +88,22 @@ class Nearest(Routing):
 
     def targets(self, chunk: ChunkContext, founded: Tensor | None) -> Tensor:
         if founded is None:
-            return self._least(chunk.nearest.slot, chunk.nearest.score)
+            return self._near_enough(chunk.nearest)
         parted = chunk.parted(founded)
         founders, others = parted.founders, parted.others
         asking = chunk if others is None else chunk.only(others)
-        fresh, score = best_slot(self._to_founders(chunk, founders, asking), 0)
+        to_founders = MostAlike(self._to_founders(chunk, founders, asking), 0, 0)
+        fresh, score = to_founders.slot + chunk.slots_before, to_founders.score
         if chunk.slots.shape[2] <= chunk.sinks:  # but for sinks there is none that stood before
-            target = self._least(torch.where(score > -torch.inf, fresh + chunk.slots_before, -1), score)
+            found = MostAlike.known(torch.where(score > -torch.inf, fresh, -1), score, score)
         else:
-            target = torch.where(score > asking.nearest.score, fresh + chunk.slots_before, asking.nearest.slot)
-            target = self._least(target, torch.maximum(score, asking.nearest.score))
+            found = asking.nearest.or_among(MostAlike.known(fresh, score, score))
+        target = self._near_enough(found)
         return target if others is None else torch.zeros_like(founded, dtype=torch.long).scatter_(2, others, target)
 
-    def _least(self, target: Tensor, similarity: Tensor) -> Tensor:
-        """Targets [b, g, c], −1 where they are not similar enough."""
-        return target if self.least is None else torch.where(similarity < self.least, -1, target)
+    def _near_enough(self, found: MostAlike) -> Tensor:
+        """The slot most like each token, [b, g, c], −1 where it is not similar enough."""
+        return found.slot if self.least is None else torch.where(found.score < self.least, -1, found.slot)
 
     def _to_founders(self, chunk: ChunkContext, founders: Tensor, asking: ChunkContext) -> Tensor:
         """Similarity of who asks to the slots founded in this step, in token order, [b, g, n, max new]; −∞: no target.

@@ -5,14 +5,14 @@ Taken in float32 or better, of a whole chunk against all live slots, whatever th
 
 from __future__ import annotations
 
+import functools
 import sys
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Count", "Nearest", "Similarity", "best_slot", "search"]
+__all__ = ["Count", "Nearest", "Similarity", "search", "similarities"]
 
 Count = int | Tensor
 """A whole number for all rows, or one per row as a tensor [b, 1, 1]."""
@@ -27,23 +27,69 @@ AT_ONCE = {"cpu": 2**19}
 there, and the memory is used again. Elsewhere all of a chunk's."""
 
 
-@dataclass(frozen=True)
 class Nearest:
-    """The slot most like each token, all [b, g, c].
+    """The slot most like each token. Only what is asked for is found.
 
-    slot: the most similar slot that is no sink, the lowest on ties, −1 where there is none; score: its similarity, −∞
-    where there is none; best: the similarity of the most similar slot of all, sinks included.
+    scores [b, g, c, m]: similarities to some slots; begin: the number of the first of these; sinks: how many of all
+    slots are sinks, which are no targets.
     """
 
-    slot: Tensor
-    score: Tensor
-    best: Tensor
+    def __init__(self, scores: Tensor, begin: int, sinks: int) -> None:
+        self._scores, self._begin = scores, begin
+        self._first = min(max(sinks - begin, 0), scores.shape[-1])
+
+    @classmethod
+    def known(cls, slot: Tensor, score: Tensor, best: Tensor) -> Nearest:
+        """What has been found."""
+        found = cls.__new__(cls)
+        vars(found).update(slot=slot, score=score, best=best)
+        return found
+
+    @functools.cached_property
+    def slot(self) -> Tensor:
+        """The most similar slot that is no sink, the lowest on ties, −1 where there is none, [b, g, c]."""
+        slot, begin = _best_slot(self._targets, self._of_runs), self._begin + self._first
+        return slot.add_(begin) if self._targets.shape[-1] and begin else slot
+
+    @functools.cached_property
+    def score(self) -> Tensor:
+        """Its similarity, −∞ where there is none, [b, g, c]."""
+        return _highest(self._of_runs)
+
+    @functools.cached_property
+    def best(self) -> Tensor:
+        """The similarity of the most similar slot of all, sinks included, [b, g, c]."""
+        return _highest(self._scores) if self._first else self.score
+
+    @property
+    def _targets(self) -> Tensor:
+        return self._scores[..., self._first :]
+
+    @functools.cached_property
+    def _of_runs(self) -> Tensor:
+        """The highest score of each run of slots; of few slots, their scores. The last run may be shorter."""
+        scores, size = self._targets, self._targets.shape[-1]
+        if size < MANY:
+            return scores
+        whole = size // RUN
+        runs = scores[..., : whole * RUN].unflatten(-1, (whole, RUN)).amax(-1)
+        if whole * RUN == size:
+            return runs
+        return torch.cat((runs, scores[..., whole * RUN :].amax(-1, keepdim=True)), dim=-1)
+
+    def settled(self) -> Nearest:
+        """The same, found now."""
+        return Nearest.known(self.slot, self.score, self.best)
 
     def or_among(self, later: Nearest) -> Nearest:
         """The nearest of these slots and of later ones: those only where they are strictly better, so that ties go to
         the lowest."""
         slot = torch.where(later.score > self.score, later.slot, self.slot)
-        return Nearest(slot, torch.maximum(self.score, later.score), torch.maximum(self.best, later.best))
+        return Nearest.known(slot, torch.maximum(self.score, later.score), torch.maximum(self.best, later.best))
+
+    def only(self, offsets: Tensor) -> Nearest:
+        """The same of some tokens, [b, g, n]."""
+        return Nearest.known(*(each.gather(2, offsets) for each in (self.slot, self.score, self.best)))
 
 
 def similarities(kind: Similarity, keys: Tensor, slots: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -63,7 +109,7 @@ def similarities(kind: Similarity, keys: Tensor, slots: Tensor, memory: Tensor |
 def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: int) -> Nearest:
     """For keys [b, g, c, d] among slots [b, g, m, d], of which `live` exist and the first `sinks` are no targets."""
     shape, keys, slots = keys.shape, keys.flatten(0, 1), slots.flatten(0, 1)
-    live = live.expand(*shape[:2], 1).flatten(0, 1).unsqueeze(-1) if isinstance(live, Tensor) else live
+    live = live.expand(*shape[:2], 1).unsqueeze(-1) if isinstance(live, Tensor) else live
     asking = keys.shape[0] * keys.shape[1]
     most = max(1, AT_ONCE.get(keys.device.type, sys.maxsize) // (max(1, asking) * RUN)) * RUN
     memory, found = keys.new_empty(asking * min(most, slots.shape[1])), None
@@ -71,39 +117,34 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
         some = slots[:, begin : begin + most]
         count = some.shape[1]
         scores = similarities(kind, keys, some, memory[: asking * count].view(*keys.shape[:2], count))
+        scores = scores.view(*shape[:3], count)
         if isinstance(live, Tensor):
             scores.masked_fill_(torch.arange(begin, begin + count, device=scores.device) >= live, -torch.inf)
-        first, of_sinks = min(max(sinks - begin, 0), count), None
-        if first:
-            of_sinks = scores[..., :first].amax(-1)
-            scores[..., :first] = -torch.inf
-        slot, score = best_slot(scores, first)
-        best = score if of_sinks is None else torch.maximum(score, of_sinks)
-        found = Nearest(slot, score, best) if found is None else found.or_among(Nearest(slot + begin, score, best))
+        # What is found of several blocks is found before the next one takes the memory.
+        part = Nearest(scores, begin, sinks)
+        found = part if slots.shape[1] <= most else part.settled() if found is None else found.or_among(part)
     assert found is not None
-    return Nearest(*(each.view(shape[:3]) for each in (found.slot, found.score, found.best)))
+    return found
 
 
-def best_slot(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """The lowest slot from `first` on with the highest score, and that score; slot −1 and −∞ where there is none.
-
-    Slots before `first` score −∞.
-    """
+def _best_slot(scores: Tensor, of_runs: Tensor) -> Tensor:
+    """The lowest slot with the highest score, −1 where there is none: scores [..., m] → [...]; of_runs: those of runs,
+    where there are many."""
     size = scores.shape[-1]
-    if size <= first:
-        none = scores.new_full(scores.shape[:-1], -torch.inf)
-        return none.new_full(none.shape, -1, dtype=torch.long), none
+    if not size:
+        return torch.full(scores.shape[:-1], -1, device=scores.device)
     if size < MANY:
-        return _argmax(scores).clamp_(min=first), scores.amax(-1)
+        return _argmax(scores)
     # Where the highest score stands costs more to find than the score itself: look in the first run that has it. The
     # last run may reach back into the one before it, whose scores are lower if it was not chosen.
-    whole = size // RUN
-    runs = scores[..., : whole * RUN].unflatten(-1, (whole, RUN)).amax(-1)
-    if whole * RUN < size:
-        runs = torch.cat((runs, scores[..., whole * RUN :].amax(-1, keepdim=True)), dim=-1)
-    start = (_argmax(runs) * RUN).clamp_(max=size - RUN)
+    start = (_argmax(of_runs) * RUN).clamp_(max=size - RUN)
     inside = scores.gather(-1, start.unsqueeze(-1) + torch.arange(RUN, device=scores.device))
-    return (start + _argmax(inside)).clamp_(min=first), runs.amax(-1)
+    return start + _argmax(inside)
+
+
+def _highest(scores: Tensor) -> Tensor:
+    """The highest score, −∞ where there is none: [..., m] → [...]."""
+    return scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
 
 
 def _argmax(scores: Tensor) -> Tensor:

@@ -82,9 +82,9 @@ def test_chunks_read_together_read_the_same(
     folds: list[int] = []
     slots_after = together.slots_after
 
-    def folding(rules: Any, stretch: Any, chunk: Any) -> Any:
+    def folding(stretch: Any, rows: Any) -> Any:
         folds.append(len(stretch.sizes))
-        return slots_after(rules, stretch, chunk)
+        return slots_after(stretch, rows)
 
     monkeypatch.setattr(KeySets, "of_many", counting)
     monkeypatch.setattr(together, "slots_after", folding)
