@@ -183,6 +183,10 @@ class _Place:
     index: int
 
 
+_RECORDS = (Kept, KeptTogether, Fold, Stretch)
+_HAVE_TENSORS = (Tensor, _Place, list, tuple, *_RECORDS)
+
+
 def _without_tensors(part: Any, saved: list[Tensor | None]) -> Any:
     """A copy of nested records with a `_Place` for each tensor, which goes to the end of `saved`."""
     if isinstance(part, Tensor):
@@ -201,9 +205,10 @@ def _with_tensors(part: Any, saved: tuple[Tensor, ...]) -> Any:
 def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(part, (list, tuple)):
         return type(part)(change(each) for each in part)
-    if isinstance(part, (Kept, KeptTogether, Fold, Stretch)):
+    if isinstance(part, _RECORDS):
         changed = copy.copy(part)
         for name, each in vars(part).items():
-            object.__setattr__(changed, name, change(each))
+            if isinstance(each, _HAVE_TENSORS):
+                object.__setattr__(changed, name, change(each))
         return changed
     return part

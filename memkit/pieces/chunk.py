@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memkit.pieces.evidence import Evidence
-from memkit.pieces.similarity import Count, Nearest, Similarity, search, similarities
+from memkit.pieces.similarity import Count, NearestSlots, Similarity, search, similarities
 
 __all__ = ["Assignment", "ChunkContext", "Count", "Parted", "begins", "picked"]
 
@@ -97,7 +97,7 @@ class ChunkContext:
         return isinstance(self.sink_tokens, Tensor) or self.sink_tokens > 0
 
     @functools.cached_property
-    def nearest(self) -> Nearest:
+    def nearest(self) -> NearestSlots:
         """For each token the slot most like it."""
         return search(self.similarity, self.keys, self.slots, self.slots_before, self.sinks)
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from memkit.errors import PolicyError
 from memkit.pieces.chunk import ChunkContext, as_tensor, maximum, picked
 from memkit.pieces.registry import FamilySpec, register
-from memkit.pieces.similarity import Nearest as MostAlike
-from memkit.pieces.similarity import Similarity
+from memkit.pieces.similarity import NearestSlots, Similarity
 
 __all__ = ["Discard", "Nearest", "NearestSpec", "Routing", "RoutingSpec", "Segment", "SegmentSpec"]
 
@@ -92,16 +91,16 @@ class Nearest(Routing):
         parted = chunk.parted(founded)
         founders, others = parted.founders, parted.others
         asking = chunk if others is None else chunk.only(others)
-        to_founders = MostAlike(self._to_founders(chunk, founders, asking), 0, 0)
+        to_founders = NearestSlots(self._to_founders(chunk, founders, asking), 0, 0)
         fresh, score = to_founders.slot + chunk.slots_before, to_founders.score
         if chunk.slots.shape[2] <= chunk.sinks:  # but for sinks there is none that stood before
-            found = MostAlike.known(torch.where(score > -torch.inf, fresh, -1), score, score)
+            found = NearestSlots.known(torch.where(score > -torch.inf, fresh, -1), score, score)
         else:
-            found = asking.nearest.or_among(MostAlike.known(fresh, score, score))
+            found = asking.nearest.or_among(NearestSlots.known(fresh, score, score))
         target = self._near_enough(found)
         return target if others is None else torch.zeros_like(founded, dtype=torch.long).scatter_(2, others, target)
 
-    def _near_enough(self, found: MostAlike) -> Tensor:
+    def _near_enough(self, found: NearestSlots) -> Tensor:
         """The slot most like each token, [b, g, c], −1 where it is not similar enough."""
         return found.slot if self.least is None else torch.where(found.score < self.least, -1, found.slot)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Count", "Nearest", "Similarity", "search", "similarities"]
+__all__ = ["Count", "NearestSlots", "Similarity", "search", "similarities"]
 
 Count = int | Tensor
 """A whole number for all rows, or one per row as a tensor [b, 1, 1]."""
@@ -27,7 +27,7 @@ AT_ONCE = {"cpu": 2**19}
 there, and the memory is used again. Elsewhere all of a chunk's."""
 
 
-class Nearest:
+class NearestSlots:
     """The slot most like each token. Only what is asked for is found.
 
     scores [b, g, c, m]: similarities to some slots; begin: the number of the first of these; sinks: how many of all
@@ -39,7 +39,7 @@ class Nearest:
         self._first = min(max(sinks - begin, 0), scores.shape[-1])
 
     @classmethod
-    def known(cls, slot: Tensor, score: Tensor, best: Tensor) -> Nearest:
+    def known(cls, slot: Tensor, score: Tensor, best: Tensor) -> NearestSlots:
         """What has been found."""
         found = cls.__new__(cls)
         vars(found).update(slot=slot, score=score, best=best)
@@ -77,19 +77,19 @@ class Nearest:
             return runs
         return torch.cat((runs, scores[..., whole * RUN :].amax(-1, keepdim=True)), dim=-1)
 
-    def settled(self) -> Nearest:
+    def settled(self) -> NearestSlots:
         """The same, found now."""
-        return Nearest.known(self.slot, self.score, self.best)
+        return NearestSlots.known(self.slot, self.score, self.best)
 
-    def or_among(self, later: Nearest) -> Nearest:
+    def or_among(self, later: NearestSlots) -> NearestSlots:
         """The nearest of these slots and of later ones: those only where they are strictly better, so that ties go to
         the lowest."""
         slot = torch.where(later.score > self.score, later.slot, self.slot)
-        return Nearest.known(slot, torch.maximum(self.score, later.score), torch.maximum(self.best, later.best))
+        return NearestSlots.known(slot, torch.maximum(self.score, later.score), torch.maximum(self.best, later.best))
 
-    def only(self, offsets: Tensor) -> Nearest:
+    def only(self, offsets: Tensor) -> NearestSlots:
         """The same of some tokens, [b, g, n]."""
-        return Nearest.known(*(each.gather(2, offsets) for each in (self.slot, self.score, self.best)))
+        return NearestSlots.known(*(each.gather(2, offsets) for each in (self.slot, self.score, self.best)))
 
 
 def similarities(kind: Similarity, keys: Tensor, slots: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ def similarities(kind: Similarity, keys: Tensor, slots: Tensor, memory: Tensor |
     return scores
 
 
-def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: int) -> Nearest:
+def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: int) -> NearestSlots:
     """For keys [b, g, c, d] among slots [b, g, m, d], of which `live` exist and the first `sinks` are no targets."""
     shape, keys, slots = keys.shape, keys.flatten(0, 1), slots.flatten(0, 1)
     live = live.expand(*shape[:2], 1).unsqueeze(-1) if isinstance(live, Tensor) else live
@@ -121,7 +121,7 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
         if isinstance(live, Tensor):
             scores.masked_fill_(torch.arange(begin, begin + count, device=scores.device) >= live, -torch.inf)
         # What is found of several blocks is found before the next one takes the memory.
-        part = Nearest(scores, begin, sinks)
+        part = NearestSlots(scores, begin, sinks)
         found = part if slots.shape[1] <= most else part.settled() if found is None else found.or_among(part)
     assert found is not None
     return found

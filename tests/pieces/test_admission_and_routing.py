@@ -25,7 +25,7 @@ from memkit.pieces.admission import (
 from memkit.pieces.chunk import Assignment, ChunkContext
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import NearestSpec, Routing, RoutingSpec, SegmentSpec
-from memkit.pieces.similarity import Nearest, Similarity, search, similarities
+from memkit.pieces.similarity import NearestSlots, Similarity, search, similarities
 
 WIDTH = 2
 
@@ -310,7 +310,7 @@ def test_similarities_are_for_an_admission_that_compares(admission: AdmissionSpe
     """Where neither admission nor routing looks at the slots, nothing is compared with them."""
     searches: list[Tensor] = []
 
-    def counting(kind: Similarity, keys: Tensor, *rest: Any) -> Nearest:
+    def counting(kind: Similarity, keys: Tensor, *rest: Any) -> NearestSlots:
         searches.append(keys)
         return search(kind, keys, *rest)
 
@@ -325,7 +325,7 @@ def test_a_chunk_is_compared_once(admission: AdmissionSpec, monkeypatch: pytest.
     """Who founds and where the others go is one search."""
     searches: list[Tensor] = []
 
-    def counting(kind: Similarity, keys: Tensor, *rest: Any) -> Nearest:
+    def counting(kind: Similarity, keys: Tensor, *rest: Any) -> NearestSlots:
         searches.append(keys)
         return search(kind, keys, *rest)
 
