@@ -91,11 +91,6 @@ class ChunkContext:
             return self.most_new
         return self.new_slots if isinstance(self.new_slots, int) else int(self.new_slots.max())
 
-    @property
-    def has_sink_tokens(self) -> bool:
-        """Whether there may be sinks at the chunk's front; of unequal rows it is not asked."""
-        return isinstance(self.sink_tokens, Tensor) or self.sink_tokens > 0
-
     @functools.cached_property
     def nearest(self) -> NearestSlots:
         """For each token the slot most like it."""

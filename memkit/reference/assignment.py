@@ -29,30 +29,30 @@ Assigned = tuple[int, bool]
 
 
 def assign(
-    rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, evidence: list[Tensor] | None = None
+    rules: Rules, chunk: list[Token], slots: list[Slot], new_slots: int, evidence: list[Tensor] | None = None
 ) -> list[Assigned]:
     """All of a chunk is assigned before any sum changes. The first S tokens of a row found in any case."""
-    forced = min(max(rules.spec.sinks - chunk[0].position, 0), len(chunk))
+    sink_tokens = min(max(rules.spec.sinks - chunk[0].position, 0), len(chunk))
     if rules.sinks_are_tokens:
         return [(token.position, True) if token.position < rules.spec.sinks else (-1, False) for token in chunk]
-    founders = admitted(rules, chunk, slots, granted, forced, evidence)
+    founders = admitted(rules, chunk, slots, new_slots, sink_tokens, evidence)
     home = {j: len(slots) + i for i, j in enumerate(founders)}
-    others = joined(rules, chunk, slots, granted, forced, home)
+    others = joined(rules, chunk, slots, new_slots, sink_tokens, home)
     return [(home[j], True) if j in home else (others[j], False) for j in range(len(chunk))]
 
 
 def admitted(
-    rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, forced: int, evidence: list[Tensor] | None
+    rules: Rules, chunk: list[Token], slots: list[Slot], new_slots: int, sink_tokens: int, evidence: list[Tensor] | None
 ) -> list[int]:
     """Offsets of the tokens that found, in order: the sinks, then the highest scores, ties to the earliest."""
-    if granted == len(chunk):
-        return list(range(granted))
+    if new_slots == len(chunk):
+        return list(range(new_slots))
     # Under an admission that compares, token 0 founds a slot in an empty memory, and the rest are compared with it.
-    opening = compares(rules) and not slots and granted > 0
-    ahead = max(forced, 1) if opening else forced
-    free, wanted = list(range(ahead, len(chunk))), granted - ahead
+    opening = compares(rules) and not slots and new_slots > 0
+    ahead = max(sink_tokens, 1) if opening else sink_tokens
+    free, wanted = list(range(ahead, len(chunk))), new_slots - ahead
     if rules.spec.admission.kind == "none":
-        return runs(rules, chunk, slots, granted, forced)
+        return runs(rules, chunk, slots, new_slots, sink_tokens)
     if wanted <= 0:
         return list(range(ahead))
     match rules.spec.admission.kind:
@@ -67,18 +67,18 @@ def admitted(
             chosen = [free[i * len(free) // wanted] for i in range(wanted)]
         case _:
             fresh = [rules.alone(t, weight, True) for t, weight in zip(chunk, rules.weights(chunk), strict=True)]
-            shown = context(rules, chunk, slots, granted, forced, evidence)
+            shown = context(rules, chunk, slots, new_slots, sink_tokens, evidence)
             scores = ratings(rules, fresh, [token.memory_key for token in chunk], evidence or [], shown)
             chosen = [free[i] for i in in_order([-scores[j] for j in free])[:wanted]]
     return [*range(ahead), *sorted(chosen)]
 
 
-def runs(rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, forced: int) -> list[int]:
+def runs(rules: Rules, chunk: list[Token], slots: list[Slot], new_slots: int, sink_tokens: int) -> list[int]:
     """Where the routing says who founds: sinks, and the first token of each run ⌊iC/g⌋ … ⌊(i+1)C/g⌋ − 1 of the rest."""
     if isinstance(rules.spec.routing, SegmentSpec) and rules.spec.routing.kind == "segment":
-        rest, count = len(chunk) - forced, granted - forced
-        return [*range(forced), *(forced + i * rest // count for i in range(count))]
-    founded = rules.policy.routing.founders(context(rules, chunk, slots, granted, forced))
+        rest, count = len(chunk) - sink_tokens, new_slots - sink_tokens
+        return [*range(sink_tokens), *(sink_tokens + i * rest // count for i in range(count))]
+    founded = rules.policy.routing.founders(context(rules, chunk, slots, new_slots, sink_tokens))
     return founded.expand(1, 1, len(chunk))[0, 0].nonzero()[:, 0].tolist()
 
 
@@ -89,14 +89,14 @@ def compares(rules: Rules) -> bool:
 
 
 def joined(
-    rules: Rules, chunk: list[Token], slots: list[Slot], granted: int, forced: int, home: dict[int, int]
+    rules: Rules, chunk: list[Token], slots: list[Slot], new_slots: int, sink_tokens: int, home: dict[int, int]
 ) -> list[int]:
     """The slot that each token joins if it founds none, −1 where it is dropped; `home`: founders and their slots."""
     if not rules.policy.merging.joins:
         return [-1] * len(chunk)
     match rules.spec.routing:
-        case NearestSpec(kind="nearest", new_slots=new_slots):
-            return nearest(rules, chunk, slots, granted, forced, home, new_slots)
+        case NearestSpec(kind="nearest", new_slots=joins_new):
+            return nearest(rules, chunk, slots, new_slots, sink_tokens, home, joins_new)
         case SegmentSpec(kind="segment"):
             # The newest slot before it that is no sink, or the first one after it.
             newest = [max((home[i] for i in home if i <= j), default=len(slots) - 1) for j in range(len(chunk))]
@@ -104,7 +104,7 @@ def joined(
         case _:
             founded = torch.tensor([j in home for j in range(len(chunk))])[None, None]
             targets = rules.policy.routing.targets(
-                context(rules, chunk, slots, granted, forced), founded if home else None
+                context(rules, chunk, slots, new_slots, sink_tokens), founded if home else None
             )
             return targets.expand(1, 1, len(chunk))[0, 0].tolist()
 
@@ -113,18 +113,18 @@ def nearest(
     rules: Rules,
     chunk: list[Token],
     slots: list[Slot],
-    granted: int,
-    forced: int,
+    new_slots: int,
+    sink_tokens: int,
     home: dict[int, int],
-    new_slots: bool,
+    joins_new: bool,
 ) -> list[int]:
     """The most similar slot that is no sink; ties: the lowest."""
-    opening = compares(rules) and not slots and granted > 0
+    opening = compares(rules) and not slots and new_slots > 0
     weights = rules.weights(chunk)
     targets = list(enumerate(slots))[rules.spec.sinks :]
     for j in home:
         # Where new slots are no targets, the first slot of an empty memory still is.
-        if j >= forced and (new_slots or (opening and j == 0)):
+        if j >= sink_tokens and (joins_new or (opening and j == 0)):
             targets.append((home[j], rules.alone(chunk[j], weights[j], True)))
     if not targets:
         return [-1] * len(chunk)
@@ -192,8 +192,8 @@ def context(
     rules: Rules,
     chunk: list[Token],
     slots: list[Slot],
-    granted: int,
-    forced: int,
+    new_slots: int,
+    sink_tokens: int,
     evidence: list[Tensor] | None = None,
 ) -> ChunkContext:
     """The chunk as a user's own piece is shown it. evidence: (mean error, mean share) of each token."""
@@ -208,8 +208,8 @@ def context(
         slots=compared(slots, keys[0])[None, None],
         slots_before=len(slots),
         sinks=rules.spec.sinks,
-        sink_tokens=forced,
-        new_slots=granted,
+        sink_tokens=sink_tokens,
+        new_slots=new_slots,
         joins=rules.policy.merging.joins,
         alone=alone,
         read_values=lambda: torch.stack([token.value.detach() for token in chunk])[None, None],

@@ -104,7 +104,7 @@ class Head:
             assert isinstance(rules.spec.window, BlockWindowSpec)
             if len(self.chunks) > rules.spec.window.chunks:
                 begin, end = self.chunks[:2]
-                self.leave(end, rules.granted(len(self.slots), begin, end, position))
+                self.leave(end, rules.new_slots(len(self.slots), begin, end, position))
                 del self.chunks[0]
         self.ended = self.boundaries is not None and self.boundaries[position - self.seen]
 
@@ -126,11 +126,11 @@ class Head:
         """The first token that the query at `position`, which has just arrived, sees exactly."""
         return self.chunks[0] if self.rules.cut_by_caller else self.rules.sees_from(position)
 
-    def leave(self, end: int, granted: int) -> None:
+    def leave(self, end: int, new_slots: int) -> None:
         """The oldest chunk, up to `end`, becomes part of the slots; so many of its tokens found one."""
         rules, begin, before = self.rules, self.left, len(self.slots)
         chunk = [self.token(position, begin == 0) for position in range(begin, end)]
-        self.counts.append(before + granted)
+        self.counts.append(before + new_slots)
         if rules.policy.competes:
             assigned = []
         else:
@@ -140,14 +140,14 @@ class Head:
             assigned = (
                 self.from_plan(begin, end)
                 if self.given is not None
-                else assign(rules, chunk, self.slots, granted, of_tokens)
+                else assign(rules, chunk, self.slots, new_slots, of_tokens)
             )
         if self.observing is not None or rules.policy.competes:
-            self.slots = compete(rules, chunk, self.slots, granted, None if self.given else assigned, self.observing)
+            self.slots = compete(rules, chunk, self.slots, new_slots, None if self.given else assigned, self.observing)
             self.left, self.as_read = end, None
             return
         weights = rules.weights(chunk)
-        self.slots += [self.nothing()] * granted
+        self.slots += [self.nothing()] * new_slots
         # Founders first, so that a token may join a slot whose founder stands behind it in the chunk.
         for token, weight, (slot, founds) in zip(chunk, weights, assigned, strict=True):
             if founds:

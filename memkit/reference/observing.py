@@ -160,7 +160,7 @@ def compete(
     rules: Rules,
     chunk: list[Token],
     slots: list[Slot],
-    granted: int,
+    new_slots: int,
     assigned: list[Assigned] | None,
     observing: Observing | None,
 ) -> list[Slot]:
@@ -170,7 +170,7 @@ def compete(
     stays: with μ = m/n + 1e-9 (of one that joins at most `merging.cap` times the slot's) and T = Σ μ over a slot and
     those that join it, its values become Σ μ v / T, and its share m·T/μ.
     """
-    sinks, total = rules.spec.sinks, len(slots) + granted
+    sinks, total = rules.spec.sinks, len(slots) + new_slots
     weights = rules.weights(chunk)
     fresh = [rules.alone(token, weight, founds=True) for token, weight in zip(chunk, weights, strict=True)]
     nothing = torch.zeros(3, dtype=torch.float64) if observing is None else observing.nothing
@@ -180,9 +180,9 @@ def compete(
         kept = min(len(slots), sinks)
         candidates, told = [*slots[kept:], *fresh], [*of_slots[kept:], *of_tokens]
         keys = [*(slot.compared for slot in slots[kept:]), *(token.memory_key for token in chunk)]
-        forced = min(max(sinks - chunk[0].position, 0), len(chunk))
+        sink_tokens = min(max(sinks - chunk[0].position, 0), len(chunk))
         known = None if observing is None else [mean(each) for each in told]
-        shown = candidates_context(rules, slots[:kept], candidates, keys, known, total - kept, forced)
+        shown = candidates_context(rules, slots[:kept], candidates, keys, known, total - kept, sink_tokens)
         founders = staying(rules, candidates, keys, [mean(each) for each in told], shown)
         home = {j: kept + i for i, j in enumerate(founders)}
         joins: list[int] = [-1] * len(candidates)
@@ -237,7 +237,7 @@ def candidates_context(
     keys: list[Tensor],
     told: list[Tensor] | None,
     places: int,
-    forced: int,
+    sink_tokens: int,
 ) -> ChunkContext:
     """Slots and tokens that compete for `places`, as a user's own piece is shown them; kept: slots that are none."""
     alone = compared(candidates, keys[0])[None, None]
@@ -246,7 +246,7 @@ def candidates_context(
         slots=compared(kept, keys[0])[None, None],
         slots_before=len(kept),
         sinks=rules.spec.sinks,
-        sink_tokens=forced,
+        sink_tokens=sink_tokens,
         new_slots=places,
         joins=rules.policy.merging.joins,
         alone=lambda: alone,
@@ -261,9 +261,9 @@ def staying(
 ) -> list[int]:
     """Which candidates have a slot afterwards: the first ones that are sinks, then the highest ratings, ties to the
     earliest."""
-    places, forced = int(shown.new_slots), int(shown.sink_tokens)
+    places, sink_tokens = int(shown.new_slots), int(shown.sink_tokens)
     if places == len(candidates):
         return list(range(places))
     scores = ratings(rules, candidates, keys, told, shown)
-    free = sorted(range(forced, len(candidates)), key=lambda j: -scores[j])
-    return [*range(forced), *sorted(free[: places - forced])]
+    free = sorted(range(sink_tokens, len(candidates)), key=lambda j: -scores[j])
+    return [*range(sink_tokens), *sorted(free[: places - sink_tokens])]

@@ -77,8 +77,8 @@ class Rules:
             begin, slots = (len(after) - 1) * size, after[-1]
             counted = begin + ((self.policy.window.capacity or 0) if growth.counts == "seen" else size)
             allowed = min(self.share(max(self.spec.sinks, self.budget(counted))), begin + size)
-            granted = min(size, max(0, allowed - slots))
-            after.append(slots + (size if begin == 0 and growth.first_chunk == "whole" else granted))
+            new_slots = min(size, max(0, allowed - slots))
+            after.append(slots + (size if begin == 0 and growth.first_chunk == "whole" else new_slots))
         return after[left // size] if left else 0
 
     def share(self, slots: int) -> int:
@@ -86,7 +86,7 @@ class Rules:
         others = slots - self.spec.sinks
         return slots if others <= 0 else self.spec.sinks + max(1, math.floor(self.spec.heads.ratio * others + 0.5))
 
-    def granted(self, slots: int, begin: int, end: int, arrives: int) -> int:
+    def new_slots(self, slots: int, begin: int, end: int, arrives: int) -> int:
         """How many of tokens begin … end − 1 found a slot as they leave together, where there are `slots`.
 
         They leave because the token `arrives` begins a chunk; where the caller says where chunks end.

@@ -8,6 +8,8 @@
 Needs hypothesis: `pip install memkit-attention[testing]`. `import memkit` does not import this package.
 """
 
+import warnings
+
 from memkit.testing import laws
 from memkit.testing.cases import Case, cases, lengths, plans, splits
 from memkit.testing.checks import (
@@ -25,7 +27,7 @@ from memkit.testing.checks import (
 from memkit.testing.claims import CLAIMS
 from memkit.testing.given import as_spec
 from memkit.testing.law import Law, LawBroken
-from memkit.testing.laws.leaving import Exit, exits
+from memkit.testing.laws.leaving import LeavingExample, leaving_examples
 from memkit.testing.laws.merged import Merged, merged_tokens
 from memkit.testing.laws.merging.tokens import Merge, merges
 from memkit.testing.laws.readout import Sums, sums_of_slots
@@ -36,9 +38,9 @@ from memkit.testing.specs import policies, specs
 __all__ = [
     "CLAIMS",
     "Case",
-    "Exit",
     "Law",
     "LawBroken",
+    "LeavingExample",
     "Merge",
     "Merged",
     "Report",
@@ -56,8 +58,8 @@ __all__ = [
     "check_routing",
     "examine",
     "examine_policies",
-    "exits",
     "laws",
+    "leaving_examples",
     "lengths",
     "merged_tokens",
     "merges",
@@ -68,3 +70,14 @@ __all__ = [
     "splits",
     "sums_of_slots",
 ]
+
+_RENAMED = {"Exit": LeavingExample, "exits": leaving_examples}
+
+
+def __getattr__(name: str) -> object:
+    """Names of before; they say so when they are imported."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"memkit.testing.{name} is called {new.__name__} now", DeprecationWarning, stacklevel=2)
+    return new

@@ -28,7 +28,7 @@ from memkit.testing.given import as_spec
 from memkit.testing.law import Code, Law, LawBroken, code_of
 from memkit.testing.laws.admission import ADMISSION_LAWS
 from memkit.testing.laws.growth import GROWTH_LAWS, tokens
-from memkit.testing.laws.leaving import exits, with_margin
+from memkit.testing.laws.leaving import leaving_examples, with_margin
 from memkit.testing.laws.merging import (
     MERGING_LAWS,
     associativity,
@@ -237,13 +237,16 @@ def _of_growth(growth: Growth, code: Code) -> list[Asked]:
 
 
 def _of_admission(admission: Admission, code: Code) -> list[Asked]:
-    return [_one(law, exits(), admission, code) for law in ADMISSION_LAWS]
+    return [_one(law, leaving_examples(), admission, code) for law in ADMISSION_LAWS]
 
 
 def _of_routing(routing: Routing, code: Code) -> list[Asked]:
     sure = (slots_follow_their_keys, routing_batch_invariance)
     new = getattr(routing, "new_slots", True)
-    return [_one(law, with_margin(new) if law in sure else exits(joins_new=new), routing, code) for law in ROUTING_LAWS]
+    return [
+        _one(law, with_margin(new) if law in sure else leaving_examples(joins_new=new), routing, code)
+        for law in ROUTING_LAWS
+    ]
 
 
 def _of_readout(readout: Readout, code: Code) -> list[Asked]:

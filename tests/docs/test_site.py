@@ -6,9 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import pytest
@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-RUN = [path for path in (*PAGES, ROOT / "CONTRIBUTING.md") if path.name not in OWN_TESTS and blocks(path, "python")]
+RUN = [path for path in PAGES if path.name not in OWN_TESTS and blocks(path, "python")]
 
 
 @pytest.mark.parametrize("path", RUN, ids=lambda path: path.name)
@@ -54,14 +54,26 @@ def test_code_runs(path: Path, folder: Path):
         exec(compile(block, path.name, "exec", dont_inherit=True), scope)
 
 
-def test_the_growth_schedule_of_contributing_grows():
-    scope: dict[str, object] = {"__name__": "contributing"}
-    exec(compile(blocks(ROOT / "CONTRIBUTING.md", "python")[0], "CONTRIBUTING.md", "exec", dont_inherit=True), scope)
-    policy = memkit.load_policy("kvm-sqrt-16", {"growth": {"kind": "cube-root", "factor": 30.0}})
-    spec: Any = kinds("growth")["cube-root"](factor=30.0)
-    growth = spec.build()
-    assert [growth.budget(tokens) for tokens in (0, 1, 9000)] == [0, 30, 624]
-    assert policy.build().slots_after(9000) == 623, "30 · 8960^(1/3): the last chunk to leave did so at token 8960"
+GROWS = """
+import memkit
+policy = memkit.load_policy("kvm-sqrt-16", {"growth": {"kind": "cube-root", "factor": 30.0}}).build()
+print(policy.growth.budget(0), policy.growth.budget(1), policy.growth.budget(9000), policy.slots_after(9000))
+"""
+
+
+def test_the_growth_schedule_of_contributing_grows(tmp_path: Path):
+    """In a copy of the package, where CONTRIBUTING.md says that it goes."""
+    package = tmp_path / "memkit"
+    shutil.copytree(Path(memkit.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "policies", tmp_path / "policies")
+    with (package / "pieces" / "growth.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n\n{blocks(ROOT / 'CONTRIBUTING.md', 'python')[0]}")
+
+    run = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert run.returncode == 0, run.stderr
+    # 30 · 8960^(1/3): the last chunk to leave did so at token 8960.
+    assert run.stdout.split() == ["0", "30", "624", "623"]
 
 
 def test_commands_of_the_first_five_minutes_run(folder: Path):

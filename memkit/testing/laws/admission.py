@@ -11,7 +11,7 @@ from memkit.pieces.admission import Admission
 from memkit.pieces.chunk import ChunkContext
 from memkit.testing.agreement import identical, show
 from memkit.testing.law import Broken, law
-from memkit.testing.laws.leaving import Exit
+from memkit.testing.laws.leaving import LeavingExample
 
 __all__ = [
     "ADMISSION_LAWS",
@@ -24,17 +24,17 @@ __all__ = [
 ]
 
 
-def chunk_of(example: Exit, keys: Tensor) -> ChunkContext:
+def chunk_of(example: LeavingExample, keys: Tensor) -> ChunkContext:
     """The chunk, beside slots that make a token's redundancy the first channel of its key.
 
     There is one slot at least: in an empty memory token 0 founds whatever its score.
     """
-    slots = torch.zeros(*keys.shape[:2], max(example.live, 1), keys.shape[3], dtype=keys.dtype)
+    slots = torch.zeros(*keys.shape[:2], max(example.slots_before, 1), keys.shape[3], dtype=keys.dtype)
     slots[..., 0] = 1
     return example.chunk(keys, slots)
 
 
-def keys_of(example: Exit) -> Tensor:
+def keys_of(example: LeavingExample) -> Tensor:
     """The tokens' keys, [1, g, c, d]."""
     return example.tensors()[0]
 
@@ -61,7 +61,7 @@ def founders(admission: Admission, chunk: ChunkContext) -> Tensor:
 
 
 @law("scores are numbers", "admission")
-def scores_are_numbers(admission: Admission, example: Exit) -> None:
+def scores_are_numbers(admission: Admission, example: LeavingExample) -> None:
     """score is one number per token, [b, g, c] or broadcastable to it, and none is NaN.
 
     An order with NaN in it is whatever the sorting algorithm makes of it.
@@ -72,29 +72,31 @@ def scores_are_numbers(admission: Admission, example: Exit) -> None:
 
 
 @law("ties", "admission", claim="order_blind")
-def admission_ties(admission: Admission, example: Exit) -> None:
+def admission_ties(admission: Admission, example: LeavingExample) -> None:
     """Of equal tokens the earliest found.
 
     Ties are common (repeated tokens, zero vectors); left open, they answer differently on another machine.
     """
     found = founders(admission, chunk_of(example, torch.zeros_like(keys_of(example))))[0, 0]
     expected = torch.arange(example.size)
-    expected = (expected >= example.forced) & (expected < example.grant)
+    expected = (expected >= example.sink_tokens) & (expected < example.new_slots)
     if not torch.equal(found, expected):
-        raise Broken(f"all tokens equal, {example.grant} found: {found.tolist()}, expected {expected.tolist()}")
+        raise Broken(f"all tokens equal, {example.new_slots} found: {found.tolist()}, expected {expected.tolist()}")
 
 
 @law("founders follow their tokens", "admission", claim="order_blind")
-def founders_follow_their_tokens(admission: Admission, example: Exit) -> None:
+def founders_follow_their_tokens(admission: Admission, example: LeavingExample) -> None:
     """Permuting tokens permutes those that found: who found is a matter of what they are, not of where they stand.
 
     found(π x) = π found(x), for tokens of distinct redundancy.
     """
-    free = example.size - example.forced
+    free = example.size - example.sink_tokens
     generator = torch.Generator().manual_seed(example.seed)
     keys = keys_of(example)
     keys[..., 0] = torch.randperm(example.size, generator=generator).double()
-    turn = torch.cat((torch.arange(example.forced), example.forced + torch.randperm(free, generator=generator)))
+    turn = torch.cat(
+        (torch.arange(example.sink_tokens), example.sink_tokens + torch.randperm(free, generator=generator))
+    )
     found = founders(admission, chunk_of(example, keys[:, :, turn]))
     expected = founders(admission, chunk_of(example, keys))[..., turn]
     if not torch.equal(found, expected):
@@ -105,14 +107,14 @@ def founders_follow_their_tokens(admission: Admission, example: Exit) -> None:
 
 
 @law("novelty", "admission", claim="novel")
-def novelty(admission: Admission, example: Exit) -> None:
+def novelty(admission: Admission, example: LeavingExample) -> None:
     """No token founds that the memory stands for better than for one that does not: max founders ≤ min others.
 
     A slot spent on what is known already is lost to what is not.
     """
     chunk = chunk_of(example, keys_of(example))
     found, redundancy = founders(admission, chunk), chunk.redundancy
-    free = chunk.offsets >= example.forced
+    free = chunk.offsets >= example.sink_tokens
     for head in range(example.heads):
         chosen, others = redundancy[0, head][found[0, head]], redundancy[0, head][free & ~found[0, head]]
         if len(chosen) and len(others) and float(chosen.max()) > float(others.min()):
@@ -120,14 +122,14 @@ def novelty(admission: Admission, example: Exit) -> None:
 
 
 @law("batch invariance", "admission")
-def admission_batch_invariance(admission: Admission, example: Exit) -> None:
+def admission_batch_invariance(admission: Admission, example: LeavingExample) -> None:
     """A row's order does not depend on other rows or heads, nor on whether counts come as one number or one per row.
 
     Sorted by score, batch[row] = row. Scores are compared as orders: a rule may scale them as it likes.
     """
     keys = keys_of(example)
     chunk = chunk_of(example, keys)
-    alone = ranked(admission, chunk)[..., : example.grant]
+    alone = ranked(admission, chunk)[..., : example.new_slots]
     neighbour = keys_of(dataclasses.replace(example, seed=example.seed + 1))
     together = chunk_of(example, torch.cat((keys, neighbour)))
 
@@ -136,21 +138,21 @@ def admission_batch_invariance(admission: Admission, example: Exit) -> None:
 
     both = dataclasses.replace(
         together,
-        slots_before=rows(max(example.live, 1), max(example.live, 1)),
-        sink_tokens=rows(example.forced, 0),
-        new_slots=rows(example.grant, 0),
+        slots_before=rows(max(example.slots_before, 1), max(example.slots_before, 1)),
+        sink_tokens=rows(example.sink_tokens, 0),
+        new_slots=rows(example.new_slots, 0),
     )
-    found = ranked(admission, both)[:1, :, : example.grant]
+    found = ranked(admission, both)[:1, :, : example.new_slots]
     if not torch.equal(found, alone):
         raise Broken(f"beside another row the order is {found[0, 0].tolist()}, alone {alone[0, 0].tolist()}")
     for head in range(example.heads):
-        own = ranked(admission, chunk_of(example, keys[:, head : head + 1]))[0, 0, : example.grant]
+        own = ranked(admission, chunk_of(example, keys[:, head : head + 1]))[0, 0, : example.new_slots]
         if not torch.equal(own, alone[0, head]):
             raise Broken(f"head {head} alone has the order {own.tolist()}, beside others {alone[0, head].tolist()}")
 
 
 @law("purity", "admission")
-def admission_is_pure(admission: Admission, example: Exit) -> None:
+def admission_is_pure(admission: Admission, example: LeavingExample) -> None:
     """The same chunk gives the same scores, and its keys, slots and redundancies stay as they were.
 
     A plan that is made twice must be the same plan.

@@ -12,22 +12,23 @@ from memkit.pieces.chunk import ChunkContext
 from memkit.pieces.similarity import Similarity
 from memkit.testing.cases import DATA, Data, make
 
-__all__ = ["Exit", "exits", "with_margin"]
+__all__ = ["LeavingExample", "leaving_examples", "with_margin"]
 
 
 @dataclass(frozen=True)
-class Exit:
+class LeavingExample:
     """A chunk that leaves, and the memory it meets.
 
-    size: tokens of the chunk; grant: how many found; forced: how many of those are sinks, at the chunk's front; live:
-    slots there are; sinks: how many of all slots are sinks; joining: whether other tokens join; newest: whether the
-    last tokens found, not the most novel ones or those that a routing says; heads, width; data, seed.
+    size: tokens of the chunk; new_slots: how many of them found; sink_tokens: how many of those are sinks, at the
+    chunk's front; slots_before: slots there are; sinks: how many of all slots are sinks; joining: whether other tokens
+    join; newest: whether the last tokens found, not the most novel ones or those that a routing says; heads, width;
+    data, seed.
     """
 
     size: int = 3
-    grant: int = 1
-    forced: int = 0
-    live: int = 2
+    new_slots: int = 1
+    sink_tokens: int = 0
+    slots_before: int = 2
     sinks: int = 0
     joining: bool = True
     newest: bool = False
@@ -40,7 +41,7 @@ class Exit:
         """Memory keys [1, g, c, d] and the slots' keys as they are read [1, g, m, d], float64."""
         generator = torch.Generator().manual_seed(self.seed)
         keys = make(self.data, (1, self.heads, self.size, self.width), generator)
-        return keys, make(self.data, (1, self.heads, self.live, self.width), generator)
+        return keys, make(self.data, (1, self.heads, self.slots_before, self.width), generator)
 
     def chunk(self, keys: Tensor, slots: Tensor, similarity: Similarity = "dot") -> ChunkContext:
         """The chunk as an admission and a routing are given it; slots are all that is there."""
@@ -49,8 +50,8 @@ class Exit:
             slots=slots,
             slots_before=slots.shape[2],
             sinks=self.sinks,
-            sink_tokens=self.forced,
-            new_slots=self.grant,
+            sink_tokens=self.sink_tokens,
+            new_slots=self.new_slots,
             joins=self.joining,
             alone=lambda: keys,
             similarity=similarity,
@@ -58,25 +59,31 @@ class Exit:
 
 
 @st.composite
-def exits(draw: st.DrawFn, data: tuple[str, ...] = DATA, min_width: int = 1, joins_new: bool = True) -> Exit:
-    """Chunks that leave: grants from none to all, sinks in memory and at the chunk's front, an empty memory.
+def leaving_examples(
+    draw: st.DrawFn, data: tuple[str, ...] = DATA, min_width: int = 1, joins_new: bool = True
+) -> LeavingExample:
+    """Chunks that leave: founders from none to all, sinks in memory and at the chunk's front, an empty memory.
 
     joins_new: whether the routing lets tokens join a slot founded in the same step (else an old one must be there).
     """
     size = draw(st.integers(1, 8))
     sinks = draw(st.integers(0, 4))
-    live = draw(st.integers(0, 6))
-    forced = min(max(sinks - live, 0), size)
-    grant = draw(st.integers(forced, size))
+    slots_before = draw(st.integers(0, 6))
+    sink_tokens = min(max(sinks - slots_before, 0), size)
+    new_slots = draw(st.integers(sink_tokens, size))
     # A token that founds nothing needs a slot to join.
     newest = draw(st.booleans())
-    there = live + grant > sinks if joins_new else live > sinks or (live == sinks == 0 < grant and not newest)
-    joining = draw(st.booleans()) and (there or grant == size)
-    return Exit(
+    there = (
+        slots_before + new_slots > sinks
+        if joins_new
+        else slots_before > sinks or (slots_before == sinks == 0 < new_slots and not newest)
+    )
+    joining = draw(st.booleans()) and (there or new_slots == size)
+    return LeavingExample(
         size=size,
-        grant=grant,
-        forced=forced,
-        live=live,
+        new_slots=new_slots,
+        sink_tokens=sink_tokens,
+        slots_before=slots_before,
         sinks=sinks,
         joining=joining,
         newest=newest,
@@ -87,6 +94,6 @@ def exits(draw: st.DrawFn, data: tuple[str, ...] = DATA, min_width: int = 1, joi
     )
 
 
-def with_margin(joins_new: bool = True) -> st.SearchStrategy[Exit]:
+def with_margin(joins_new: bool = True) -> st.SearchStrategy[LeavingExample]:
     """Chunks in which no decision is close."""
-    return exits(data=("normal",), min_width=3, joins_new=joins_new)
+    return leaving_examples(data=("normal",), min_width=3, joins_new=joins_new)

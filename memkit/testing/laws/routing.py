@@ -15,7 +15,7 @@ from memkit.pieces.routing import Nearest, Routing
 from memkit.pieces.similarity import similarities
 from memkit.testing.agreement import identical, show
 from memkit.testing.law import Broken, law
-from memkit.testing.laws.leaving import Exit
+from memkit.testing.laws.leaving import LeavingExample
 
 __all__ = [
     "ROUTING_LAWS",
@@ -46,12 +46,12 @@ class Choice:
     routing: Routing
 
 
-def place(routing: Routing, example: Exit, keys: Tensor, slots: Tensor) -> Assignment:
+def place(routing: Routing, example: LeavingExample, keys: Tensor, slots: Tensor) -> Assignment:
     """Where the tokens go."""
     return _place(routing, example, example.chunk(keys, slots, routing.similarity))
 
 
-def _place(routing: Routing, example: Exit, chunk: ChunkContext) -> Assignment:
+def _place(routing: Routing, example: LeavingExample, chunk: ChunkContext) -> Assignment:
     unless_newest = None if routing.founds else Lowest()
     return assign(Choice(Recency() if example.newest else unless_newest, routing), chunk)
 
@@ -63,39 +63,39 @@ def same_places(got: Assignment, what: str, expected: Assignment, other: str) ->
 
 
 @law("exactly as many as granted", "routing")
-def exactly_granted(routing: Routing, example: Exit) -> None:
+def exactly_granted(routing: Routing, example: LeavingExample) -> None:
     """Exactly `grant` tokens found, the sinks at the chunk's front among them.
 
     One more, and the memory outgrows its tensor; one less, and a slot stays empty and is read as zeros.
     """
     assignment = place(routing, example, *example.tensors())
     found = assignment.founded.sum(-1)
-    if bool((found != example.grant).any()):
-        raise Broken(f"{found.tolist()} tokens found, {example.grant} may:\n{show(assignment.founded)}")
-    if not bool(assignment.founded[..., : example.forced].all()):
-        raise Broken(f"the first {example.forced} are sinks and found in any case:\n{show(assignment.founded)}")
+    if bool((found != example.new_slots).any()):
+        raise Broken(f"{found.tolist()} tokens found, {example.new_slots} may:\n{show(assignment.founded)}")
+    if not bool(assignment.founded[..., : example.sink_tokens].all()):
+        raise Broken(f"the first {example.sink_tokens} are sinks and found in any case:\n{show(assignment.founded)}")
 
 
 @law("new slots in order", "routing")
-def new_slots_in_order(routing: Routing, example: Exit) -> None:
-    """The tokens that found take slots live, live + 1, … in their order; every other token joins one there is, or none.
+def new_slots_in_order(routing: Routing, example: LeavingExample) -> None:
+    """The tokens that found take the next slots in their order; every other token joins one there is, or none.
 
     So a slot's age and its number agree, sinks are the first slots, and no row of the memory is left out.
     """
     assignment = place(routing, example, *example.tensors())
     for head in range(example.heads):
         slot, found = assignment.slot[0, head], assignment.founded[0, head]
-        expected = list(range(example.live, example.live + example.grant))
+        expected = list(range(example.slots_before, example.slots_before + example.new_slots))
         if slot[found].tolist() != expected:
             raise Broken(f"tokens that found take slots {slot[found].tolist()}, expected {expected}")
         others = slot[~found]
-        lowest, highest = (0, example.live + example.grant - 1) if example.joining else (-1, -1)
+        lowest, highest = (0, example.slots_before + example.new_slots - 1) if example.joining else (-1, -1)
         if bool(((others < lowest) | (others > highest)).any()):
             raise Broken(f"the others go to slots {others.tolist()}, allowed from {lowest} to {highest}")
 
 
 @law("sinks are no targets", "routing")
-def sinks_are_no_targets(routing: Routing, example: Exit) -> None:
+def sinks_are_no_targets(routing: Routing, example: LeavingExample) -> None:
     """No token joins a sink, one of long ago or one founded in this very chunk.
 
     A sink is its own token for ever (arXiv 2309.17453).
@@ -107,7 +107,7 @@ def sinks_are_no_targets(routing: Routing, example: Exit) -> None:
 
 
 @law("nearest slot", "routing", claim="nearest")
-def nearest_slot(routing: Nearest, example: Exit) -> None:
+def nearest_slot(routing: Nearest, example: LeavingExample) -> None:
     """A token joins the slot of highest similarity that may be joined; of several, the lowest.
 
     slot_j = min argmax_i similarity(k_j, K_i) over i ≥ S, the newly founded slots included where the rule says so.
@@ -121,7 +121,7 @@ def nearest_slot(routing: Nearest, example: Exit) -> None:
         first_only = not getattr(routing, "new_slots", True)
         new = keys[0, head][found]
         if first_only:  # in an empty memory token 0 founds a slot that the others may join
-            new = new[: int(example.live == 0 and not example.newest)]
+            new = new[: int(example.slots_before == 0 and not example.newest)]
         there = torch.cat((slots[0, head], new))
         scores = similarities(routing.similarity, keys[:, head : head + 1], there[None, None])[0, 0]
         for token in (~found).nonzero().flatten().tolist():
@@ -141,32 +141,32 @@ def nearest_slot(routing: Nearest, example: Exit) -> None:
                 )
 
 
-def _exact(routing: Nearest, example: Exit) -> bool:
+def _exact(routing: Nearest, example: LeavingExample) -> bool:
     """Whether similarities are exact, so that ties are ties."""
     return example.data == "integers" and routing.similarity in ("dot", "l2")
 
 
 @law("slots follow their keys", "routing")
-def slots_follow_their_keys(routing: Routing, example: Exit) -> None:
+def slots_follow_their_keys(routing: Routing, example: LeavingExample) -> None:
     """Permuting the slots there are permutes the targets, sinks staying in front: slot(π K) = π slot(K), ties apart.
 
     A slot's number says when it was founded, not what it holds.
     """
     keys, slots = example.tensors()
-    if not routing.compares or example.live <= example.sinks:
+    if not routing.compares or example.slots_before <= example.sinks:
         return
     generator = torch.Generator().manual_seed(example.seed)
-    free = example.live - example.sinks
+    free = example.slots_before - example.sinks
     turn = torch.cat((torch.arange(example.sinks), example.sinks + torch.randperm(free, generator=generator)))
     assignment, turned = place(routing, example, keys, slots), place(routing, example, keys, slots[:, :, turn])
-    old = (turned.slot >= 0) & (turned.slot < example.live)
-    back = torch.where(old, turn[turned.slot.clamp(0, example.live - 1)], turned.slot)
+    old = (turned.slot >= 0) & (turned.slot < example.slots_before)
+    back = torch.where(old, turn[turned.slot.clamp(0, example.slots_before - 1)], turned.slot)
     permuted = dataclasses.replace(turned, slot=back)
     same_places(permuted, f"slots permuted by {turn.tolist()}", assignment, "expected")
 
 
 @law("batch invariance", "routing")
-def routing_batch_invariance(routing: Routing, example: Exit) -> None:
+def routing_batch_invariance(routing: Routing, example: LeavingExample) -> None:
     """A row's and a head's places do not depend on others, whatever slots and grants those have.
 
     place(batch)[row] = place(row).
@@ -177,7 +177,9 @@ def routing_batch_invariance(routing: Routing, example: Exit) -> None:
         one = dataclasses.replace(example, heads=1)
         own = place(routing, one, keys[:, head : head + 1], slots[:, head : head + 1])
         identical(own.slot, f"slots of head {head} alone", alone.slot[:, head : head + 1], "among others")
-    neighbour = dataclasses.replace(example, seed=example.seed + 1, live=example.live + 2, forced=0, grant=example.size)
+    neighbour = dataclasses.replace(
+        example, seed=example.seed + 1, slots_before=example.slots_before + 2, sink_tokens=0, new_slots=example.size
+    )
     other_keys, other_slots = neighbour.tensors()
     padded = torch.cat((slots, slots.new_full((1, example.heads, 2, example.width), 9.0)), dim=2)
 
@@ -188,10 +190,10 @@ def routing_batch_invariance(routing: Routing, example: Exit) -> None:
     chunk = ChunkContext(
         keys=both_keys,
         slots=torch.cat((padded, other_slots)),
-        slots_before=rows(example.live, neighbour.live),
+        slots_before=rows(example.slots_before, neighbour.slots_before),
         sinks=example.sinks,
-        sink_tokens=rows(example.forced, 0),
-        new_slots=rows(example.grant, neighbour.grant),
+        sink_tokens=rows(example.sink_tokens, 0),
+        new_slots=rows(example.new_slots, neighbour.new_slots),
         joins=example.joining,
         alone=lambda: both_keys,
         similarity=routing.similarity,
@@ -202,7 +204,7 @@ def routing_batch_invariance(routing: Routing, example: Exit) -> None:
 
 
 @law("purity", "routing")
-def routing_is_pure(routing: Routing, example: Exit) -> None:
+def routing_is_pure(routing: Routing, example: LeavingExample) -> None:
     """The same chunk and the same slots give the same places, and both stay as they were.
 
     A plan that is made twice must be the same plan; keys and slots are still needed after it is made.
