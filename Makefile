@@ -10,6 +10,10 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11) and "memkit needs Pyth
 
 # Small tensors gain nothing from more threads, and timings compare only at the same number.
 export OMP_NUM_THREADS ?= 2
+# Threads that wait soon sleep, as under the command line (memkit_command.py); never over what the user has set.
+ifeq ($(origin OMP_WAIT_POLICY)-$(origin GOMP_SPINCOUNT),undefined-undefined)
+export GOMP_SPINCOUNT := 1000
+endif
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -125,7 +125,7 @@ class MemoryAttention(nn.Module):
     ‖·‖ + 1e-5, and scores are β·√d·q·k with β learned per head (arXiv 2602.03922).
     rotary: how queries and keys are rotated, a RotaryEmbeddingSpec or its fields; left out: all channels, θ = 10,000.
 
-    Projections have no bias. The policy's learned parts (memory-key LayerNorm, temperatures) are in `learned`; merge
+    Projections have no bias. The policy's learned parts (memory-key LayerNorm, query scales) are in `learned`; merge
     weights are 1 + ELU(x W_gate), one per token and key/value head. Works under `torch.autocast`: projections in its
     dtype, routing and sums in float32.
 

@@ -249,4 +249,4 @@ def is_file(path: Path) -> bool:
 
 
 def _is_path(given: str | Path) -> bool:
-    return isinstance(given, Path) or given.endswith((".yaml", ".yml")) or "/" in given or "\\" in given
+    return isinstance(given, Path) or given.endswith((".yaml", ".yml", ".json")) or "/" in given or "\\" in given

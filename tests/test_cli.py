@@ -381,6 +381,10 @@ def test_pieces_of_ones_own_from_the_working_folder(tmp_path: Path):
 
     assert "merging: {kind: my-sum}" in memkit_command("show", "mine.yaml", "--import", "mymodule").stdout
     assert "A rule of my own." in memkit_command("schema", "--import", "mymodule").stdout
+    refused = memkit_command("train", "tiny-full", "--out", "run", "--task", "mqr", "--import", "mymodule")
+    assert "unknown task kind 'mqr'" in refused.stderr
+    sweep = memkit_command("sweep", "none.yaml", "--out", "run", "--import", "mymodule")
+    assert "none.yaml" in sweep.stderr
     without = memkit_command("show", "mine.yaml")
     assert without.returncode == 2
     assert without.stderr.startswith("mine.yaml: merging.kind: unknown merging kind 'my-sum'")

@@ -270,6 +270,7 @@ def test_default_text_is_the_same_every_time():
         ({"tokens": 50}, InputError, r"tokens must be .* at least 51 \(skip \+ 1.*, got 50"),
         ({"decoded": 0}, InputError, "decoded must be a whole number, at least 1, got 0"),
         ({"text": "short"}, InputError, "tokens must be at most 5, the length of given text, got 60"),
+        ({"text": ""}, InputError, "given text has no token to predict, got 0 tokens; give a longer text"),
         ({"text": Path("nowhere.txt")}, InputError, r"nowhere\.txt must be a text file in UTF-8"),
         ({"policies": ["ful"]}, PolicyError, "unknown policy 'ful'"),
         ({"policies": ["full", "kvm-sqrt-16"]}, ModelError, "kvm-sqrt-16, which needs merge weights"),
@@ -357,3 +358,11 @@ def test_budgets_of_rows_share_and_bytes(loaded: hf.LoadedModel):
         compare([spec], rows=60, bytes=9, **options)
     with pytest.raises(InputError, match="share is of the tokens of a prompt that is read in full"):
         compare([spec], share=0.5, **options)
+
+
+def test_a_budget_too_small_for_streaming_is_no_error(loaded: hf.LoadedModel):
+    """StreamingLLM is there for the gap alone, and nobody has asked for it."""
+    result = compare(["full"], model=loaded, tokens=60, skip=50, decoded=1, rows=3)
+
+    assert [entry.policy for entry in result.policies] == ["full"]
+    assert result.policies[0].gap_closed is None

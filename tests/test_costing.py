@@ -207,8 +207,8 @@ def test_shapes():
     assert 4 * grouped.prefill.routing == base.prefill.routing
     half = cost("kvm-sqrt-16", 5000, heads=4, dtype="bfloat16")
     assert 2 * half.window_bytes == base.window_bytes
-    # Key sums in float32, keys and values as read, eight bits more of values, and by how much these are stretched.
-    assert half.slot_bytes - base.slot_bytes == 4 * half.slots * (64 * (4 + 2 + 2 + 1) + 4 - 128 * 4)
+    # Key sums in float32, keys and values as read, four bits more of values, and by how much these are stretched.
+    assert half.slot_bytes - base.slot_bytes == 4 * half.slots * (64 * (4 + 2 + 2) + 32 + 4 - 128 * 4)
     assert str(grouped.shape) == "1 layer of 4 heads over 1 key/value heads, width 64, float32, 1 row"
 
 

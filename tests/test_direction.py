@@ -80,6 +80,11 @@ EDGES = [(module, imported) for module, path in MODULES.items() for imported in 
 INSIDE = [edge for edge in EDGES if edge[1].split(".")[0] == "memkit"]
 
 
+def test_the_docs_say_which_way_imports_go():
+    page = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
+    assert f"Imports go one way: `{' → '.join(', '.join(sorted(level)) for level in reversed(LEVELS))}`" in page
+
+
 def test_every_module_has_its_level():
     unknown = {part(module) for module in MODULES} - {""} - set(LEVEL)
     assert not unknown, f"put {unknown} on a level of LEVELS and into docs/architecture.md"

@@ -116,6 +116,8 @@ def test_a_name_that_is_not_there_is_refused(tmp_path: Path):
         load_profile("smollm2-136m")
     with pytest.raises(memkit.PolicyError, match="no such file"):
         load_profile(tmp_path / "none.yaml")
+    with pytest.raises(memkit.PolicyError, match="no such file"):  # an ending of files is never a name's
+        load_profile("none.json")
 
 
 def test_one_call_is_about_one_layer(tmp_path: Path):

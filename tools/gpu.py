@@ -72,6 +72,7 @@ class Report:
     kernels: list[dict[str, Any]] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
     table: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
@@ -88,6 +89,7 @@ class Report:
                 lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
                 lines += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
                 lines.append("")
+        lines += [f"Left out: {each}" for each in self.left_out]
         return "\n".join([*lines, *(f"FAILED: {failure}" for failure in self.failures), ""])
 
 
@@ -185,6 +187,8 @@ def agreement(name: str, device: str, report: Report) -> None:
                 torch.cuda.set_sync_debug_mode("warn")
             try:
                 again = step(policy, there[:3], extras, there[3], plan)
+                with torch.no_grad():
+                    memkit.attend(policy, *there[:3], plan=plan, **extras)
             finally:
                 if device == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
@@ -279,6 +283,8 @@ def kernels_agree(name: str, device: str, report: Report) -> None:
                 report.failures.append(
                     f"{name}, own kernels in {dtype}: off by {max(errors):.2g}, {allowed:.2g} allowed"
                 )
+            if not same:
+                report.failures.append(f"{name}, own kernels in {dtype}: two runs differ")
 
 
 def ceilings(device: str, clock: Clock) -> dict[str, float]:
@@ -362,13 +368,14 @@ def timed(policy: memkit.Policy, mode: str, clock: Clock, tensors: list[Tensor])
 
 
 def table(arguments: argparse.Namespace, clock: Clock, report: Report, until: float) -> None:
-    """Fills `report.table`, shorter texts first, until time is up; what is left out is said."""
+    """Fills `report.table`, shorter texts first, until time is up; `report.left_out` says what is not in it."""
     sizes = SIZES[arguments.device]
     for tokens in arguments.tokens or sizes[0]:
         for rows in arguments.rows or sizes[1]:
             heads, width = sizes[2], sizes[3]
             for mode in ("prefill", "train", "decode"):
                 if 4 * rows * heads * tokens * width > MOST_NUMBERS // (2 if mode == "train" else 1):
+                    report.left_out.append(f"{mode} of {rows} × {tokens:,} tokens: more than {MOST_NUMBERS:,} numbers")
                     continue
                 if time.monotonic() > until:
                     report.failures.append(f"time is up before {mode} of {rows} × {tokens:,} tokens")
@@ -382,6 +389,9 @@ def table(arguments: argparse.Namespace, clock: Clock, report: Report, until: fl
                 for name in arguments.policies:
                     policy = memkit.load_policy(name).build()
                     if mode == "train" and not policy.plans_ahead:
+                        report.left_out.append(
+                            f"{mode} of {rows} × {tokens:,} tokens under {name}: for models as they are"
+                        )
                         continue
                     chunks = tokens // policy.chunk if policy.chunk else 0
                     both = mode != "decode" and arguments.device == "cuda" and has_kernels(policy, "cuda")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memkit.commands.models import tokenizer_of
-from memkit.commands.options import check_writable, write
+from memkit.commands.options import ImportOption, check_writable, write
 from memkit.plain_json import as_json
 
 __all__ = ["evaluate"]
@@ -34,6 +34,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Documents of each task at most.")] = None,
     seed: Annotated[int, typer.Option(help="Of what a task draws.")] = 0,
+    modules: ImportOption = [],  # noqa: B006
     json_file: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Also write them to a file.")] = None,
 ) -> None:
     """Judge a model under a policy by tasks of lm-evaluation-harness."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from memkit.commands.options import ImportOption
 from memkit.errors import InputError
 
 __all__ = ["sweep"]
@@ -22,6 +23,7 @@ def sweep(
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to draw accuracy against bytes; left out: DIR/sweep.png.")
     ] = None,
+    modules: ImportOption = [],  # noqa: B006
 ) -> None:
     """Train and judge policies × learning rates × seeds on one task.
 
@@ -43,7 +45,7 @@ def sweep(
         if sys.stderr.isatty():
             typer.echo(f"{done}/{every} {name}", err=True)
 
-    found = training.sweep(declared, out, jobs=jobs, progress=say)
+    found = training.sweep(declared, out, jobs=jobs, modules=modules, progress=say)
     points = found.points()
     setting = found.rows[-1].setting
     held = [(point.policy, point.bytes, point.accuracy) for point in points]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memkit.commands.options import SetOption, parse_overrides
+from memkit.commands.options import ImportOption, SetOption, parse_overrides
 from memkit.errors import InputError
 
 __all__ = ["train"]
@@ -18,7 +18,8 @@ def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name, a YAML file, or a folder.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to; a run in it is gone on with.")],
     text: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 text; repeat it. default: Python's own help.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A UTF-8 text, or the word default (Python's own help); may be repeated."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="Instead of text: a task's kind, as mqar, or a YAML file that declares one.")
@@ -51,6 +52,7 @@ def train(
     ] = None,
     log_every: Annotated[int | None, typer.Option(metavar="N", help="Steps per line of the log; left out: 10.")] = None,
     changes: SetOption = [],  # noqa: B006
+    modules: ImportOption = [],  # noqa: B006
 ) -> None:
     """Train a model on text or on a task.
 

@@ -16,9 +16,9 @@ from memkit.comparison.against import STREAMING, Measured, against_others
 from memkit.comparison.measure import Progress, measure
 from memkit.comparison.record import Comparison
 from memkit.errors import InputError, shown
-from memkit.layers import AnyLayers, as_layers
+from memkit.layers import AnyLayers, LayerPoliciesSpec, as_layers
 from memkit.machine import machine_facts
-from memkit.subject import reading, subject, text_and_source
+from memkit.subject import Subject, reading, subject, text_and_source
 from memkit.texts import second_text
 from memkit.whole import SEEDS, whole_number
 
@@ -98,6 +98,7 @@ def compare(
         other = None  # nobody has asked for it
     other_ids = None if other is None else _token_ids(loaded, other_source, other, tokens)
 
+    streaming = _fitting(asked)  # said now, not once all has been read
     measured: list[Measured] = []
     with reading(loaded, seed):
         for label, layers in asked.policies:
@@ -126,8 +127,15 @@ def compare(
         "load_seconds": loaded.seconds,
         **machine_facts(loaded.model.device),
     }
-    streaming = asked.also(as_layers(STREAMING))
     return Comparison(settings, against_others(measured, streaming))
+
+
+def _fitting(asked: Subject) -> LayerPoliciesSpec | None:
+    """StreamingLLM with as many rows as the others, by which gaps are told; None where it cannot have so few."""
+    try:
+        return asked.also(as_layers(STREAMING))
+    except InputError:
+        return None
 
 
 def _second(text: str | Path | None, second: str | Path | None) -> tuple[str, str | None]:
@@ -146,6 +154,8 @@ def _tokenized(loaded: LoadedModel, text: str) -> list[int]:
 
 def _token_ids(loaded: LoadedModel, source: str, text: str, tokens: int) -> Tensor:
     ids = _tokenized(loaded, text)
+    if len(ids) < 2:
+        raise InputError(f"{source} has no token to predict, got {len(ids)} tokens; give a longer text")
     if len(ids) < tokens:
         raise InputError(
             f"tokens must be at most {len(ids)}, the length of {source}, got {tokens}; lower it or give a longer text"

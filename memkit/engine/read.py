@@ -1,7 +1,7 @@
 """READ: queries attend to several sets of keys apart, and the results merge into one exact softmax.
 
 With o_i, l_i the output and log-sum-exp of set i alone:  l = log Σ exp l_i,  o = Σ exp(l_i − l) · o_i.
-Each set has its own queries, so temperatures, un-rotated memory and grouped queries cost nothing extra.
+Each set has its own queries, so query scales, un-rotated memory and grouped queries cost nothing extra.
 The gradient of each set's attention, taken with the *merged* o and l, is that set's share of the exact gradient.
 """
 

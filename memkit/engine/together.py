@@ -2,10 +2,10 @@
 
     S_k = S_0 + Σ_{i ≤ k} A_i,   A_i: the rows of chunk i's tokens, summed by slot
 
-PLAN alone goes chunk by chunk then, and of the slots it needs nothing but keys. A training step takes half as many
-operations (30 a chunk under `kvm-fixed-256`, where folding one chunk after the other takes 61), which pays where an
-operation costs more than what it computes: on a GPU. The backward pass folds the same tokens again, and leaves the rest
-to autograd: of each sum it needs the suffix sum over all later readings.
+PLAN alone goes chunk by chunk then, and of the slots it needs nothing but keys. A training step takes fewer
+operations (30 a chunk under `kvm-fixed-256`, where folding one chunk after the other takes 50), which pays where an
+operation costs more than what it computes: on a GPU. The backward pass folds the same tokens again; autograd goes
+through how slots are read and what tokens add, and of each sum it takes the suffix sum over all later readings.
 
     ∂S_i = Σ_{k ≥ i} ∂S_k (as read after chunk k),   ∂row_t = ∂S_{chunk of t}[slot of t]
 

@@ -161,7 +161,10 @@ def measure_profile(
     for number, text in enumerate(documents):
         ids = loaded.tokenizer(text[: 16 * tokens], verbose=False)["input_ids"][:tokens]
         if len(ids) < tokens:
-            raise InputError(f"each document must have {tokens} tokens at least, got one of {len(ids)}; lower tokens")
+            raise InputError(
+                f"each document must have {tokens} tokens at least, got one of {len(ids)}; give longer texts, or "
+                f"fewer tokens (at least {2 * max(ASKED, *budgets):,})"
+            )
         if readers == "asked":
             needs = needs_of_answers(decoder.module, loaded.tokenizer, ids, facts, measured_layers, number, done)
             found.append(torch.stack([needs.ratios(budget, least) for budget in budgets]).mean(0))

@@ -1,7 +1,7 @@
 """Slots between two calls, held once: as they are read, with what the next fold needs besides.
 
 All readouts but the LayerNorm of keys stretch a slot's sums: what is read, times a number per slot, is the sum. That
-number is the mass or the count of a mean; another readout's is kept. In half precision eight more bits of each number
+number is the mass or the count of a mean; another readout's is kept. In half precision four more bits of each number
 tell what rounding took from it, unless it is one token's own and nothing was. What a LayerNorm is read from is
 kept as it is.
 """
@@ -28,10 +28,10 @@ class HeldSlots:
 
     keys [b, g, M, d], values [b, g, M, v]: as queries meet them, in the window's dtype, be it at the front of the
     buffer that decoding reads; key_sums [b, g, M, d]: where the keys do not tell them, else None;
-    key_stretch, value_stretch [b, g, M]: sums over what is read, None where numbers tell; key_rest, value_rest: int8,
-    what rounding took, None where that is nothing; numbers [b, g, M, s], evidence [b, g, M, e]: as in `SlotStore`;
-    rules: of the call that read them; made_with: the versions of the parameters that they were read with; scaled:
-    whether the keys have been multiplied by query scales, and cannot be read again.
+    key_stretch, value_stretch [b, g, M]: sums over what is read, None where numbers tell; key_rest, value_rest
+    [b, g, M, ⌈d/2⌉], int8: what rounding took, None where that is nothing; numbers [b, g, M, s], evidence [b, g, M, e]:
+    as in `SlotStore`; rules: of the call that read them; made_with: the versions of the parameters that they were read
+    with; scaled: whether the keys have been multiplied by query scales, and cannot be read again.
     """
 
     rules: SlotRules
@@ -77,14 +77,14 @@ class HeldSlots:
             values = policy.readout.value(value_sums, named)
             held.value_stretch = _stretch(value_sums, values) if known is None else None
             if policy.merging.joins and view.values.dtype != sums.dtype:
-                held.value_rest = policy.storage.rest(values, view.values)
+                held.value_rest = policy.storage.rest(values, view.values, named[COUNT])
         known_exactly = policy.keeps_keys and (policy.rotary.rotates_slots or not policy.rotary.rounds)
         if not (keeps_sums or known_exactly) and view.keys.dtype != sums.dtype:
             keys = view.route
             if policy.rotary.rotates_slots:
                 assert rotation is not None
                 keys = policy.rotary.slot_keys(keys, rotation, mean_position(policy, named))
-            held.key_rest = policy.storage.rest(keys, view.keys)
+            held.key_rest = policy.storage.rest(keys, view.keys, named[COUNT])
         return held
 
     @property

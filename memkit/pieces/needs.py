@@ -14,7 +14,7 @@ class Need(Enum):
     """A weight ≥ 0 for each token: `attend(weights=…)`, or 1 each."""
     KEY_NORM = "a memory-key LayerNorm"
     """Weight and bias of the LayerNorm on memory keys: in `PolicyParameters`, or 1 and 0."""
-    QUERY_SCALES = "temperatures"
+    QUERY_SCALES = "query scales"
     """A factor on each head's queries, one for the window and one for the memory: in `PolicyParameters`, or 1."""
     ROTATION = "the rotation of queries and keys"
     """How queries and keys were rotated: `attend(rotation=…)`."""

@@ -8,8 +8,7 @@
 Needs hypothesis: `pip install memkit-attention[testing]`. `import memkit` does not import this package.
 """
 
-import warnings
-
+from memkit.errors import RenamedWarning, warn
 from memkit.testing import laws
 from memkit.testing.cases import Case, cases, lengths, plans, splits
 from memkit.testing.checks import (
@@ -79,5 +78,5 @@ def __getattr__(name: str) -> object:
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     new = _RENAMED[name]
-    warnings.warn(f"memkit.testing.{name} is called {new.__name__} now", DeprecationWarning, stacklevel=2)
+    warn(f"memkit.testing.{name} is called {new.__name__} now", RenamedWarning)
     return new

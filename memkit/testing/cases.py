@@ -41,7 +41,7 @@ class Case:
     lengths: tokens of each row; kv_heads, group: key/value heads, and query heads of each; width, value_width: a
     head's; keys, values: kind of data (see `DATA`); seed: which such data; dtype: of the tensors;
     weights: merge weights, where the policy learns them: left out, positive, or zero for a third of the tokens;
-    learned: whether LayerNorm and temperatures are random, not 1, 0 and 1; positions: whether rotary positions are
+    learned: whether LayerNorm and query scales are random, not 1, 0 and 1; positions: whether rotary positions are
     given (with gaps), or continue from the memory; pieces: how to split the tokens, repeated until they are used up
     (row r begins with the r-th, so that rows get out of step);
     ends: where the policy lets the caller say where chunks end, tokens of each chunk, repeated (row r begins with the

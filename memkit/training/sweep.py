@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from memkit import yaml12
 from memkit.catalog import load_policy
@@ -62,6 +63,27 @@ class SweepSpec(NamedSpec):
     @classmethod
     def _from_mapping(cls, given: Any) -> Any:
         return TrainingSpec(**given) if isinstance(given, Mapping) else given
+
+    @field_validator("learning_rates", "seeds")
+    @classmethod
+    def _trainable(cls, given: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        name = "learning_rate" if info.field_name == "learning_rates" else "seed"
+        for each in given:
+            try:
+                TrainingSpec(**{name: each})
+            except SpecError as error:
+                raise ValueError(str(error)) from None
+        if len(set(given)) < len(given):
+            raise ValueError(f"must all differ, got {list(given)}: a run that is there twice adds no spread")
+        return given
+
+    @field_validator("settings")
+    @classmethod
+    def _one_place_each(cls, given: TrainingSpec) -> TrainingSpec:
+        for name, whole in (("learning_rate", "learning_rates"), ("seed", "seeds")):
+            if getattr(given, name) != TrainingSpec.model_fields[name].default:
+                raise ValueError(f"{name} has no effect here; say {whole} instead, beside settings")
+        return given
 
     @field_validator("policies")
     @classmethod
@@ -180,6 +202,7 @@ def sweep(
     out: str | Path,
     *,
     jobs: int | None = None,
+    modules: Sequence[str] = (),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Sweep:
     """Train and judge every combination, and write `sweep.csv`; what is there already is not done again.
@@ -188,6 +211,7 @@ def sweep(
         declared: a SweepSpec, or its file.
         out: a folder; each run has one of its own in it, and goes on where it stopped.
         jobs: processes, of one thread each; None: as many as this process may use cores.
+        modules: Python modules that register pieces of one's own; each process imports them.
         progress: called with (runs done, runs in all, the run's name).
 
     Raises `InputError`, and what `train` raises.
@@ -201,7 +225,8 @@ def sweep(
     waiting = [cell for cell in cells if not (Path(cell.folder) / RESULT).is_file()]
     done = len(cells) - len(waiting)
     if len(waiting) > 1 and jobs > 1:
-        with ProcessPoolExecutor(min(jobs, len(waiting)), get_context("spawn")) as pool:
+        context, count = get_context("spawn"), min(jobs, len(waiting))
+        with ProcessPoolExecutor(count, context, initializer=_import, initargs=(tuple(modules),)) as pool:
             futures = {pool.submit(_run, cell): cell for cell in waiting}
             for future in as_completed(futures):
                 future.result()
@@ -237,6 +262,12 @@ def _cells(spec: SweepSpec, folder: Path) -> Iterator[_Cell]:
         for rate in spec.learning_rates:
             for seed in spec.seeds:
                 yield _Cell(data, str(run_folder(folder, policy, rate, seed)), policy, rate, seed)
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    """In a process of the sweep: what registers pieces of one's own."""
+    for name in modules:
+        importlib.import_module(name)
 
 
 def _run(cell: _Cell) -> None:

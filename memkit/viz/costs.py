@@ -47,9 +47,11 @@ def _held(costs: Sequence[Cost]) -> RenderableType:
         row = shape.layers * shape.rows * shape.kv_heads * (shape.head_width + shape.value_width) * size
         share = cost.peak_bytes / ((cost.slots + cost.window) * row)
         grid.add_row(cost.policy, f"{cost.tokens:,}", *(amount(each, "B") for each in numbers), f"{share:.2f}")
-    return with_notes(
-        grid, ["held: what is allocated after the text was read, and at most while a chunk more is decoded"]
-    )
+    notes = [
+        "held: what is allocated after the text was read, and at most while a chunk more is decoded",
+        "× its rows: the peak over keys and values of the slots and the window that there are after reading",
+    ]
+    return with_notes(grid, notes)
 
 
 def figure(costs: Sequence[Cost]) -> Figure:

@@ -61,9 +61,9 @@ def test_what_slots_sum_comes_back(form: str, dtype: torch.dtype) -> None:
     assert isinstance(held.store, HeldSlots) or (form == "never turned" and dtype.itemsize > 2)
     assert not isinstance(exact.store, HeldSlots)
     scale = exact.sums.abs().amax().clamp_min(1)
-    # In half precision eight bits more than the dtype has; each of four folds rounds once.
+    # In half precision four bits more than the dtype has; each of four folds rounds once, by a fourteenth at most.
     eps = torch.finfo(dtype).eps
-    allowed = 16 * (eps / 256 if dtype.itemsize == 2 else eps)
+    allowed = 4 * eps / 14 if dtype.itemsize == 2 else 16 * eps
     assert (held.sums - exact.sums[:, :, : held.sums.shape[2]]).abs().max() <= allowed * scale
     assert torch.equal(held.counts, exact.counts)
 
@@ -71,16 +71,19 @@ def test_what_slots_sum_comes_back(form: str, dtype: torch.dtype) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", memkit.policy_names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_is_held_twice(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), [(2, 2, 3000), (9, 3, 3000), (2, 2, 16384)])
+def test_nothing_is_held_twice(name: str, dtype: torch.dtype, heads: int, kv_heads: int, tokens: int) -> None:
     """Bytes over those of the most rows there are, 64 channels wide, while decoding."""
     policy = memkit.load_policy(name).build()
-    said = memkit.cost(policy, 3000, heads=2, head_width=64, dtype=dtype)
+    said = memkit.cost(policy, tokens, heads=heads, kv_heads=kv_heads, head_width=64, dtype=dtype)
     rows = said.slots + (policy.window.capacity or said.window)
-    share = said.peak_bytes / (2 * rows * 2 * 64 * dtype.itemsize)
+    share = said.peak_bytes / (kv_heads * rows * 2 * 64 * dtype.itemsize)
+    # Of each query head that shares a key/value head the observed queries wait, and these are not counted among rows.
+    share -= (heads / kv_heads - 1) * policy.observation.queries / (2 * rows)
     if policy.readout.layer_norm:  # what it is read from is kept as well
         assert share <= (1.7 if dtype == torch.float32 else 2.3)
     else:
-        assert share <= (1.25 if dtype == torch.float32 else 1.6)
+        assert share <= (1.25 if dtype == torch.float32 else 1.35)
 
 
 @torch.no_grad()
@@ -95,13 +98,35 @@ def test_a_row_that_waits_keeps_its_slots() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_eight_bits_more(dtype: torch.dtype) -> None:
-    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-5, 5).repeat(100)
-    rounded = exact.to(dtype)
-    storage = Storage(StorageSpec())
-    whole = storage.whole(rounded, storage.rest(exact, rounded), torch.float32)
-    assert ((whole - exact).abs() <= torch.finfo(dtype).eps / 256 * exact.abs() * 2).all()
-    assert ((rounded.float() - exact).abs() > torch.finfo(dtype).eps / 16 * exact.abs()).any()
+@pytest.mark.parametrize("width", [7, 8])
+def test_four_bits_more(dtype: torch.dtype, width: int) -> None:
+    exact = torch.randn(1000, width, generator=torch.Generator().manual_seed(0))
+    exact *= 2.0 ** torch.arange(-5, 5).repeat(100).unsqueeze(-1)
+    rounded, counts = exact.to(dtype), torch.arange(1000)
+    storage, eps = Storage(StorageSpec()), torch.finfo(dtype).eps
+    rest = storage.rest(exact, rounded, counts)
+    whole = storage.whole(rounded, rest, torch.float32)
+    assert rest.dtype == torch.int8
+    assert rest.shape == (1000, 4)
+    normal = exact.abs() >= 2.0**-10
+    assert ((whole - exact).abs() <= 1.01 * eps / 14 * exact.abs())[normal].all()
+    assert ((rounded.float() - exact).abs() > eps / 3 * exact.abs()).any()
+    again = storage.rest(whole, whole.to(dtype), counts + 1)
+    kept = storage.whole(whole.to(dtype), again, torch.float32) == whole
+    assert kept.float().mean() >= 0.999  # but for the middle between a power of two and the number below it
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_less_than_a_bit_goes_up_or_down_by_turns(dtype: torch.dtype) -> None:
+    """A number that grows by a hundredth of its last place at a time grows by ten in a thousand steps."""
+    storage, step = Storage(StorageSpec()), torch.finfo(dtype).eps / 100
+    held = torch.ones(1, 64)
+    for count in range(1, 1001):
+        exact = held + step
+        held = storage.whole(
+            exact.to(dtype), storage.rest(exact, exact.to(dtype), torch.tensor([count])), torch.float32
+        )
+    assert ((held - 1) / step / 1000 - 1).abs().max() <= 0.1
 
 
 def test_small_shares_add_up() -> None:
@@ -120,4 +145,4 @@ def test_small_shares_add_up() -> None:
             _, memory = memkit.attend(policy, token, token, token, memory=memory)
     assert memory is not None
     mean = torch.cat(tokens[:-1], dim=2).float().mean(2)
-    assert (memory.sums[..., 4:] / 399 - mean.unsqueeze(2)).abs().max() <= 1e-3
+    assert (memory.sums[..., 4:] / 399 - mean.unsqueeze(2)).abs().max() <= torch.finfo(torch.bfloat16).eps

@@ -105,6 +105,12 @@ def test_shipped_sweeps_are_sound(file: Path):
         ({"task": {"kind": "mqr"}}, "task.kind: unknown task kind 'mqr'"),
         ({"settings": {"stps": 3}}, "settings.stps: unknown field"),
         ({"seeds": []}, "seeds: "),
+        ({"seeds": [-1]}, "seeds: seed: must be greater than or equal to 0, got -1"),
+        ({"seeds": [0, 1, 0]}, r"seeds: must all differ, got \[0, 1, 0\]"),
+        ({"learning_rates": [-1]}, "learning_rates: learning_rate: must be greater than 0"),
+        ({"learning_rates": [0.003, 0.003]}, "learning_rates: must all differ"),
+        ({"settings": {"learning_rate": 0.5}}, "learning_rate has no effect here; say learning_rates instead"),
+        ({"settings": {"seed": 3}}, "seed has no effect here; say seeds instead"),
     ],
 )
 def test_declarations_that_are_wrong(tmp_path: Path, change, message: str):

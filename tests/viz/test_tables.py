@@ -64,7 +64,7 @@ def test_growth_in_a_word():
 
 
 def test_details_say_what_must_be_learned():
-    assert "must have learned merge weights, a memory-key LayerNorm and temperatures." in printed(
+    assert "must have learned merge weights, a memory-key LayerNorm and query scales." in printed(
         details(memkit.load_policy("kvm-sqrt-16"), ""), width=120
     )
     assert "Nothing is learned." in printed(details(memkit.load_policy("untrained-kvm-log"), ""))

@@ -220,7 +220,7 @@ def temperature_one(readout: Readout, example: Sums) -> None:
     plain = inputs.attend(policy)[0]
     learned = PolicyParameters(policy, 1, example.width)
     found = memkit.attend(policy, inputs.queries, inputs.keys, inputs.values, parameters=learned)[0]
-    agree({"output": found}, {"output": plain}, scales={"output": 2.0}, eps=2**-45, what="temperatures of 1: ")
+    agree({"output": found}, {"output": plain}, scales={"output": 2.0}, eps=2**-45, what="query scales of 1: ")
 
 
 READOUT_LAWS = (
