@@ -32,7 +32,8 @@ __all__ = ["ASKED_POLICIES", "Passkeys", "Retrieval", "find_passkeys"]
 ASKED_POLICIES = ("untrained-recall", "untrained-observed", "caote-512", "streaming-4-512", "full")
 """Policies that are asked where none are named."""
 
-NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+NEEDLES = ("\n\nThe pass key is {key}.\n\n", "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
+"""What is hidden, by how often it says the number. The second mention is a reader of the first."""
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 DIGITS = 5
 LEAST_TOKENS = 128
@@ -64,7 +65,7 @@ class Retrieval:
 class Passkeys:
     """What each policy found, in the order asked for, and the settings.
 
-    settings: model, text, tokens, placements, prefill, rows, overrides, seed.
+    settings: model, text, tokens, placements, mentions, prefill, rows, share, bytes, overrides, seed.
     """
 
     settings: dict[str, Any]
@@ -90,6 +91,7 @@ def find_passkeys(
     text: str | Path | None = None,
     tokens: int = 2048,
     placements: int = 8,
+    mentions: int = 2,
     prefill: Literal["policy", "full"] = "policy",
     rows: int | None = None,
     share: float | None = None,
@@ -100,15 +102,17 @@ def find_passkeys(
 ) -> Passkeys:
     """Hide a number in a text of `tokens` tokens, once at each of `placements` depths, and ask each policy for it.
 
-    policies: as for `memkit.compare`; None: `ASKED_POLICIES`. model, text, overrides: as there. prefill: `full`:
-    all but the question is read exactly and then compressed at once. rows: slots and window of each head, for
-    policies that have a number of them; share, bytes: as for `memkit.compare`, the share of `tokens`. seed: of the
-    numbers; every policy is asked for the same ones at the same places.
+    policies: as for `memkit.compare`; None: `ASKED_POLICIES`. model, text, overrides: as there. mentions: how often the
+    hidden sentence says the number, 1 or 2. prefill: `full`: all but the question is read exactly and then compressed
+    at once. rows: slots and window of each head, for policies that have a number of them; share, bytes: as for
+    `memkit.compare`, the share of `tokens`. seed: of the numbers; every policy is asked for the same ones at the same
+    places.
 
     Raises `InputError` for numbers that do not fit, `PolicyError` and `ModelError` as `compare` does.
     """
     tokens = whole_number("tokens", tokens, LEAST_TOKENS, 2**24)
     placements = whole_number("placements", placements, 1, 2**16)
+    mentions = whole_number("mentions", mentions, 1, len(NEEDLES))
     seed = whole_number("seed", seed, *SEEDS)
     if prefill not in ("policy", "full"):
         raise InputError(f"prefill must be 'policy' or 'full', got {shown(prefill)}")
@@ -117,7 +121,7 @@ def find_passkeys(
     from memkit.hf.logits import output_head  # only now: `subject` says what to install where transformers is missing
 
     loaded = asked.loaded
-    hidden = _hidden(loaded, asked.text, tokens, placements, seed)
+    hidden = _hidden(loaded, asked.text, tokens, placements, NEEDLES[mentions - 1], seed)
     found: list[Retrieval] = []
     with reading(loaded, seed):
         head = output_head(loaded.model)
@@ -148,6 +152,7 @@ def find_passkeys(
         "text": asked.source,
         "tokens": tokens,
         "placements": placements,
+        "mentions": mentions,
         "prefill": prefill,
         "rows": rows,
         "share": share,
@@ -159,7 +164,7 @@ def find_passkeys(
 
 
 def _hidden(
-    loaded: LoadedModel, filler: str, tokens: int, placements: int, seed: int
+    loaded: LoadedModel, filler: str, tokens: int, placements: int, sentence: str, seed: int
 ) -> list[tuple[float, Tensor, Tensor, Tensor]]:
     """For each placement its depth, the text with the number in it [1, n], the question [1, q] and the number [k]."""
 
@@ -174,7 +179,7 @@ def _hidden(
     words = marked[: next(begins, 0)] + words
     for number in range(placements):
         key = str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS))
-        needle, answer = ids(NEEDLE.format(key=key)), ids(f" {key}")
+        needle, answer = ids(sentence.format(key=key)), ids(f" {key}")
         room = tokens - len(needle) - len(question) - len(answer)
         if room < 1 or len(words) < room:
             raise InputError(f"the text must have {room} tokens at least, got {len(words)}; give a longer one")

@@ -196,6 +196,7 @@ def test_passkeys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     calls: list[Any] = []
     settings = {"tokens": 64, "text": "t", "model": "m", "prefill": "policy", "rows": None, "seed": 0, "overrides": {}}
+    settings |= {"mentions": 2}
 
     def find(policies: list[str], progress: Any, **options: Any) -> passkey.Passkeys:
         calls.append((policies, options))
@@ -207,7 +208,7 @@ def test_passkeys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     text = run("compare", "full", "--passkey", "--placements", "2", "--rows", "512", "--json", str(out))
     options = {"model": None, "text": None, "prefill": "policy", "rows": 512, "overrides": {}}
     options |= {"share": None, "bytes": None}
-    assert calls == [(["full"], options | {"tokens": 2048, "placements": 2})]
+    assert calls == [(["full"], options | {"tokens": 2048, "placements": 2, "mentions": 2})]
     assert "1/2" in text
     assert json.loads(out.read_text())["policies"][0]["found"] == 1
 
@@ -217,6 +218,10 @@ def test_passkeys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     [
         (("--passkey", "--skip", "9"), "--passkey scores a hidden number alone; leave --second and --skip out"),
         (("--passkey", "--second", "a.txt"), "--passkey scores a hidden number alone; leave --second and --skip out"),
+        (
+            ("--mentions", "1"),
+            "--mentions says how often --passkey says a number; give --passkey too, or leave it out",
+        ),
         (
             ("--placements", "9"),
             "--placements says where --passkey hides a number; give --passkey too, or leave it out",

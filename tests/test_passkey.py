@@ -16,6 +16,7 @@ from memkit.passkey import find_passkeys
 from memkit.viz.passkeys import table
 from tests.hf.tiny import Letters, randomised, tiny_config
 
+SENTENCE = passkey.NEEDLES[1]
 OPTIONS: dict[str, Any] = {"tokens": 300, "placements": 3}
 WINDOW = memkit.load_policy("window-512", {"window.size": 20})
 
@@ -27,18 +28,19 @@ def loaded() -> hf.LoadedModel:
     return hf.LoadedModel(randomised(LlamaForCausalLM(tiny_config())), Letters(), "tiny", 0.0)
 
 
-def test_the_number_stands_at_even_depths_once(loaded: hf.LoadedModel):
+@pytest.mark.parametrize("sentence", passkey.NEEDLES)
+def test_the_number_stands_at_even_depths_once(loaded: hf.LoadedModel, sentence: str):
     def letters(text: str) -> list[int]:
         return Letters()(text)["input_ids"]
 
-    hidden = passkey._hidden(loaded, comparison.default_text(), 300, 3, seed=0)
+    hidden = passkey._hidden(loaded, comparison.default_text(), 300, 3, sentence, seed=0)
     assert [depth for depth, *_ in hidden] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
     filler = letters(comparison.default_text()[:400])
     for depth, prompt, question, key in hidden:
         words = prompt[0].tolist()
         assert len(words) + question.shape[1] + len(key) == 300
         number = "".join(chr(token - 3) for token in key.tolist()).strip()
-        needle = letters(passkey.NEEDLE.format(key=number))
+        needle = letters(sentence.format(key=number))
         at = next(i for i in range(len(words)) if words[i : i + len(needle)] == needle)
         assert at == round(depth * (len(words) - len(needle)))
         assert words[:at] + words[at + len(needle) :] == filler[: len(words) - len(needle)]
@@ -57,8 +59,8 @@ def test_what_a_tokenizer_puts_around_texts_stands_before_the_filler_alone(loade
     framed = hf.LoadedModel(loaded.model, Framed(), "framed", 0.0)
     for filler in (comparison.default_text(), comparison.default_text()[:400]):
         for (_, prompt, question, key), plain in zip(
-            passkey._hidden(framed, filler, 300, 3, seed=0),
-            passkey._hidden(loaded, filler, 300, 3, seed=0),
+            passkey._hidden(framed, filler, 300, 3, SENTENCE, seed=0),
+            passkey._hidden(loaded, filler, 300, 3, SENTENCE, seed=0),
             strict=True,
         ):
             assert prompt[0, 0] == 1
@@ -71,7 +73,7 @@ def test_what_a_tokenizer_puts_around_texts_stands_before_the_filler_alone(loade
 def test_what_counts_is_the_numbers_loss_and_whether_it_would_be_said(loaded: hf.LoadedModel):
     result = find_passkeys(["full"], model=loaded, **OPTIONS).policies[0]
     for (depth, found, nats), (at, prompt, question, key) in zip(
-        result.by_depth, passkey._hidden(loaded, comparison.default_text(), 300, 3, seed=0), strict=True
+        result.by_depth, passkey._hidden(loaded, comparison.default_text(), 300, 3, SENTENCE, seed=0), strict=True
     ):
         logits = loaded.model(torch.cat((prompt, question, key[None]), 1)).logits[0, -len(key) - 1 : -1]
         assert depth == at
@@ -100,7 +102,7 @@ def test_a_prompt_is_read_again_with_connecting_words(loaded: hf.LoadedModel):
     ]
     found = find_passkeys(specs, **few).policies
     assert len({each.nats for each in found}) == 3
-    _, prompt, question, key = passkey._hidden(loaded, comparison.default_text(), 200, 1, seed=0)[0]
+    _, prompt, question, key = passkey._hidden(loaded, comparison.default_text(), 200, 1, SENTENCE, seed=0)[0]
     words = Letters()("\n\nRepeat the previous text:\n\n")["input_ids"]
     asked = torch.cat((question, key[None, :-1]), dim=1)
     with torch.no_grad(), hf.attach(loaded.model, specs[1], prefill="full", connecting=words) as model:
@@ -119,6 +121,9 @@ def test_the_table_and_the_file(loaded: hf.LoadedModel):
     data = json.loads(result.to_json())
     assert [row["policy"] for row in data["policies"]] == ["full", "window-512"]
     assert data["settings"]["placements"] == 3
+    assert "said twice, among 300 tokens" in text
+    once = find_passkeys(["full"], model=loaded, seed=3, mentions=1, **OPTIONS)
+    assert once.policies[0].by_depth != result.policies[0].by_depth
     again = find_passkeys(["full", WINDOW], model=loaded, seed=3, **OPTIONS)
     assert again == result
 
@@ -128,6 +133,7 @@ def test_the_table_and_the_file(loaded: hf.LoadedModel):
     [
         ({"tokens": 5}, "tokens must be"),
         ({"placements": 0}, "placements must be"),
+        ({"mentions": 3}, "mentions must be"),
         ({"text": "short"}, "tokens at least, got 5"),
         ({"prefill": "some"}, "prefill must be"),
         ({"rows": 0}, "rows must be"),

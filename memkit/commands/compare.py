@@ -71,6 +71,9 @@ def compare(
     placements: Annotated[
         int | None, typer.Option(metavar="N", help="With --passkey: depths at which it is hidden; left out: 8.")
     ] = None,
+    mentions: Annotated[
+        int | None, typer.Option(metavar="N", help="With --passkey: how often it is said, 1 or 2; left out: 2.")
+    ] = None,
     changes: SetOption = [],  # noqa: B006
     modules: ImportOption = [],  # noqa: B006
     json_file: Annotated[
@@ -93,6 +96,8 @@ def compare(
     reading = choice("--prefill", prefill, "policy", "full")
     if placements is not None and not passkey:
         raise InputError("--placements says where --passkey hides a number; give --passkey too, or leave it out")
+    if mentions is not None and not passkey:
+        raise InputError("--mentions says how often --passkey says a number; give --passkey too, or leave it out")
     chosen: list[str] | None = policies or list(comparison.DEFAULT_POLICIES)
     run: Callable[..., Any] = comparison.compare
     given: dict[str, Any] = {"model": model, "text": text, "overrides": overrides}
@@ -114,8 +119,8 @@ def compare(
         from memkit.viz.passkeys import figure
 
         chosen = policies or list(ASKED_POLICIES)
-        hidden = {"tokens": 2048 if tokens is None else tokens, "placements": 8 if placements is None else placements}
-        given |= hidden | of_stock
+        hidden = (("tokens", tokens, 2048), ("placements", placements, 8), ("mentions", mentions, 2))
+        given |= {name: usual if each is None else each for name, each, usual in hidden} | of_stock
     else:
         given |= {"second": second, "tokens": tokens, "skip": skip} | of_stock
     measured = len(chosen) if chosen else 3

@@ -28,6 +28,9 @@ def figure(passkeys: Passkeys) -> Figure:
     return drawn
 
 
+TIMES = ("once", "twice")
+
+
 def html(passkeys: Passkeys) -> str:
     """The table for a notebook."""
     return fragment(table(passkeys))
@@ -46,7 +49,8 @@ def table(passkeys: Passkeys) -> RenderableType:
         )
     s = passkeys.settings
     lines = [
-        f"a five-digit number among {s['tokens']:,} tokens of {s['text']}, asked for at their end",
+        f"a five-digit number, said {TIMES[s['mentions'] - 1]}, among {s['tokens']:,} tokens of {s['text']}, "
+        "asked for at their end",
         f"model: {s['model']}, prefill {s['prefill']}, rows {s['rows'] or 'as the policies say'}, seed {s['seed']}",
         "found: greedy decoding would say it exactly; nats: the loss of its tokens, and the standard error",
     ]
