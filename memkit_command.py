@@ -18,7 +18,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 the system; how large a block must be to have a mapping of its own."""
 LARGEST_OF_HEAP = 32 * 2**20
 """What glibc sets these to by itself (the first to twice of it) once a block of that size has been freed. Before, each
-training step of a small model gets its memory from the system anew, page by page (docs/benchmarks.md)."""
+training step of a small model gets its memory from the system anew, page by page (docs/results.md)."""
 
 
 def main() -> None:

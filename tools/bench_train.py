@@ -1,6 +1,6 @@
 """Training steps of one small model under several policies, as factors of a plain PyTorch transformer's, in one run.
 
-    python tools/bench_train.py --tokens 256 --batch 16
+    python tools/bench_train.py --tokens 256 --batch 32 --chunk 16 32 --threads 1
 
 Every model has two layers of width 64 over the same random tokens. Steps of all models take turns, so that what else
 the machine does meets all alike; the median counts. The plain transformer is an embedding, two
@@ -62,20 +62,13 @@ def models(chunk: int) -> dict[str, nn.Module]:
     return {"plain PyTorch": Plain(), **{name: MemoryLM(with_policy(base, each)) for name, each in policies.items()}}
 
 
-def main() -> None:
-    """Print a line per model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--chunk", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=15)
-    given = parser.parse_args()
-    keep_freed_memory()
+def measure(tokens: int, batch: int, chunk: int, steps: int) -> dict[str, list[float]]:
+    """CPU seconds of each model's steps, by turns."""
     settings = TrainingSpec()
     torch.manual_seed(0)
-    ids = torch.randint(VOCABULARY, (given.batch, given.tokens))
-    steps: dict[str, Callable[[], None]] = {}
-    for name, model in models(given.chunk).items():
+    ids = torch.randint(VOCABULARY, (batch, tokens))
+    models_of: dict[str, Callable[[], None]] = {}
+    for name, model in models(chunk).items():
         optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=settings.betas)
 
         def step(model: nn.Module = model, optimiser: torch.optim.Optimizer = optimiser) -> None:
@@ -84,23 +77,37 @@ def main() -> None:
             optimiser.step()
             optimiser.zero_grad()
 
-        steps[name] = step
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(given.steps + 2):
-        for name, step in steps.items():
+        models_of[name] = step
+    times: dict[str, list[float]] = {name: [] for name in models_of}
+    for turn in range(steps + 2):
+        for name, step in models_of.items():
             begun = time.process_time()
             step()
             if turn >= 2:  # the first ones allocate
                 times[name].append(time.process_time() - begun)
-    plain = statistics.median(times["plain PyTorch"])
-    print(
-        f"{given.batch} × {given.tokens} tokens, chunks of {given.chunk}, {torch.get_num_threads()} thread(s), CPU time"
-    )
-    for name, each in times.items():
-        quartiles = statistics.quantiles(each, n=4)
-        factors = [quartile / plain for quartile in (quartiles[0], statistics.median(each), quartiles[2])]
-        low, middle, high = factors
-        print(f"{name:20} {1000 * statistics.median(each):7.1f} ms  ×{middle:.2f} ({low:.2f} to {high:.2f})")
+    return times
+
+
+def main() -> None:
+    """Print a line per model and length of a chunk."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--chunk", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1, help="such small operations gain little from a second one")
+    given = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(given.threads)
+    for chunk in given.chunk:
+        times = measure(given.tokens, given.batch, chunk, given.steps)
+        plain = statistics.median(times["plain PyTorch"])
+        print(
+            f"{given.batch} × {given.tokens} tokens, chunks of {chunk}, {torch.get_num_threads()} thread(s), CPU time"
+        )
+        for name, each in times.items():
+            low, middle, high = (quartile / plain for quartile in statistics.quantiles(each, n=4))
+            print(f"{name:20} {1000 * statistics.median(each):7.1f} ms  ×{middle:.2f} ({low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":
