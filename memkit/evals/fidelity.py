@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memkit.catalog import as_policy
 from memkit.engine import attend, plan
-from memkit.errors import InputError, PolicyError
+from memkit.errors import InputError
 from memkit.evals.bound import error_bound
 from memkit.evals.recording import Call, recorded_calls
 from memkit.memory import Memory
@@ -55,11 +55,12 @@ def fidelity(
     Args:
         model: a `MemoryLM`, its Hugging Face wrapper, or a stock model of the Llama family.
         ids: [1, t], t > every.
-        policy: of the memory, for a stock model; None for a `MemoryLM`, which has its own.
+        policy: of the memory, for a stock model, each layer with its ratios of the head profile, if one is named; None
+            for a `MemoryLM`, which has its own.
         every: tokens between the places at which is measured.
         queries: how many tokens ask at each place; fewer where a chunk leaves the window before.
 
-    Raises `InputError`; `PolicyError` where heads have unequal shares of the slots; `ModelError` for other models.
+    Raises `InputError`; `PolicyError` for a head profile of another model; `ModelError` for other models.
     """
     if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
         raise InputError("ids must be one text, a tensor [1, tokens]; read several one by one")
@@ -74,10 +75,15 @@ def fidelity(
 
 @torch.no_grad()
 def fidelity_of_call(call: Call, *, every: int, queries: int = 16, layer: int = 0) -> list[HeadFidelity]:
-    """The same for one layer's call."""
+    """The same for one layer's call; heads with unequal shares of the slots have memories of their own."""
+    if call.policy.head_policies:
+        of_runs = [
+            (first, fidelity_of_call(part, every=every, queries=queries, layer=layer))
+            for first, part in call.by_heads()
+        ]
+        heads = [replace(each, head=first + each.head) for first, of_run in of_runs for each in of_run]
+        return sorted(heads, key=lambda each: (each.tokens, each.head))
     policy, tokens = call.policy, call.keys.shape[2]
-    if policy.head_policies:
-        raise PolicyError("fidelity needs heads with equal shares of the slots; leave heads out of the policy")
     memory: Memory | None = None
     done, found = 0, list[HeadFidelity]()
     for read in range(every, tokens, every):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy
+from memkit.profiles import per_layer, warn_of_even_shares
 
 __all__ = ["Call", "recorded_calls"]
 
@@ -52,13 +54,33 @@ class Call:
             "scale": self.scale,
         }
 
+    def by_heads(self) -> Iterator[tuple[int, Call]]:
+        """The call of each run of heads with equal shares of the slots, and its first query head."""
+        begin, group = 0, self.queries.shape[1] // self.keys.shape[1]
+        for heads, policy in self.policy.head_policies or ((self.keys.shape[1], self.policy),):
+            own, asking = slice(begin, begin + heads), slice(begin * group, (begin + heads) * group)
+            yield (
+                asking.start,
+                dataclasses.replace(
+                    self,
+                    policy=policy,
+                    queries=self.queries[:, asking],
+                    keys=self.keys[:, own],
+                    values=self.values[:, own],
+                    weights=None if self.weights is None else self.weights[:, own],
+                    parameters=None if self.parameters is None else self.parameters.of_heads(asking),
+                ),
+            )
+            begin += heads
+
 
 @torch.no_grad()
 def recorded_calls(model: Any, ids: Tensor, policy: Policy | None) -> list[tuple[int, Call]]:
     """Each attention layer's number and call while the model reads ids [1, t]; layers of other kinds are left out.
 
     policy: None for a `MemoryLM`, whose layers have one each; a stock model reads with full attention, and the policy
-    is put into its calls. Raises `InputError` where that is the other way round, `ModelError` for other models.
+    is put into its calls, with each layer's ratios where it names a head profile. Raises `InputError` where that is the
+    other way round, `ModelError` for other models.
     """
     own = own_model(model)
     if own is not None:
@@ -101,13 +123,15 @@ def _listening(model: torch.nn.Module, hear: Callable[[int, Call], None]) -> Gen
 def _calls_of_stock(model: Any, ids: Tensor, policy: Policy) -> list[Call]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from memkit.hf.decoder import find_decoder
+    from memkit.hf.decoder import facts_of, find_decoder, kv_heads_of
     from memkit.hf.fitting import check_policy, check_rotation
     from memkit.hf.probe import attention_function, probe
 
     check_policy(policy)
     decoder = find_decoder(model)
-    facts = probe(decoder)
+    facts, config = probe(decoder), decoder.config
+    warn_of_even_shares([policy.spec], facts_of(config))
+    policies = per_layer(policy, config.num_hidden_layers, kv_heads_of(config), facts_of(config))
     turns = Need.ROTATION in policy.needs
     if turns:
         for layer, each in facts.items():
@@ -119,7 +143,8 @@ def _calls_of_stock(model: Any, ids: Tensor, policy: Policy) -> list[Call]:
     ) -> tuple[Tensor, None]:
         fact = facts[module.layer_idx]
         turned = fact.turning_first(query), fact.turning_first(key)
-        calls.append(Call(policy, *turned, value, rotation=fact.rotation if turns else None, scale=scaling))
+        own = policies[module.layer_idx]
+        calls.append(Call(own, *turned, value, rotation=fact.rotation if turns else None, scale=scaling))
         output, _memory = attend("full", query, key, value, scale=scaling)
         return output.transpose(1, 2).contiguous(), None
 

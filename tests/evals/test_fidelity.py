@@ -8,11 +8,13 @@ from transformers import LlamaForCausalLM
 
 import memkit
 from memkit import InputError, MemoryLM, PolicySpec
+from memkit.errors import EvenSharesWarning
 from memkit.evals import error_bound, fidelity
 from memkit.evals.bound import read_merged
 from memkit.evals.recording import recorded_calls
 from memkit.lm import load_model_spec
 from memkit.pieces import ReadoutSpec
+from memkit.pieces.heads import HeadsSpec
 from memkit.testing import LawBroken, Merged, laws, merged_tokens
 from tests.hf.tiny import randomised, tiny_config
 
@@ -60,6 +62,25 @@ def test_what_is_counted(stock):
         assert each.error > 0
     # Two chunks of 8 are the window; what left it and is no slot of the 12 has joined one.
     assert [each.merges for each in found if each.layer == each.head == 0] == [0, 20, 36, 60]
+
+
+def test_heads_with_shares_of_their_own_are_judged_by_these(stock):
+    shares = MEAN.with_ratios(0.5, 1.5)
+    found = fidelity(stock, IDS, shares, every=40, queries=5)
+    few, many = (fidelity(stock, IDS, one, every=40, queries=5) for _, one in shares.build().head_policies)
+    assert [(each.layer, each.tokens, each.head) for each in found] == [
+        (layer, tokens, head) for layer in range(2) for tokens in (40, 80) for head in range(4)
+    ]
+    for own, less, more in zip(found, few, many, strict=True):
+        alone = less if own.head < 2 else more
+        assert own.error == pytest.approx(alone.error, rel=1e-5)
+        assert own.merges == alone.merges
+        assert own.slots == pytest.approx(alone.slots, rel=1e-5)
+
+
+def test_a_head_profile_is_looked_for(stock):
+    with pytest.warns(EvenSharesWarning, match="no head profile is shipped for this model"):
+        fidelity(stock, IDS, MEAN.model_copy(update={"heads": HeadsSpec(profile="auto")}), every=80)
 
 
 def test_the_bound_holds_and_is_not_always_asked(stock):
