@@ -63,7 +63,10 @@ def _of_policies() -> dict[str, Callable[[], Any]]:
 
 
 def _of_data() -> dict[str, Callable[[], Any]]:
-    comparison = Comparison.from_json((FOLDER / "data" / "comparison.json").read_text(encoding="utf-8"))
+    comparison, evictions = (
+        Comparison.from_json((FOLDER / "data" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("comparison", "evictions")
+    )
     data = json.loads((FOLDER / "data" / "bench.json").read_text(encoding="utf-8"))
     timings = [
         Timing(
@@ -83,6 +86,7 @@ def _of_data() -> dict[str, Callable[[], Any]]:
         "positions": lambda: figures.loss_by_position(positions, style.new_axes(size=(6.0, 3.4)), start=1),
         "front": lambda: figures.front(comparison),
         "gap": lambda: figures.gap_closed(comparison),
+        "evictions": lambda: figures.front(evictions),
         "bench": lambda: figures.factors(Bench(data["settings"], timings)),
         "profile": lambda: profiles.plot(load_profile("smollm2-135m-repeat"), style.new_axes(size=(6.0, 1.7))),
     }
