@@ -117,7 +117,7 @@ def close(
 ) -> Memory:
     """The memory after the call."""
     policy, before, tokens = inputs.policy, inputs.memory, inputs.keys.shape[2]
-    keep, cuts = schedule.keep, schedule.course.cuts
+    keep, cuts, seen = schedule.keep, schedule.course.cuts, schedule.after.copy()  # the schedule may be kept
     made_with = parameter_versions(inputs.parameters)
 
     def slots_at_rest() -> HeldSlots:
@@ -136,7 +136,7 @@ def close(
         ends = None if inputs.equal_lengths else on_device(schedule.old + inputs.row_lengths, inputs.keys.device)
         window = timeline.window(keep, room, ends)
         at_rest = slots_at_rest() if once else store.compact()
-        return Memory(policy, schedule.after, window, at_rest, next_positions, cuts=cuts)
+        return Memory(policy, seen, window, at_rest, next_positions, cuts=cuts)
     assert before is not None
     window, buffer = Window(before.window.streams, before.window.end + tokens), before.buffer
     if buffer is not None and policy.holds_once:
@@ -144,16 +144,16 @@ def close(
         before.about_to_write()
         if not _still_fits(buffer, slots) or not (cuts is None or cuts.alike):  # the window then stands for itself
             window.streams = {name: stream.clone() for name, stream in window.streams.items()}
-            return Memory(policy, schedule.after, window, slots, next_positions, cuts=cuts)
+            return Memory(policy, seen, window, slots, next_positions, cuts=cuts)
         if slots is not before.store:
             slots = _written_over(buffer, slots)
         if window.end > keep:
             window.move_to_front(keep)
         begun = int(schedule.course.newest()[0])
         buffer = dataclasses.replace(buffer, until=decodes_until(policy, int(schedule.after[0]) - begun, window))
-        return Memory(policy, schedule.after, window, slots, next_positions, buffer=buffer, cuts=cuts)
+        return Memory(policy, seen, window, slots, next_positions, buffer=buffer, cuts=cuts)
     if once:
-        return Memory(policy, schedule.after, window, slots_at_rest(), next_positions, cuts=cuts)
+        return Memory(policy, seen, window, slots_at_rest(), next_positions, cuts=cuts)
     compact = store.compact()
     # Where the next token can take the short cut, slots are held once; where folds read all anew, too.
     uneven = not (schedule.after == schedule.after[0]).all()
@@ -161,7 +161,7 @@ def close(
     if store.view is not None and apart and not policy.replaces:
         compact.view = store.view
         compact.view.made_with = made_with
-    return Memory(policy, schedule.after, window, compact, next_positions, cuts=cuts)
+    return Memory(policy, seen, window, compact, next_positions, cuts=cuts)
 
 
 def _still_fits(buffer: DecodeBuffer, slots: HeldSlots) -> bool:

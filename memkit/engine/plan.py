@@ -168,7 +168,7 @@ def record(schedule: Schedule, heads: int, device: torch.device, done: list[tupl
     return Plan(
         slot=slot,
         founded=founded,
-        begin=schedule.left_before,
+        begin=schedule.left_before.copy(),
         length=schedule.left_after - schedule.left_before,
         slots=schedule.course.counts(schedule.most_leaving),
     )

@@ -19,6 +19,9 @@ from memkit.policy import Policy
 
 __all__ = ["BAND_STEP", "LeavingChunk", "Schedule", "Step", "common"]
 
+KEPT = 4096
+"""Chunks of all rows, up to which the schedule of a call is kept for the next one that is alike."""
+
 BAND_STEP = 128
 """Queries read together under a sliding window: the part of the band that needs a mask is this wide."""
 
@@ -113,7 +116,9 @@ class Schedule:
 
     @classmethod
     def of_positions(cls, policy: Policy, seen: Rows, lengths: Rows, tokens: int) -> Schedule:
-        """The schedule of a policy whose chunks nobody ends; not to be changed."""
+        """The schedule of a policy whose chunks nobody ends; not to be changed. Long ones are worked out each time."""
+        if len(seen) * tokens > KEPT * max(1, policy.chunk):
+            return cls(policy, seen, lengths, tokens)
         return _of_positions(policy, tuple(seen.tolist()), tuple(lengths.tolist()), tokens)
 
     @functools.cached_property
@@ -173,11 +178,13 @@ class Schedule:
             yield LeavingChunk(size, here, left.copy(), before, after - before, np.clip(policy.sinks - left, 0, size))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _of_positions(policy: Policy, seen: tuple[int, ...], lengths: tuple[int, ...], tokens: int) -> Schedule:
     before, new = (np.array(each, dtype=np.int64) for each in (seen, lengths))
-    before.flags.writeable = new.flags.writeable = False
-    return Schedule(policy, before, new, tokens)
+    schedule = Schedule(policy, before, new, tokens)
+    for each in (before, new, schedule.left_before, schedule.left_after, schedule.shift, schedule.after):
+        each.flags.writeable = False
+    return schedule
 
 
 def common(numbers: Rows, among: Rows) -> int | None:

@@ -72,7 +72,7 @@ class SweepSpec(NamedSpec):
             try:
                 TrainingSpec(**{name: each})
             except SpecError as error:
-                raise ValueError(str(error)) from None
+                raise ValueError(str(error).removeprefix(f"{name}: ")) from None
         if len(set(given)) < len(given):
             raise ValueError(f"must all differ, got {list(given)}: a run that is there twice adds no spread")
         return given
@@ -216,6 +216,7 @@ def sweep(
 
     Raises `InputError`, and what `train` raises.
     """
+    _import(tuple(modules))
     spec = declared if isinstance(declared, SweepSpec) else load_sweep(declared)
     jobs = _cores() if jobs is None else whole_number("jobs", jobs, 1, 4096)
     folder = Path(out)

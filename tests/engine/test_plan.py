@@ -291,3 +291,18 @@ def test_repr_names_rows_heads_and_tokens():
         "Plan(2 rows × 2 heads, 16 tokens leave, slots after each chunk [[1, 2], [1, 2]])"
     )
     assert isinstance(make_case(small("full"), 5).attend()[1], Memory)
+
+
+def test_calls_that_are_alike_share_nothing_that_can_be_written() -> None:
+    """Their schedule is worked out once; what they return is each one's own."""
+    policy = memkit.load_policy("ovq-1024", {"chunker.size": 8}).build()
+    keys = torch.randn(2, 2, 60, 8, generator=torch.Generator().manual_seed(0))
+    plan = memkit.plan(policy, keys)
+    begin = plan.begin.copy()
+    _, memory = memkit.attend(policy, keys, keys, keys)
+    plan.begin[:] = 8
+    memory.seen_rows[:] = 7
+
+    assert (memkit.plan(policy, keys).begin == begin).all()
+    _, again = memkit.attend(policy, keys, keys, keys)
+    assert (again.seen_rows == 60).all()
