@@ -49,7 +49,7 @@ def table(passkeys: Passkeys) -> RenderableType:
         )
     s = passkeys.settings
     lines = [
-        f"a five-digit number, said {TIMES[s['mentions'] - 1]}, among {s['tokens']:,} tokens of {s['text']}, "
+        f"a five-digit number, said {TIMES[s.get('mentions', 2) - 1]}, among {s['tokens']:,} tokens of {s['text']}, "
         "asked for at their end",
         f"model: {s['model']}, prefill {s['prefill']}, rows {s['rows'] or 'as the policies say'}, seed {s['seed']}",
         "found: greedy decoding would say it exactly; nats: the loss of its tokens, and the standard error",
