@@ -67,7 +67,7 @@ def measure(tokens: int, batch: int, chunk: int, steps: int) -> dict[str, list[f
     settings = TrainingSpec()
     torch.manual_seed(0)
     ids = torch.randint(VOCABULARY, (batch, tokens))
-    models_of: dict[str, Callable[[], None]] = {}
+    step_of: dict[str, Callable[[], None]] = {}
     for name, model in models(chunk).items():
         optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=settings.betas)
 
@@ -77,10 +77,10 @@ def measure(tokens: int, batch: int, chunk: int, steps: int) -> dict[str, list[f
             optimiser.step()
             optimiser.zero_grad()
 
-        models_of[name] = step
-    times: dict[str, list[float]] = {name: [] for name in models_of}
+        step_of[name] = step
+    times: dict[str, list[float]] = {name: [] for name in step_of}
     for turn in range(steps + 2):
-        for name, step in models_of.items():
+        for name, step in step_of.items():
             begun = time.process_time()
             step()
             if turn >= 2:  # the first ones allocate

@@ -266,7 +266,7 @@ def _cells(spec: SweepSpec, folder: Path) -> Iterator[_Cell]:
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    """In a process of the sweep: what registers pieces of one's own."""
+    """Import what registers pieces of one's own, in this process."""
     for name in modules:
         importlib.import_module(name)
 
