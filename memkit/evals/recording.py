@@ -55,7 +55,7 @@ class Call:
         }
 
     def by_heads(self) -> Iterator[tuple[int, Call]]:
-        """The call of each run of heads with equal shares of the slots, and its first query head, where shares differ."""
+        """Where shares of the slots differ: the call of each run of equal heads, and its first query head."""
         begin, group = 0, self.queries.shape[1] // self.keys.shape[1]
         for heads, policy in self.policy.head_policies:
             own, asking = slice(begin, begin + heads), slice(begin * group, (begin + heads) * group)

@@ -21,8 +21,6 @@ __all__ = ["Storage", "StorageSpec"]
 BITS, MOST = 4, 7
 """Bits that are kept of what rounding to half precision took, two numbers' in a byte: from −7 to 7, half of the last
 place down or up. Both ends are kept, for one number's upper end is the next one's lower."""
-
-
 LOW, SIGN = 2**BITS - 1, 2 ** (BITS - 1)
 """The lower of a byte's two numbers, and its sign."""
 GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927
