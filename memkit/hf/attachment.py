@@ -16,6 +16,7 @@ function stays in the registry, where nothing else names it.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +37,7 @@ def attach(
     policy: AnyLayers | LayerFunction,
     *,
     prefill: Prefill = "policy",
+    profile: str | Path | None = None,
     rows: int | None = None,
     share: float | None = None,
     bytes: int | None = None,
@@ -77,6 +79,8 @@ def attach(
             policy goes on. What rows are worth is asked as `observe.readers` says. Rows must then be of equal length in
             the first call. With `repeat` or `mixed` the prompt is read twice, in one call, and only the first reading
             stays.
+        profile: how every policy that grows shares its slots among heads: the name of a shipped head profile, a YAML
+            file's path, or `auto`; None: as each policy says itself (`heads`).
         rows: slots and window of each head, on average, put into every policy with a fixed number of slots or a sliding
             window; others stay as they are. One of rows, share and bytes at most.
         share: with `prefill="full"`, the same as a share of the tokens of each cache's prompt.
@@ -94,14 +98,14 @@ def attach(
             caps, sinks in the softmax, an own attention function, an encoder, …); a policy with learned parts, or one
             that un-rotates keys where it is not known how they were rotated.
         PolicyError: a policy that is not there or not right, a layer that is not there.
-        InputError: a budget that no policy has a use for, or that is too small; and later, by calls that the engine
+        InputError: a budget or a profile that no policy has a use for, a budget that is too small; and later, by calls that the engine
             cannot serve (4D masks, positions of one's own, …).
     """
     decoder = find_decoder(model)
     put_right(decoder.owner)
     check_free(decoder)
     budget = Budget.of(rows, share, bytes, prefill)
-    return Attached(decoder, Calls(decoder, policy, prefill, budget, croppable, connecting, boundaries))
+    return Attached(decoder, Calls(decoder, policy, prefill, budget, profile, croppable, connecting, boundaries))
 
 
 def detach(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,7 @@ class Calls:
         policy: AnyLayers | LayerFunction,
         prefill: Prefill,
         budget: Budget,
+        profile: str | Path | None,
         croppable: bool,
         connecting: Sequence[int] | None,
         boundaries: Collection[int] | None,
@@ -56,7 +58,7 @@ class Calls:
         self.config, self.tower = decoder.config, decoder.module is not decoder.owner.base_model
         self.facts, self.model = probe(decoder), facts_of(self.config)
         self.layers = self.config.num_hidden_layers
-        self.sizes = Sizes(policy, budget, self.layers, kv_heads_of(self.config), self.model, self.facts)
+        self.sizes = Sizes(policy, budget, profile, self.layers, kv_heads_of(self.config), self.model, self.facts)
         self.rows = self.sizes.rows(decoder.module.dtype)
         self.policies = self.sizes.policies(self.rows)
         for layer, each in self.policies.items():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memkit.budgets import Budget, alike, check_bounded, has_rows, held_at_most, least_rows, most_rows, sized
+from memkit.catalog import load_policy
 from memkit.errors import InputError
 from memkit.holding import Shape
 from memkit.layers import KEEP, AnyLayers, LayerFunction, LayerPoliciesSpec, as_layers, layer_policies
+from memkit.pieces.growth import NoGrowthSpec
+from memkit.pieces.heads import HeadsSpec
 from memkit.profiles import warn_of_even_shares
 
 if TYPE_CHECKING:
@@ -23,14 +27,15 @@ __all__ = ["Sizes"]
 class Sizes:
     """What was asked for, and what each number of rows makes of it.
 
-    policy: as for `attach`; layers, kv_heads: of the model; model: what its config says; facts: of its layers.
-    Raises `InputError` for a budget that no policy has a use for, `PolicyError` as `layer_policies`.
+    policy, profile: as for `attach`; layers, kv_heads: of the model; model: what its config says; facts: of its layers.
+    Raises `InputError` for a budget or a profile that no policy has a use for, `PolicyError` as `layer_policies`.
     """
 
     def __init__(
         self,
         policy: AnyLayers | LayerFunction,
         budget: Budget,
+        profile: str | Path | None,
         layers: int,
         kv_heads: int,
         model: Mapping[str, Any],
@@ -43,6 +48,8 @@ class Sizes:
             self.asked = LayerPoliciesSpec(default=KEEP, at=each)
         else:
             self.asked = as_layers(policy)
+        if profile is not None:
+            self.asked = _with_profile(self.asked, profile)
         self.numbered = [spec for spec in self.asked.policies if has_rows(spec)]
         if budget and not self.numbered:
             raise InputError(
@@ -96,3 +103,13 @@ class Sizes:
         if one is other or one.spec == other.spec:
             return True
         return self.budget.share is not None and alike(one.spec, other.spec)
+
+
+def _with_profile(asked: LayerPoliciesSpec, profile: str | Path) -> LayerPoliciesSpec:
+    """The same policies, slots shared among heads as a profile says, wherever a policy grows."""
+    if all(isinstance(spec.growth, NoGrowthSpec) for spec in asked.policies):
+        raise InputError(f"profile shares slots among heads, and {asked.label} has none; leave it out")
+    heads = HeadsSpec(profile=str(profile))
+    return asked.mapped(
+        lambda spec: spec if isinstance(spec.growth, NoGrowthSpec) else load_policy(spec, {"heads": heads})
+    )

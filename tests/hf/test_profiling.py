@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,34 @@ def test_a_model_reads_with_each_layers_ratios(tmp_path: Path, ids: torch.Tensor
     assert beams.shape == (1, 110)
     with pytest.raises(memkit.PolicyError, match="another model"), hf.attach(randomised(memkit_model(64)), spec):
         pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_path", [str, Path])
+def test_attach_takes_the_profile_beside_the_policy(tmp_path: Path, ids: torch.Tensor, as_path: Callable[[Path], Any]):
+    model = randomised(memkit_model())
+    path = tmp_path / "profile.yaml"
+    path.write_text(HeadProfile(model=facts_of(model.config), ratios=((0.5, 2.0), (1.0, 0.5))).to_yaml())
+    even = memkit.load_policy("untrained-observed", SMALL | {"heads": {"ratios": [1.0]}})
+    said = memkit.load_policy("untrained-observed", SMALL | {"heads": {"profile": str(path)}})
+    with hf.attach(model, said):
+        wanted = model(ids).logits
+    with hf.attach(model, {"default": even}, profile=as_path(path)):
+        torch.testing.assert_close(model(ids).logits, wanted, atol=0, rtol=0)
+    with hf.attach(model, lambda layer: "full" if layer == 0 else even, profile=as_path(path)) as attached:
+        memories = hf.memories(returned_cache(attached(ids)))
+    assert isinstance(memories[1], HeadsMemory)
+    assert memories[1].slots[0].tolist() == [4 + 20, 4 + 10]
+
+
+def test_a_profile_that_cannot_be_put_in_is_refused(tmp_path: Path):
+    model = memkit_model()
+    with pytest.raises(memkit.InputError, match=r"profile shares slots among heads, and full has none"):
+        hf.attach(model, "full", profile="auto")
+    with pytest.raises(memkit.PolicyError, match=r"smollm2-135m.* is of a model of 30 layers"):
+        hf.attach(model, "untrained-observed", profile="smollm2-135m")
+    with pytest.raises(memkit.PolicyError, match=r"none.yaml: no such file"):
+        hf.attach(model, "untrained-observed", profile=tmp_path / "none.yaml")
 
 
 def memkit_model(wide: int = 32) -> Any:

@@ -254,6 +254,17 @@ def test_another_run_in_the_folder(once, tmp_path: Path):
         run(tmp_path)
 
 
+def test_how_texts_are_cut_says_nothing_of_a_task(tmp_path: Path):
+    for changes, named in (
+        ({"length": 64}, "length"),
+        ({"sequences": "documents", "length": 64}, "length and sequences"),
+    ):
+        settings = FAST.model_copy(update=changes)
+        with pytest.raises(InputError, match=f"^{named} cut texts into sequences, and task mqar makes its own"):
+            train("tiny-full", tmp_path / "out", task={"kind": "mqar"}, settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_text_or_other_weights_under_the_same_name(text: list[Path], tmp_path: Path):
     settings = TEXT.model_copy(update={"steps": 1})
     for seed in (0, 1):
