@@ -98,8 +98,8 @@ def attach(
             caps, sinks in the softmax, an own attention function, an encoder, …); a policy with learned parts, or one
             that un-rotates keys where it is not known how they were rotated.
         PolicyError: a policy that is not there or not right, a layer that is not there.
-        InputError: a budget or a profile that no policy has a use for, a budget that is too small; and later, by calls that the engine
-            cannot serve (4D masks, positions of one's own, …).
+        InputError: a budget or a profile that no policy has a use for, a budget that is too small; and later, by calls
+            that the engine cannot serve (4D masks, positions of one's own, …).
     """
     decoder = find_decoder(model)
     put_right(decoder.owner)
