@@ -14,7 +14,7 @@ from memkit.memory.held import HeldSlots
 from memkit.memory.memory import DecodeBuffer
 from memkit.memory.rows import SlotRules, on_device, parameter_versions
 from memkit.memory.slots import SlotStore
-from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for
+from memkit.memory.window import SLACK, Streams, Timeline, Window, room_for, stream_forms
 from memkit.policy import Policy
 
 __all__ = ["close", "open_store", "open_timeline", "without_padding"]
@@ -39,15 +39,18 @@ def _new_tokens(inputs: AttendInputs) -> tuple[Streams, Tensor | None]:
     """What this call's tokens carry, 0 in the padding; and where positions go on."""
     policy, following = inputs.policy, None
     given: dict[str, Tensor | None] = {"keys": inputs.keys, "values": inputs.values, "weights": inputs.weights}
-    found = {name: without_padding(inputs, tensor) for name, tensor in given.items() if tensor is not None}
-    if "weights" in policy.streams and inputs.weights is None:
-        found["weights"] = inputs.keys.new_ones(inputs.keys.shape[:3])
-    if "evidence" in policy.streams:
-        numbers = policy.observation.numbers
-        found["evidence"] = inputs.keys.new_zeros(*inputs.keys.shape[:3], numbers, dtype=_wide(inputs.keys.dtype))
-    if "positions" in policy.streams:
-        found["positions"], following = _positions(inputs)
-    return found, following
+    new = {name: without_padding(inputs, tensor) for name, tensor in given.items() if tensor is not None}
+    rows, heads, tokens, width = inputs.keys.shape
+    value_width = 0 if inputs.values is None else inputs.values.shape[-1]
+    forms = stream_forms(policy, rows, heads, tokens, (width, value_width), inputs.keys.dtype)
+    if "weights" in forms and inputs.weights is None:
+        new["weights"] = inputs.keys.new_ones(forms["weights"][0])
+    if "evidence" in forms:
+        shape, dtype = forms["evidence"]
+        new["evidence"] = inputs.keys.new_zeros(shape, dtype=dtype)
+    if "positions" in forms:
+        new["positions"], following = _positions(inputs)
+    return new, following
 
 
 def _positions(inputs: AttendInputs) -> tuple[Tensor, Tensor]:
@@ -185,10 +188,6 @@ def decodes_until(policy: Policy, begun: int, window: Window) -> int:
     # The first token of a chunk pushes one out; the last, after which its queries are observed, goes the long way.
     left = -begun % policy.chunk
     return min(window.room, window.end + max(0, left - policy.observes))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def without_padding(inputs: AttendInputs, tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from memkit.memory.held import HeldSlots
 from memkit.memory.memory import Memory
 from memkit.memory.rows import SlotRules
 from memkit.memory.slots import SlotStore
-from memkit.memory.window import Streams, Window, room_for
+from memkit.memory.window import Window, room_for, stream_forms
 from memkit.pieces.needs import Need
 from memkit.pieces.rotary import Rotation
 from memkit.pieces.window import BlockWindow
@@ -44,13 +44,8 @@ def blank(
     def new(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=like, device=device)
 
-    every: Streams = {
-        "keys": new(rows, kv_heads, room, head_width),
-        "values": new(rows, kv_heads, room, value_width),
-        "weights": new(rows, kv_heads, room),
-        "positions": new(rows, 1, room, like=torch.float64),
-        "evidence": new(rows, kv_heads, room, policy.observation.numbers, like=wide),
-    }
+    forms = stream_forms(policy, rows, kv_heads, room, (head_width, value_width), dtype)
+    streams = {name: new(*shape, like=own) for name, (shape, own) in forms.items()}
     numbers = new(rows, kv_heads, slots, len(policy.statistics), like=wide if policy.replaces else torch.float64)
     evidence = new(rows, kv_heads, slots, policy.observation.numbers, like=wide) if policy.observes else None
     store: SlotStore | HeldSlots = SlotStore(
@@ -66,7 +61,7 @@ def blank(
     return Memory(
         policy=policy,
         seen_rows=np.full(rows, tokens, dtype=np.int64),
-        window=Window({name: every[name] for name in policy.streams}, held),
+        window=Window(streams, held),
         store=store,
         next_positions=new(rows, like=torch.float64) if Need.ROTATION in policy.needs else None,
         observed=observed,

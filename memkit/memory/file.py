@@ -23,6 +23,7 @@ from torch import Tensor
 
 from memkit.errors import MemoryStateError, PolicyError, short, shown
 from memkit.memory.cuts import Cuts
+from memkit.memory.window import Form, stream_forms
 from memkit.pieces.needs import Need
 from memkit.pieces.registry import SpecError
 from memkit.pieces.window import BlockWindow
@@ -184,10 +185,7 @@ def _wrong_shapes(policy: Policy, tensors: dict[str, Tensor]) -> str | None:
         return f"keys must be float32, float64, bfloat16 or float16, got {keys.dtype}"
     value_width, slots = tensors["values"].shape[-1], tensors["sums"].shape[2]
     wide = torch.promote_types(keys.dtype, torch.float32)
-    weighs, rotates = Need.MERGE_WEIGHTS in policy.needs, Need.ROTATION in policy.needs
-    wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
-        "keys": ((rows, heads, room, width), keys.dtype),
-        "values": ((rows, heads, room, value_width), keys.dtype),
+    wanted: dict[str, Form] = stream_forms(policy, rows, heads, room, (width, value_width), keys.dtype) | {
         "sums": ((rows, heads, slots, width + value_width), wide),
         "numbers": ((rows, heads, slots, len(policy.statistics)), torch.float64),
         "seen": ((rows,), torch.int64),
@@ -196,23 +194,22 @@ def _wrong_shapes(policy: Policy, tensors: dict[str, Tensor]) -> str | None:
         chunks = policy.window.chunks
         wanted |= {"chunk_begins": ((rows, chunks), torch.int64), "chunk_slots": ((rows,), torch.int64)}
         wanted["chunk_ended"] = ((rows,), torch.bool)
-    if weighs:
-        wanted["weights"] = ((rows, heads, room), None)
-    if rotates:
-        wanted |= {"positions": ((rows, 1, room), torch.float64), "next_positions": ((rows,), torch.float64)}
+    if Need.ROTATION in policy.needs:
+        wanted["next_positions"] = ((rows,), torch.float64)
     if policy.observes:
-        numbers = policy.observation.numbers
-        wanted["evidence"] = ((rows, heads, room, numbers), wide)
-        wanted["slot_evidence"] = ((rows, heads, slots, numbers), wide)
+        wanted["slot_evidence"] = ((rows, heads, slots, policy.observation.numbers), wide)
         observed = tensors.get("observed", keys)
         groups = observed.shape[1] // heads * heads if observed.ndim == 4 and observed.shape[1] >= heads else heads
         wanted["observed"] = ((rows, groups, len(policy.observation.waits), width), keys.dtype)
     if tensors.keys() != wanted.keys():
         return f"its tensors must be {', '.join(sorted(wanted))}, got {', '.join(sorted(tensors))}"
     for name, (shape, dtype) in wanted.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape or (tensor.dtype != dtype if dtype else not tensor.is_floating_point()):
-            return f"{name} must be {dtype or 'floats'} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+        tensor, any_floats = tensors[name], name == "weights"  # these keep the dtype that they were given in
+        fits = tensor.is_floating_point() if any_floats else tensor.dtype == dtype
+        if tuple(tensor.shape) != shape or not fits:
+            return (
+                f"{name} must be {'floats' if any_floats else dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
     return f"values must have a channel at least, got {tuple(tensors['values'].shape)}" if not value_width else None
 
 

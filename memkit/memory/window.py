@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memkit.policy import Policy
 
-__all__ = ["Columns", "Streams", "Timeline", "Window", "columns", "joined", "room_for"]
+__all__ = ["Columns", "Streams", "Timeline", "Window", "columns", "joined", "room_for", "stream_forms"]
 
 SLACK = 64
 """Tokens a decoding window takes beyond its most before it is moved to the front of its buffer."""
@@ -23,8 +23,28 @@ SLACK = 64
 Streams = dict[str, Tensor]
 """What each token carries, by name, [b, g, n, …]; positions [b, 1, n]. The policy says which (`Policy.streams`)."""
 
+Form = tuple[tuple[int, ...], torch.dtype]
+"""A tensor's shape and dtype."""
+
 Columns = slice | Tensor
 """Columns of an axis: one slice for all rows, or numbers per row, [b, c]."""
+
+
+def stream_forms(
+    policy: Policy, rows: int, heads: int, room: int, widths: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Form]:
+    """The form of each stream that the policy's tokens carry: here, and nowhere else, is said what a stream is.
+
+    widths: of keys and of values; dtype: theirs. Weights may have another one, as the caller gives them.
+    """
+    every: dict[str, Form] = {
+        "keys": ((rows, heads, room, widths[0]), dtype),
+        "values": ((rows, heads, room, widths[1]), dtype),
+        "weights": ((rows, heads, room), dtype),
+        "positions": ((rows, 1, room), torch.float64),
+        "evidence": ((rows, heads, room, policy.observation.numbers), torch.promote_types(dtype, torch.float32)),
+    }
+    return {name: every[name] for name in policy.streams}
 
 
 @dataclass
