@@ -127,7 +127,7 @@ class LayerPoliciesSpec(NamedSpec):
         Raises `PolicyError` for a layer that is not there, or is named twice.
         """
         sliding = KEEP if self.sliding is None else self.sliding
-        found: list[PolicySpec | Literal["keep"]] = [sliding if slide else self.default for slide in slides]
+        chosen: list[PolicySpec | Literal["keep"]] = [sliding if slide else self.default for slide in slides]
         named: dict[int, str] = {}
         for key, policy in self.at.items():
             for number in (int(part) for part in key.split(",")):
@@ -141,8 +141,8 @@ class LayerPoliciesSpec(NamedSpec):
                     raise PolicyError(
                         f"{self._said}at: layer {layer} is named twice, in '{named[layer]}' and '{key}'; leave one out"
                     )
-                named[layer], found[layer] = key, policy
-        return found
+                named[layer], chosen[layer] = key, policy
+        return chosen
 
     @property
     def _said(self) -> str:

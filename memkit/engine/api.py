@@ -78,9 +78,9 @@ def attend(
         MemoryStateError: a memory that was taken over, is lost, or belongs to another policy.
         PolicyError: a policy that is not there or not right.
     """
-    found: Any = policy  # becomes a Policy in `_attend`, outside of graphs
+    asked: Any = policy  # becomes a Policy in `_attend`, outside of graphs
     given = AttendInputs(
-        found, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan, boundaries
+        asked, queries, keys, values, weights, parameters, rotation, scale, memory, lengths, plan, boundaries
     )
     return (_attend_outside_graphs if torch.compiler.is_compiling() else _attend)(given, backend)
 

@@ -155,7 +155,7 @@ class _Pass(torch.autograd.Function):
             walk = Together if isinstance(kept, KeptTogether) else ChunkByChunk
             back = walk(rules, ctx.schedule, ctx.groups, ctx.scale, queries, keys, values, weights, kept)
             grads = back.run(output, *given)
-        found = [
+        given_back = [
             grads.windowed,
             None if remembering is None else grads.remembering,
             grads.window_scale,
@@ -167,7 +167,7 @@ class _Pass(torch.autograd.Function):
             grads.sums,
             grads.numbers,
         ]
-        return None, None, *once_only(found, [*given, *saved])
+        return None, None, *once_only(given_back, [*given, *saved])
 
 
 def _apart(tensor: Tensor, returned: Tensor) -> Tensor:

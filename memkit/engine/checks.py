@@ -217,8 +217,8 @@ def _check_boundaries(policy: Policy, keys: Tensor, boundaries: Tensor | None) -
         raise InputError(
             "boundaries must be numbers that the host can look at, got a tensor on meta; give a CPU tensor"
         )
-    found = boundaries.cpu().numpy()
-    return found if found.any() else None
+    ends = boundaries.cpu().numpy()
+    return ends if ends.any() else None
 
 
 def _check_memory(policy: Policy, keys: Tensor, values: Tensor | None, memory: Memory) -> None:

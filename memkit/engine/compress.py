@@ -227,10 +227,10 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
     for group in readers:
         root, share = row_worth(scaled(group, scales), inputs.keys, timeline.values, *rest)
         told.append(torch.stack((root.square(), share + LEAST_SHARE, torch.ones_like(share)), dim=-1))
-    evidence, found = timeline.streams["evidence"], torch.stack(told).mean(0)
-    evidence[..., :AGAIN].copy_(found)
+    evidence, mean = timeline.streams["evidence"], torch.stack(told).mean(0)
+    evidence[..., :AGAIN].copy_(mean)
     if read_again:
-        evidence[..., AGAIN] = found[..., ERROR]
+        evidence[..., AGAIN] = mean[..., ERROR]
         evidence[..., ERROR] = 0
 
 

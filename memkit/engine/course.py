@@ -72,11 +72,11 @@ class Course(ABC):
         """
         rows: list[list[int]] = []
         for row in range(len(self.seen)):
-            left, found = self.left_before.copy(), list[int]()
+            left, counts = self.left_before.copy(), list[int]()
             while left[row] < self.left_after[row]:
                 left[row] += self.sizes(left)[row]
-                found.append(int(self.slots(left)[row]))
-            rows.append(found or [int(self.slots(left)[row])])
+                counts.append(int(self.slots(left)[row]))
+            rows.append(counts or [int(self.slots(left)[row])])
         longest = max((len(row) for row in rows), default=0) if most else 0
         table = [(row + row[-1:] * longest)[:longest] for row in rows]
         return np.array(table, dtype=np.int64).reshape(len(rows), longest)
@@ -167,11 +167,11 @@ class _Given(Course):
         return np.unique(np.concatenate(offsets))
 
     def begin(self, offset: int) -> Rows:
-        found: list[int] = []
+        begins: list[int] = []
         for row, seen in zip(self.begins, self.seen.tolist(), strict=True):
             index = bisect_right(row, seen + offset) - self.window
-            found.append(row[max(index, 0)] if row else 0)
-        return np.array(found, dtype=np.int64)
+            begins.append(row[max(index, 0)] if row else 0)
+        return np.array(begins, dtype=np.int64)
 
     def slots(self, left: Rows) -> Rows:
         numbers = [known[tokens] for known, tokens in zip(self.known, left.tolist(), strict=True)]
@@ -185,15 +185,15 @@ class _Given(Course):
         return np.array(sizes, dtype=np.int64)
 
     def ends(self, tokens: Rows) -> tuple[Rows, Rows]:
-        found: list[bool] = []
+        complete: list[bool] = []
         begins: list[int] = []
         for row, end, after, ended in zip(self.begins, tokens.tolist(), self.after.tolist(), self.ended, strict=True):
             index = bisect_left(row, end)  # chunks that have begun before that
             begin = row[index - 1] if index else 0
             last = index == len(row) and end == after and (ended or end - begin == self.policy.chunk)
-            found.append(bool(index) and (last or (index < len(row) and row[index] == end)))
+            complete.append(bool(index) and (last or (index < len(row) and row[index] == end)))
             begins.append(begin)
-        return np.array(found, dtype=bool), np.array(begins, dtype=np.int64)
+        return np.array(complete, dtype=bool), np.array(begins, dtype=np.int64)
 
     def newest(self) -> Rows:
         complete, begins = self.ends(self.after)

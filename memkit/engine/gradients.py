@@ -120,8 +120,8 @@ class Walk(ABC):
         count, size = len(steps), steps[0].stop - steps[0].start
         span = slice(steps[0].start, steps[-1].stop)
         of_slots: list[Tensor] = []
-        found = attend_key_sets_backward(met, self.scale, *(apart(tensor, size, size) for tensor in read))
-        for key_set, (asked, keys, values) in zip(met, found, strict=True):
+        of_sets = attend_key_sets_backward(met, self.scale, *(apart(tensor, size, size) for tensor in read))
+        for key_set, (asked, keys, values) in zip(met, of_sets, strict=True):
             asked = asked.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
             if key_set.columns is None:
                 grads.remembering[:, :, span].add_(asked)
@@ -364,17 +364,17 @@ def through_contributions(
         leaves = {name: None if tensor is None else leaf(tensor) for name, tensor in given.items()}
         outputs = contributions(rules, dataclasses.replace(chunk, **leaves), founded)
         present = [leaf for leaf in leaves.values() if leaf is not None]
-        found = gradients_of(list(outputs), [*present, *(rules.key_norm or ())], [rows, numbers])
+        of_chunk = gradients_of(list(outputs), [*present, *(rules.key_norm or ())], [rows, numbers])
     if leaves["weights"] is None:
-        found.insert(2, None)  # type: ignore[arg-type]
-    return found
+        of_chunk.insert(2, None)  # type: ignore[arg-type]
+    return of_chunk
 
 
 def gradients_of(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """Gradients of the inputs; zeros where an output does not depend on one."""
     pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-    found = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
-    return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, found, strict=True)]
+    known = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
+    return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, known, strict=True)]
 
 
 def with_norm_as_leaves(rules: SlotRules) -> SlotRules:

@@ -139,9 +139,9 @@ def _attended_backward(
         whole = [each.unflatten(0, (-1, steps)) for each in (queries, keys, values)]
         given = [each.unflatten(0, (-1, steps)) for each in (output, lse, grad)]
         for step, part in enumerate(key_set.by_step()):
-            found = _attended_backward(part, scale, *(each[:, step] for each in given))
-            whole[0][:, step] = found[0]
-            for into, each in zip(whole[1:], found[1:], strict=True):
+            parts = _attended_backward(part, scale, *(each[:, step] for each in given))
+            whole[0][:, step] = parts[0]
+            for into, each in zip(whole[1:], parts[1:], strict=True):
                 into[:, step, :, : each.shape[2]] = each
         return queries, keys, values
     layout = _Layout(key_set)
@@ -174,8 +174,8 @@ class _Merged(torch.autograd.Function):
                 KeySet(tensors[3 * i], tensors[3 * i + 1], tensors[3 * i + 2], bias, causal)
                 for i, (bias, causal) in enumerate(zip(biases, ctx.causal, strict=True))
             ]
-            found = attend_key_sets_backward(key_sets, ctx.scale, output, lse, grads[0])
-        flat = [grad for triple in found for grad in triple]
+            triples = attend_key_sets_backward(key_sets, ctx.scale, output, lse, grads[0])
+        flat = [grad for triple in triples for grad in triple]
         return None, None, *once_only(flat, [*grads, *tensors])
 
 
@@ -189,10 +189,10 @@ def once_only(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) 
     if not torch.is_grad_enabled() or not live:
         return grads
     marked = _OnceOnly.apply(len(present), *(grads[index] for index in present), *live)
-    found = list(grads)
+    returned = list(grads)
     for index, grad in zip(present, marked, strict=True):
-        found[index] = grad
-    return found
+        returned[index] = grad
+    return returned
 
 
 class _OnceOnly(torch.autograd.Function):
@@ -304,8 +304,8 @@ def _backward(
             lse = pad(lse, (0, -lse.shape[-1] % EFFICIENT_QUERIES), value=torch.inf)
             seed = torch.zeros((), dtype=torch.long, device=grad.device)  # of a dropout that there is not
             options = (seed, seed, 0.0, (True, True, True, False), causal)
-            found = _efficient_backward(*tensors, lse, *options, scale=scale)[:3]
-            return tuple(tensor.to(grad.dtype) for tensor in found)  # type: ignore[return-value]
+            in_float32 = _efficient_backward(*tensors, lse, *options, scale=scale)[:3]
+            return tuple(tensor.to(grad.dtype) for tensor in in_float32)  # type: ignore[return-value]
         case "plain":
             shares = (_scores(layout, causal, scale) - lse.unsqueeze(-1)).exp()
             wide = grad.to(shares.dtype)

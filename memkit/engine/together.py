@@ -230,14 +230,14 @@ class Together(Walk):
         snapshots = Snapshots.of(view, len(steps))
         of_slots = self.through_attention(self.key_sets.of_many(steps, self.queries, snapshots), steps, read, grads)
         norm = list(rules.key_norm or ())
-        found, most = gradients_of([view.keys, view.values], [*held, *norm], of_slots), stretch.sums.shape[2]
+        of_held, most = gradients_of([view.keys, view.values], [*held, *norm], of_slots), stretch.sums.shape[2]
         of_rows, where = list[Tensor](), stretch.places()
-        for whole, part in zip((grads.sums, grads.numbers), found[:2], strict=True):
+        for whole, part in zip((grads.sums, grads.numbers), of_held[:2], strict=True):
             part[:, -1].add_(whole[:, :, :most])
             part = running_sums(part, back=True)
             whole[:, :, :most] = part[:, 0]
             of_rows.append(part.flatten(0, 3)[where].view(*stretch.slot.shape, part.shape[-1]))
-        self._through_rows(stretch, chunk, _stored(stretch, of_rows), found[2:], grads)
+        self._through_rows(stretch, chunk, _stored(stretch, of_rows), of_held[2:], grads)
 
     def _through_fused(
         self, steps: list[Step], stretch: Stretch, chunk: Chunk, unfold: Unfold, read: list[Tensor], grads: Grads
@@ -252,9 +252,9 @@ class Together(Walk):
         self, stretch: Stretch, chunk: Chunk, rows: Sequence[Tensor], norm: list[Tensor], grads: Grads
     ) -> None:
         """From the gradients of what tokens add to those of the tokens; norm: those of the LayerNorm, from reading."""
-        found = through_contributions(self.rules, chunk, stretch.founders, *rows)
-        for whole, part in zip((grads.keys, grads.values, grads.weights), found, strict=False):
+        of_chunk = through_contributions(self.rules, chunk, stretch.founders, *rows)
+        for whole, part in zip((grads.keys, grads.values, grads.weights), of_chunk, strict=False):
             if whole is not None and part is not None:
                 add_columns(whole, stretch.where, part)
-        for whole, *parts in zip(grads.norm, norm, found[3:], strict=True):
+        for whole, *parts in zip(grads.norm, norm, of_chunk[3:], strict=True):
             whole += sum(parts)

@@ -170,9 +170,9 @@ def _value_mass(rules: SlotRules, numbers: Numbers) -> Tensor | None:
 
 
 def _either(kept: Tensor | None, told: Tensor | None) -> Tensor:
-    found = told if kept is None else kept
-    assert found is not None
-    return found
+    either = told if kept is None else kept
+    assert either is not None
+    return either
 
 
 def _stretch(sums: Tensor, read: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class DecodeBuffer:
 
     def tensors(self) -> list[Tensor]:
         """All tensors held."""
-        found = [self.keys, self.values, *(self.sinks or ())]
-        return found + [tensor for tensor in (self.bias, self.query_scale) if tensor is not None]
+        always = [self.keys, self.values, *(self.sinks or ())]
+        return always + [tensor for tensor in (self.bias, self.query_scale) if tensor is not None]
 
 
 @dataclass(eq=False)

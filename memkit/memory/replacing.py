@@ -186,10 +186,10 @@ def _summed(facts: Tensor, target: Tensor, like: Tensor) -> tuple[Tensor, ...]:
 
 def _runs(flags: tuple[bool, ...]) -> tuple[slice, ...]:
     """Where flags are set: stretches of columns."""
-    found, begin = list[slice](), 0
+    runs, begin = list[slice](), 0
     for flag, group in itertools.groupby(flags):
         end = begin + len(list(group))
         if flag:
-            found.append(slice(begin, end))
+            runs.append(slice(begin, end))
         begin = end
-    return tuple(found)
+    return tuple(runs)

@@ -174,21 +174,21 @@ def _check_names(value: Any, path: str, deep: int) -> None:
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
     """A validation error in our words, one (path, text) per problem."""
-    found: list[tuple[str, str]] = []
+    problems: list[tuple[str, str]] = []
     for detail in error.errors():
         path = ".".join(str(part) for part in detail["loc"])
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, SpecError):
-            found += [(".".join(part for part in (path, inner) if part), text) for inner, text in cause.problems]
+            problems += [(".".join(part for part in (path, inner) if part), text) for inner, text in cause.problems]
         elif isinstance(cause, ValueError):
-            found.append((path, str(cause)))
+            problems.append((path, str(cause)))
         else:
-            found.append((path, _wording(detail, model)))
+            problems.append((path, _wording(detail, model)))
     # A field left out because its name was mistyped is one problem, the typo.
-    typos = [text for _, text in found if text.startswith("unknown field")]
+    typos = [text for _, text in problems if text.startswith("unknown field")]
     return [
         (path, text)
-        for path, text in found
+        for path, text in problems
         if not (text == MISSING and any(f"did you mean '{path}'?" in typo for typo in typos))
     ]
 

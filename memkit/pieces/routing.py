@@ -94,15 +94,15 @@ class Nearest(Routing):
         to_founders = NearestSlots(self._to_founders(chunk, founders, asking), 0, 0)
         fresh, score = to_founders.slot + chunk.slots_before, to_founders.score
         if chunk.slots.shape[2] <= chunk.sinks:  # but for sinks there is none that stood before
-            found = NearestSlots.known(torch.where(score > -torch.inf, fresh, -1), score, score)
+            nearest = NearestSlots.known(torch.where(score > -torch.inf, fresh, -1), score, score)
         else:
-            found = asking.nearest.or_among(NearestSlots.known(fresh, score, score))
-        target = self._near_enough(found)
+            nearest = asking.nearest.or_among(NearestSlots.known(fresh, score, score))
+        target = self._near_enough(nearest)
         return target if others is None else torch.zeros_like(founded, dtype=torch.long).scatter_(2, others, target)
 
-    def _near_enough(self, found: NearestSlots) -> Tensor:
+    def _near_enough(self, nearest: NearestSlots) -> Tensor:
         """The slot most like each token, [b, g, c], −1 where it is not similar enough."""
-        return found.slot if self.least is None else torch.where(found.score < self.least, -1, found.slot)
+        return nearest.slot if self.least is None else torch.where(nearest.score < self.least, -1, nearest.slot)
 
     def _to_founders(self, chunk: ChunkContext, founders: Tensor, asking: ChunkContext) -> Tensor:
         """Similarity of who asks to the slots founded in this step, in token order, [b, g, n, max new]; −∞: no target.

@@ -41,9 +41,9 @@ class NearestSlots:
     @classmethod
     def known(cls, slot: Tensor, score: Tensor, best: Tensor) -> NearestSlots:
         """What has been found."""
-        found = cls.__new__(cls)
-        vars(found).update(slot=slot, score=score, best=best)
-        return found
+        nearest = cls.__new__(cls)
+        vars(nearest).update(slot=slot, score=score, best=best)
+        return nearest
 
     @functools.cached_property
     def slot(self) -> Tensor:
@@ -112,7 +112,7 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
     live = live.expand(*shape[:2], 1).unsqueeze(-1) if isinstance(live, Tensor) else live
     asking = keys.shape[0] * keys.shape[1]
     most = max(1, AT_ONCE.get(keys.device.type, sys.maxsize) // (max(1, asking) * RUN)) * RUN
-    memory, found = keys.new_empty(asking * min(most, slots.shape[1])), None
+    memory, nearest = keys.new_empty(asking * min(most, slots.shape[1])), None
     for begin in range(0, max(1, slots.shape[1]), most):
         some = slots[:, begin : begin + most]
         count = some.shape[1]
@@ -122,9 +122,9 @@ def search(kind: Similarity, keys: Tensor, slots: Tensor, live: Count, sinks: in
             scores.masked_fill_(torch.arange(begin, begin + count, device=scores.device) >= live, -torch.inf)
         # What is found of several blocks is found before the next one takes the memory.
         part = NearestSlots(scores, begin, sinks)
-        found = part if slots.shape[1] <= most else part.settled() if found is None else found.or_among(part)
-    assert found is not None
-    return found
+        nearest = part if slots.shape[1] <= most else part.settled() if nearest is None else nearest.or_among(part)
+    assert nearest is not None
+    return nearest
 
 
 def _best_slot(scores: Tensor, of_runs: Tensor) -> Tensor:

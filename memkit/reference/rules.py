@@ -151,8 +151,8 @@ class Rules:
                 keys = torch.stack([token.key for token in chunk])[None, None]
                 given = [token.weight for token in chunk if token.weight is not None]
                 learned = torch.stack(given)[None, None] if given else None
-                found = self.policy.merging.weight(keys, learned)
-                return [one] * len(chunk) if found is None else list(found.expand(1, 1, len(chunk))[0, 0])
+                weights = self.policy.merging.weight(keys, learned)
+                return [one] * len(chunk) if weights is None else list(weights.expand(1, 1, len(chunk))[0, 0])
 
     def alone(self, token: Token, weight: Tensor, founds: bool) -> Slot:
         """What a token brings: a slot of its own if it founds, what it adds to a slot if it joins.
