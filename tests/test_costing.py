@@ -147,7 +147,7 @@ def test_a_decoded_token_pays_its_share_of_routing():
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_exponents(name: str):
-    exponent, linear = cost(name, 4096).exponent, ("observed", "recall", "fixed-256", "-512")
+    exponent, linear = cost(name, 4096).exponent, ("observed", "recall", "reread", "fixed-256", "-512")
     if name == "full":
         assert exponent == pytest.approx(2, abs=0.005)
     elif name.startswith(("window", "block-window")) or name.endswith(linear):

@@ -26,7 +26,8 @@ POLICIES = {
     "as shipped": read_again(),
     "a chunk at a time": read_again({"observe.again": 1}),
     "dropped": read_again({"merging": {"kind": "drop"}, "readout.bias": "none", "admission.pool": 1}),
-    "the most": read_again({"observe.decay": 0.5, "observe.aggregate": "max"}),
+    "on average": read_again({"observe.decay": 0.9, "observe.aggregate": "mean", "observe.apart": 0}),
+    "fading": read_again({"observe.decay": 0.5}),
     "never evicted": read_again({"eviction": "never", "growth": {"kind": "linear", "fraction": 0.5}}),
     "sums": read_again({"storage.dtype": "float32"}),
 }
