@@ -77,7 +77,11 @@ def compare_trained(
     if spec.vocabulary != ByteTokenizer.vocabulary:
         raise ModelError(f"{model}: must read bytes, 256 token ids, got {spec.vocabulary}")
     kinds = [mixer.policy for mixer in spec.mixers if isinstance(mixer, AttentionMixerSpec)]
-    if not kinds or any(policy != kinds[0] for policy in kinds):
+    if not kinds:
+        raise ModelError(
+            f"{model}: has no attention layer, so that there is no policy to compare under; name a model that has some"
+        )
+    if any(policy != kinds[0] for policy in kinds):
         raise ModelError(f"{model}: must have one policy in all its attention layers, got {len(set(kinds))}")
     source, words = _text(text)
     ids = torch.tensor([ByteTokenizer().encode(words)[:tokens]])

@@ -201,10 +201,15 @@ def test_table_fits_80_columns_and_begins_with_the_front(small: Comparison):
     rows = [
         line.split() for line in text.splitlines() if re.match(r"[ ●]+(full|window-512|untrained-block-mean) ", line)
     ]
-    order = [cells[-9] for cells in rows]
+    assert "gap" not in text.partition("full")[0]  # known of none of them
+    order = [next(cell for cell in cells if cell != "●") for cells in rows]
     by_memory = sorted(small.policies, key=lambda e: (not e.front, e.bytes))
     assert order == [e.policy for e in by_memory]
     assert [cells[0] == "●" for cells in rows] == [e.front for e in by_memory]
+    known = [replace(entry, gap_closed=0.5, gap_error=0.1) for entry in small.policies]
+    header = plain(replace(small, policies=tuple(known))).partition("full")[0]
+    assert "gap" in header
+    assert "second" not in header
     for setting in ("tiny", "pydoc_data.topics", "200 tokens", f"threads {torch.get_num_threads()}", "torch", "seed 0"):
         assert setting in plain(small, 200)
 

@@ -61,6 +61,8 @@ def test_comparing_a_model_with_itself():
 
 
 def test_what_cannot_be_compared(tmp_path: Path):
+    with pytest.raises(ModelError, match="tiny-rwkv7: has no attention layer, so that there is no policy to compare"):
+        compare_trained("tiny-rwkv7")
     with pytest.raises(ModelError, match="tiny-ovq: no weights beside it"):
         compare_trained("tiny-ovq")
     with pytest.raises(InputError, match=r"tokens must be at least skip \+ 1, 6, got 5"):

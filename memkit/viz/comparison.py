@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["figure", "html", "notes", "plot", "progress_bar", "table"]
 
 MARK = "●"
+UNKNOWN = "–"
 HEADERS = (
     ("", "policy"),
     ("memory", "MB"),
@@ -39,10 +40,14 @@ HEADERS = (
 
 
 def table(comparison: Comparison) -> RenderableType:
-    """The memory–loss front first, then the others, each sorted by memory; the settings below."""
-    grid = columns(*(f"{above}\n{below}" for above, below in HEADERS), gap=0)
-    for entry in _front_first(comparison):
-        grid.add_row(*_cells(entry), style="bold" if entry.front else "")
+    """The memory–loss front first, then the others, each sorted by memory; the settings below. A share of the gap that
+    is known of no policy has no column."""
+    entries = _front_first(comparison)
+    rows = [_cells(entry) for entry in entries]
+    shown = [index for index in range(len(HEADERS)) if any(row[index] != UNKNOWN for row in rows)]
+    grid = columns(*("\n".join(HEADERS[index]) for index in shown), gap=0)
+    for entry, row in zip(entries, rows, strict=True):
+        grid.add_row(*(row[index] for index in shown), style="bold" if entry.front else "")
     return with_notes(grid, notes(comparison))
 
 
@@ -115,7 +120,7 @@ def _cells(entry: Measurement) -> tuple[str, ...]:
 
 
 def _share(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
+    return UNKNOWN if share is None else f"{share:.0%}"
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -137,8 +142,9 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("gap closed: compare streaming-4-512 and full too to see it")
     lines.append("memory, peak: bytes held once the text is read; the most until the last decoded token")
     versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+    millions = s["parameters"] / 1e6
     lines += [
-        f"model: {s['model']}, {s['parameters'] / 1e6:.0f}M parameters, {s['dtype']}",
+        f"model: {s['model']}, {millions:.{0 if millions >= 10 else 1}f}M parameters, {s['dtype']}",
         f"text: {s['text']}, {s['tokens']:,} tokens, loss over the last {s['scored']:,}",
         *(
             [f"the first {s['skip']:,} tokens read in full, then compressed at once"]

@@ -19,8 +19,8 @@ from tests.hf.test_rereading import queries_and_more
 
 WORDS = [5, 7, 11]
 AGAIN_AT_A_TIME = 16
-# Without `difference`: in the first layer a token and its second reading have one key, turned back, and one value, so that
-# which of them differs more from the rest is decided by rounding.
+# Without `difference`: in the first layer a token and its second reading have one key, turned back, and one value, so
+# that which of them differs more from the rest is decided by rounding.
 CHANGES = {
     "chunker.size": 8,
     "admission.difference": 0,
