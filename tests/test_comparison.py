@@ -207,9 +207,14 @@ def test_table_fits_80_columns_and_begins_with_the_front(small: Comparison):
     assert order == [e.policy for e in by_memory]
     assert [cells[0] == "●" for cells in rows] == [e.front for e in by_memory]
     known = [replace(entry, gap_closed=0.5, gap_error=0.1) for entry in small.policies]
-    header = plain(replace(small, policies=tuple(known))).partition("full")[0]
+    some = replace(small, policies=tuple(known))
+    header = plain(some).partition("full")[0]
     assert "gap" in header
     assert "second" not in header
+    assert "gap" in render(some, "html").partition("</table>")[0]
+    assert "second" not in render(some, "html").partition("</table>")[0]
+    assert "gap closed</button>" in page(some)
+    assert "second text</button>" not in page(some)
     for setting in ("tiny", "pydoc_data.topics", "200 tokens", f"threads {torch.get_num_threads()}", "torch", "seed 0"):
         assert setting in plain(small, 200)
 

@@ -167,11 +167,11 @@ class _Given(Course):
         return np.unique(np.concatenate(offsets))
 
     def begin(self, offset: int) -> Rows:
-        begins: list[int] = []
+        firsts: list[int] = []
         for row, seen in zip(self.begins, self.seen.tolist(), strict=True):
             index = bisect_right(row, seen + offset) - self.window
-            begins.append(row[max(index, 0)] if row else 0)
-        return np.array(begins, dtype=np.int64)
+            firsts.append(row[max(index, 0)] if row else 0)
+        return np.array(firsts, dtype=np.int64)
 
     def slots(self, left: Rows) -> Rows:
         numbers = [known[tokens] for known, tokens in zip(self.known, left.tolist(), strict=True)]

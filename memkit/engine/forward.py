@@ -16,7 +16,7 @@ from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.observe import Observer, alike_rows
-from memkit.engine.plan import compete, follow, place, record, shared, span
+from memkit.engine.plan import compete, follow, in_common, place, record, span
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.engine.threads import one_thread
@@ -84,11 +84,9 @@ class Pass:
         rows, _, tokens, width = inputs.keys.shape
         seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
         cuts = None if inputs.memory is None else inputs.memory.cuts
-        where = (inputs.policy, seen, inputs.row_lengths, tokens)
-        if not inputs.policy.takes_boundaries and inputs.row_policies is None:
-            self.schedule = Schedule.of_positions(*where)
-        else:
-            self.schedule = Schedule(*where, cuts, inputs.row_boundaries, inputs.row_policies)
+        self.schedule = Schedule.of(
+            inputs.policy, seen, inputs.row_lengths, tokens, cuts, inputs.row_boundaries, inputs.row_policies
+        )
         self.rules = SlotRules(
             inputs.policy, width, inputs.keys.dtype, inputs.key_norm, inputs.rotation, inputs.values is not None
         )
@@ -264,7 +262,7 @@ class Pass:
     def _chunk(self, leaving: LeavingChunk) -> Chunk:
         """The tokens that leave. Rows that keep theirs get some tokens too, which the plan then drops."""
         where = span(leaving, leaving.begin + self.schedule.shift, self.device)
-        return self.leaving.chunk(where, shared(leaving.begin == 0, leaving.leaves, self.device) != 0)
+        return self.leaving.chunk(where, in_common(leaving.begin == 0, leaving.leaves, self.device) != 0)
 
     def queries(self) -> Queries:
         """The call's queries."""

@@ -373,8 +373,8 @@ def through_contributions(
 def gradients_of(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """Gradients of the inputs; zeros where an output does not depend on one."""
     pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-    known = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
-    return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, known, strict=True)]
+    flowed = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
+    return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, flowed, strict=True)]
 
 
 def with_norm_as_leaves(rules: SlotRules) -> SlotRules:

@@ -19,7 +19,7 @@ from memkit.pieces.chunk import Assignment, ChunkContext, Parted, as_tensor, max
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import Routing
 
-__all__ = ["assign", "compete", "follow", "place", "record", "shared", "span"]
+__all__ = ["assign", "compete", "follow", "in_common", "place", "record", "span"]
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def span(leaving: LeavingChunk, begin: np.ndarray, device: torch.device) -> Colu
     return on_device(np.where(leaving.leaves, begin, 0), device)[:, None] + torch.arange(size, device=device)
 
 
-def shared(numbers: np.ndarray, among: np.ndarray, device: torch.device) -> int | Tensor:
+def in_common(numbers: np.ndarray, among: np.ndarray, device: torch.device) -> int | Tensor:
     """What the rows in `among` have in common, as one number; else one per row, [b, 1, 1]."""
     one = common(numbers, among)
     return one if one is not None else per_row(numbers, among, device)

@@ -139,9 +139,9 @@ def _attended_backward(
         whole = [each.unflatten(0, (-1, steps)) for each in (queries, keys, values)]
         given = [each.unflatten(0, (-1, steps)) for each in (output, lse, grad)]
         for step, part in enumerate(key_set.by_step()):
-            parts = _attended_backward(part, scale, *(each[:, step] for each in given))
-            whole[0][:, step] = parts[0]
-            for into, each in zip(whole[1:], parts[1:], strict=True):
+            of_part = _attended_backward(part, scale, *(each[:, step] for each in given))
+            whole[0][:, step] = of_part[0]
+            for into, each in zip(whole[1:], of_part[1:], strict=True):
                 into[:, step, :, : each.shape[2]] = each
         return queries, keys, values
     layout = _Layout(key_set)

@@ -94,7 +94,7 @@ class Schedule:
     """The steps of a call of `tokens` columns, of which `lengths[r]` are row r's, after `seen[r]` tokens.
 
     cuts, boundaries, row_policies: as for `course_of`. What follows from positions alone is worked out once for all
-    calls that are alike, as training's are (`of_positions`).
+    calls that are alike, as training's are (`of`).
     """
 
     def __init__(
@@ -115,10 +115,19 @@ class Schedule:
         self.after = seen + lengths
 
     @classmethod
-    def of_positions(cls, policy: Policy, seen: Rows, lengths: Rows, tokens: int) -> Schedule:
-        """The schedule of a policy whose chunks nobody ends; not to be changed. Long ones are worked out each time."""
-        if len(seen) * tokens > KEPT * max(1, policy.chunk):
-            return cls(policy, seen, lengths, tokens)
+    def of(
+        cls,
+        policy: Policy,
+        seen: Rows,
+        lengths: Rows,
+        tokens: int,
+        cuts: Cuts | None = None,
+        boundaries: Rows | None = None,
+        row_policies: Sequence[Policy] | None = None,
+    ) -> Schedule:
+        """The schedule, not to be changed. Short ones that positions alone tell are kept for calls that are alike."""
+        if policy.takes_boundaries or row_policies is not None or len(seen) * tokens > KEPT * max(1, policy.chunk):
+            return cls(policy, seen, lengths, tokens, cuts, boundaries, row_policies)
         return _of_positions(policy, tuple(seen.tolist()), tuple(lengths.tolist()), tokens)
 
     @functools.cached_property

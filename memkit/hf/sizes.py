@@ -109,7 +109,7 @@ def _with_profile(asked: LayerPoliciesSpec, profile: str | Path) -> LayerPolicie
     """The same policies, slots shared among heads as a profile says, wherever a policy grows."""
     if all(isinstance(spec.growth, NoGrowthSpec) for spec in asked.policies):
         raise InputError(f"profile shares slots among heads, and {asked.label} has none; leave it out")
-    heads = HeadsSpec(profile=str(profile))
+    heads = HeadsSpec(profile=str(profile.resolve() if isinstance(profile, Path) else profile))
     return asked.mapped(
         lambda spec: spec if isinstance(spec.growth, NoGrowthSpec) else load_policy(spec, {"heads": heads})
     )

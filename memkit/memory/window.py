@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memkit.policy import Policy
 
-__all__ = ["Columns", "Streams", "Timeline", "Window", "columns", "joined", "room_for", "stream_forms"]
+__all__ = ["Columns", "Form", "Streams", "Timeline", "Window", "columns", "joined", "room_for", "stream_forms"]
 
 SLACK = 64
 """Tokens a decoding window takes beyond its most before it is moved to the front of its buffer."""
@@ -33,7 +33,7 @@ Columns = slice | Tensor
 def stream_forms(
     policy: Policy, rows: int, heads: int, room: int, widths: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Form]:
-    """The form of each stream that the policy's tokens carry: here, and nowhere else, is said what a stream is.
+    """The form of each stream that the policy's tokens carry.
 
     widths: of keys and of values; dtype: theirs. Weights may have another one, as the caller gives them.
     """

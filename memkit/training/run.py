@@ -88,11 +88,12 @@ def train(
     settings = TrainingSpec() if settings is None else settings
     _check_parallelism()
     folder, chosen = Path(out), _task(text, task)
-    if chosen is not None and (unused := sorted({"length", "sequences"} & settings.model_fields_set)):
-        raise InputError(
-            f"{' and '.join(unused)} cut texts into sequences, and task {chosen.kind} makes its own; leave "
-            f"{'it' if len(unused) == 1 else 'them'} out, or set the task's fields"
-        )
+    for name in ("length", "sequences") if chosen is not None else ():
+        if getattr(settings, name) != TrainingSpec.model_fields[name].default:
+            raise InputError(
+                f"{name} says how texts are cut, and a task makes sequences of its own; leave it out, or set the "
+                "task's fields"
+            )
     encoder = load_tokenizer(tokenizer)
     spec, weights = _declared(model, overrides, from_weights)
     _check_vocabulary(spec, chosen, encoder)

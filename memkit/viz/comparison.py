@@ -25,29 +25,33 @@ if TYPE_CHECKING:
 __all__ = ["figure", "html", "notes", "plot", "progress_bar", "table"]
 
 MARK = "●"
-UNKNOWN = "–"
+GAP, SECOND = ("gap", "closed"), ("second", "text")
 HEADERS = (
     ("", "policy"),
     ("memory", "MB"),
     ("peak", "MB"),
     ("rows,", "a head"),
     ("loss", "nats"),
-    ("gap", "closed"),
-    ("second", "text"),
+    GAP,
+    SECOND,
     ("read", "tok/s"),
     ("decode", "ms"),
 )
 
 
 def table(comparison: Comparison) -> RenderableType:
-    """The memory–loss front first, then the others, each sorted by memory; the settings below. A share of the gap that
-    is known of no policy has no column."""
+    """The memory–loss front first, then the others, each sorted by memory; the settings below.
+
+    A share of the gap that is known of no policy has no column.
+    """
     entries = _front_first(comparison)
-    rows = [_cells(entry) for entry in entries]
-    shown = [index for index in range(len(HEADERS)) if any(row[index] != UNKNOWN for row in rows)]
-    grid = columns(*("\n".join(HEADERS[index]) for index in shown), gap=0)
-    for entry, row in zip(entries, rows, strict=True):
-        grid.add_row(*(row[index] for index in shown), style="bold" if entry.front else "")
+    gap = any(entry.gap_closed is not None for entry in entries)
+    second = any(entry.second_gap_closed is not None for entry in entries)
+    absent = {head for head, known in ((GAP, gap), (SECOND, second)) if not known}
+    grid = columns(*("\n".join(head) for head in HEADERS if head not in absent), gap=0)
+    for entry in entries:
+        cells = (cell for head, cell in zip(HEADERS, _cells(entry), strict=True) if head not in absent)
+        grid.add_row(*cells, style="bold" if entry.front else "")
     return with_notes(grid, notes(comparison))
 
 
@@ -120,7 +124,7 @@ def _cells(entry: Measurement) -> tuple[str, ...]:
 
 
 def _share(share: float | None) -> str:
-    return UNKNOWN if share is None else f"{share:.0%}"
+    return "–" if share is None else f"{share:.0%}"
 
 
 def notes(comparison: Comparison) -> list[str]:

@@ -135,15 +135,17 @@ Click a head to sort; policies on the front are in bold.</p>
 
 
 def _table(comparison: Comparison) -> str:
+    """As `viz.comparison.table`: what is known of no policy has no column."""
+    columns = [column for column in _COLUMNS if any(column.number(entry) is not None for entry in comparison.policies)]
     heads = "<th scope='col'><button type='button'>policy</button></th>" + "".join(
         f"<th scope='col' title='{escape(column.meaning)}'><button type='button'>{escape(column.head)}</button></th>"
-        for column in _COLUMNS
+        for column in columns
     )
     rows: list[str] = []
     for entry in sorted(comparison.policies, key=lambda entry: (not entry.front, entry.bytes, entry.loss)):
         name = escape(entry.policy, quote=True)
         cells = [f"<td data-value='{name}'>{name}</td>"]
-        for column in _COLUMNS:
+        for column in columns:
             number = column.number(entry)
             value = "" if number is None or not math.isfinite(number) else number
             cells.append(f"<td data-value='{value}'>{escape(column.text(entry))}</td>")

@@ -19,11 +19,8 @@ from tests.hf.test_rereading import queries_and_more
 
 WORDS = [5, 7, 11]
 AGAIN_AT_A_TIME = 16
-# Without `difference`: in the first layer a token and its second reading have one key, turned back, and one value, so
-# that which of them differs more from the rest is decided by rounding.
 CHANGES = {
     "chunker.size": 8,
-    "admission.difference": 0,
     "growth.slots": 24,
     "observe.queries": 8,
     "observe.again": 2,
@@ -96,7 +93,9 @@ def test_what_was_told_is_what_the_second_readings_queries_say(tiny: Any, ids: T
 @pytest.mark.parametrize("cuts", [[16, 32], [1, 5, 33], [40], [*range(1, 80)]], ids=["portions", "some", "two", "one"])
 def test_split_equals_whole(cuts: list[int], changes: dict[str, Any], tiny: Any, ids: Tensor):
     ids = ids[:, :80]
-    with hf.attach(tiny, spec(**changes), connecting=WORDS):
+    # Without `difference`: in the first layer a token and its second reading have one key, turned back, and one value,
+    # so that which of them differs more from the rest is decided by rounding, and by it what the second reading says.
+    with hf.attach(tiny, spec(**changes, **{"admission.difference": 0}), connecting=WORDS):
         whole = tiny(ids, use_cache=True)
         logits, cache = [], None
         for begin, end in zip((0, *cuts), (*cuts, 80), strict=True):

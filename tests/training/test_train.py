@@ -255,14 +255,14 @@ def test_another_run_in_the_folder(once, tmp_path: Path):
 
 
 def test_how_texts_are_cut_says_nothing_of_a_task(tmp_path: Path):
-    for changes, named in (
-        ({"length": 64}, "length"),
-        ({"sequences": "documents", "length": 64}, "length and sequences"),
-    ):
-        settings = FAST.model_copy(update=changes)
-        with pytest.raises(InputError, match=f"^{named} cut texts into sequences, and task mqar makes its own"):
+    for named, value in (("length", 64), ("sequences", "documents")):
+        settings = FAST.model_copy(update={named: value})
+        with pytest.raises(InputError, match=f"^{named} says how texts are cut, and a task makes sequences of its own"):
             train("tiny-full", tmp_path / "out", task={"kind": "mqar"}, settings=settings)
     assert not (tmp_path / "out").exists()
+    reloaded = TrainingSpec(**FAST.model_dump(mode="json"))  # as a sweep's runs get theirs: all fields are set
+    with pytest.raises(InputError, match="vocabulary must be at least"):  # the next thing that is looked at
+        train("tiny-full", tmp_path / "out", task={"kind": "mqar", "vocabulary": 999}, settings=reloaded)
 
 
 def test_another_text_or_other_weights_under_the_same_name(text: list[Path], tmp_path: Path):
