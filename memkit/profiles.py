@@ -143,14 +143,14 @@ def fitting_profile(
     profile, name = load_profile(name), short(str(name))
     if profile.shape != (layers, kv_heads):
         raise PolicyError(
-            f"heads.profile {name} is of a model of {profile.shape[0]} layers × {profile.shape[1]} key/value "
-            f"heads, got {layers} × {kv_heads}; measure one with memkit profile, or leave heads out"
+            f"head profile {name} is of a model of {profile.shape[0]} layers × {profile.shape[1]} key/value "
+            f"heads, got {layers} × {kv_heads}; measure one with memkit profile, or leave it out"
         )
     if facts is not None and not profile.fits(facts):
         other = {each: facts.get(each) for each, value in profile.model.items() if facts.get(each) != value}
         raise PolicyError(
-            f"heads.profile {name} was measured on another model, got {other} instead of "
-            f"{ {each: profile.model[each] for each in other} }; measure one with memkit profile, or leave heads out"
+            f"head profile {name} was measured on another model, got {other} instead of "
+            f"{ {each: profile.model[each] for each in other} }; measure one with memkit profile, or leave it out"
         )
     return profile
 
