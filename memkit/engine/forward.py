@@ -81,15 +81,9 @@ class Pass:
     def __init__(self, inputs: AttendInputs) -> None:
         assert inputs.scale is not None  # known once the call is checked
         self.inputs, self.policy, self.device, self.scale = inputs, inputs.policy, inputs.keys.device, inputs.scale
-        rows, _, tokens, width = inputs.keys.shape
-        seen = np.zeros(rows, dtype=np.int64) if inputs.memory is None else inputs.memory.seen_rows
-        cuts = None if inputs.memory is None else inputs.memory.cuts
-        self.schedule = Schedule.of(
-            inputs.policy, seen, inputs.row_lengths, tokens, cuts, inputs.row_boundaries, inputs.row_policies
-        )
-        self.rules = SlotRules(
-            inputs.policy, width, inputs.keys.dtype, inputs.key_norm, inputs.rotation, inputs.values is not None
-        )
+        self.schedule = Schedule.of(inputs)
+        width, dtype, valued = inputs.keys.shape[-1], inputs.keys.dtype, inputs.values is not None
+        self.rules = SlotRules(inputs.policy, width, dtype, inputs.key_norm, inputs.rotation, valued)
         self.timeline, self.next_positions = open_timeline(inputs, self.schedule)
         self.store = open_store(inputs, self.schedule, self.timeline)
         self.observer = Observer(inputs, self.schedule) if inputs.policy.observes else None

@@ -154,8 +154,7 @@ def _parts(inputs: AttendInputs, run: Pass) -> Iterator[Memory]:
         def own(tensor: Tensor, mine: slice = mine) -> Tensor:
             return tensor.unflatten(0, (-1, heads))[:, mine, 0]
 
-        seen = np.zeros(len(part.keys), dtype=np.int64) if part.memory is None else part.memory.seen_rows
-        schedule = Schedule(part.policy, seen, part.row_lengths, part.keys.shape[2])
+        schedule = Schedule.of(part)
         slots = int(schedule.slots_after.max(initial=0))
         sums, numbers, evidence, founders_keys = (
             None if tensor is None else own(tensor)[:, :, :slots].clone()

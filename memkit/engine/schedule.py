@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memkit.engine.course import Course, Rows, course_of
+from memkit.engine.inputs import AttendInputs
 from memkit.memory.cuts import Cuts
 from memkit.policy import Policy
 
@@ -115,19 +116,14 @@ class Schedule:
         self.after = seen + lengths
 
     @classmethod
-    def of(
-        cls,
-        policy: Policy,
-        seen: Rows,
-        lengths: Rows,
-        tokens: int,
-        cuts: Cuts | None = None,
-        boundaries: Rows | None = None,
-        row_policies: Sequence[Policy] | None = None,
-    ) -> Schedule:
-        """The schedule, not to be changed. Short ones that positions alone tell are kept for calls that are alike."""
-        if policy.takes_boundaries or row_policies is not None or len(seen) * tokens > KEPT * max(1, policy.chunk):
-            return cls(policy, seen, lengths, tokens, cuts, boundaries, row_policies)
+    def of(cls, inputs: AttendInputs) -> Schedule:
+        """A call's schedule, not to be changed. Short ones that positions alone tell are kept for alike calls."""
+        policy, memory, lengths = inputs.policy, inputs.memory, inputs.row_lengths
+        rows, _, tokens, _ = inputs.keys.shape
+        seen = np.zeros(rows, dtype=np.int64) if memory is None else memory.seen_rows
+        if policy.takes_boundaries or inputs.row_policies is not None or rows * tokens > KEPT * max(1, policy.chunk):
+            cuts = None if memory is None else memory.cuts
+            return cls(policy, seen, lengths, tokens, cuts, inputs.row_boundaries, inputs.row_policies)
         return _of_positions(policy, tuple(seen.tolist()), tuple(lengths.tolist()), tokens)
 
     @functools.cached_property
