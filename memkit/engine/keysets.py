@@ -20,6 +20,12 @@ from memkit.policy import Policy
 __all__ = ["KeySets", "Queries", "Snapshots", "apart", "readable_together", "scaled"]
 
 
+JOINED = {"cpu": 256}
+"""Per kind of device, up to how many queries a step meets its own tokens and the window's older ones as one set, behind
+a mask: one call of the kernel, where a second costs more than the scores that the mask hides. The kernel for GPUs takes
+no mask."""
+
+
 @dataclass(frozen=True)
 class Queries:
     """A call's queries, as they meet the window and as they meet the slots; their scales are applied step by step.
@@ -142,6 +148,11 @@ class KeySets:
             sets.append(KeySet(queries.for_slots(span), *read, bias, hides=uneven))
         windowed = queries.for_window(span)
         begin, end = self.schedule.old + step.start, self.schedule.old + step.stop
+        first = common(step.first, step.active)
+        if first is not None and self._join(begin - first, step.stop - step.start):
+            keys, values = self.keys[:, :, first:end], self.values[:, :, first:end]
+            bias = self._joined(begin - first, step.stop - step.start)
+            return [*sets, KeySet(windowed, keys, values, bias, columns=(first, end))]
         alone = step.stop - step.start == 1
         sets += self._older(step, windowed, end if alone else begin)
         if not alone:
@@ -160,13 +171,31 @@ class KeySets:
         windowed = apart(queries.for_window(span), size, size)
         remembering = apart(queries.for_slots(span), size, size)
         sets = [self._slots_of_many(steps, remembering, slots)] if last.most_slots and slots is not None else []
-        for columns, width, causal in (((begin - older, end - size), older, False), ((begin, end), size, True)):
-            if width:
-                seen = slice(*columns)
-                keys, values = (apart(each[:, :, seen], width, size) for each in (self.keys, self.values))
-                of_first = (columns[0], columns[0] + width)
-                sets.append(KeySet(windowed, keys, values, causal=causal, columns=of_first))
+        if self._join(older, size):
+            sets.append(self._window_of_many(windowed, begin - older, end, older + size, self._joined(older, size)))
+            return sets
+        if older:
+            sets.append(self._window_of_many(windowed, begin - older, end - size, older))
+        sets.append(self._window_of_many(windowed, begin, end, size, causal=True))
         return sets
+
+    def _window_of_many(
+        self, queries: Tensor, begin: int, end: int, width: int, bias: Tensor | None = None, causal: bool = False
+    ) -> KeySet:
+        """Stretches of `width` of the columns begin … end − 1, one for each step."""
+        every = queries.shape[2]
+        keys, values = (apart(each[:, :, begin:end], width, every) for each in (self.keys, self.values))
+        return KeySet(queries, keys, values, bias, causal, columns=(begin, begin + width))
+
+    def _join(self, older: int, size: int) -> bool:
+        """Whether a step's own tokens and older ones before them are met as one set."""
+        banded = self.schedule.policy.window.band is not None
+        return older > 0 and 1 < size <= JOINED.get(self.device.type, 0) and not banded
+
+    def _joined(self, older: int, size: int) -> Tensor:
+        """The bias of a step's own tokens and those before them as one set, [1, 1, size, older + size]."""
+        hidden = torch.full((size, older + size), -torch.inf, dtype=self.dtype, device=self.device)
+        return hidden.triu_(older + 1)[None, None]
 
     def _slots_of_many(self, steps: Sequence[Step], queries: Tensor, slots: Snapshots) -> KeySet:
         keys, values, bias = slots.read()

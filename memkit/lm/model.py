@@ -181,15 +181,17 @@ class MemoryLM(nn.Module):
         chosen = None if targets is None else self._targets(ids, targets)
         if documents is not None:
             self._check_documents(ids, documents)
-        wanted = ids[:, 1:].clone()
+        # The last logits predict nothing here. A target that does not count costs less than logits cut short: a copy of
+        # them all, and another of their gradients.
+        wanted = torch.cat((ids[:, 1:], ids.new_full((ids.shape[0], 1), -100)), dim=1)
         if lengths is not None:
             valid = Span(lengths.to(ids.device), None).valid(ids.shape[1])
             assert valid is not None
-            wanted = wanted.masked_fill(~valid[:, 1:, 0], -100)
+            wanted[:, :-1].masked_fill_(~valid[:, 1:, 0], -100)
         if documents is not None:
-            wanted = wanted.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+            wanted[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], -100)
         if chosen is not None:
-            wanted = wanted.masked_fill(~chosen[:, 1:], -100)
+            wanted[:, :-1].masked_fill_(~chosen[:, 1:], -100)
         if not wanted.numel() or (wanted.device.type == "cpu" and not bool((wanted != -100).any())):
             raise InputError(
                 "a loss needs at least one token after a row's first, within its length, of the document of the one "
@@ -199,7 +201,7 @@ class MemoryLM(nn.Module):
             logits = self(ids, lengths=lengths, boundaries=boundaries)[0]
         else:
             logits = self.read_packed(ids, documents, boundaries)
-        logits = logits[:, :-1].flatten(0, 1)
+        logits = logits.flatten(0, 1)
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted.flatten())
 
     def _loss_of_stretch(self, ids: Tensor, exchange: HeadExchange) -> Tensor:
