@@ -16,10 +16,16 @@ __all__ = ["train"]
 
 def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name, a YAML file, or a folder.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to; a run in it is gone on with.")],
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="More texts, as in --text *.txt.")
+    ] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="A UTF-8 text, or the word default (Python's own help); may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder to write to; a run in it is gone on with. Left out: runs/MODEL."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="Instead of text: a task's kind, as mqar, or a YAML file that declares one.")
@@ -65,8 +71,11 @@ def train(
         "save_every": save_every, "log_every": log_every,
     }  # fmt: skip
     overrides = parse_overrides(changes)
+    if more and not text:
+        raise InputError(f"texts are given with --text, got {more[0]} without it; write --text {more[0]}")
     try:
         from memkit import training
+        from memkit.training.run import first_process
     except ImportError as error:
         raise InputError(
             f"memkit train needs transformers and accelerate, got: {error}; pip install 'memkit-attention[train]'"
@@ -74,8 +83,8 @@ def train(
     given = {name: value for name, value in fields.items() if value is not None}
     trained = training.train(
         model,
-        out,
-        text=text or (),
+        folder_of(model) if out is None else out,
+        text=[*(text or ()), *(more or ())],
         task=None if task is None else declared(task),
         settings=training.load_settings(settings, given),
         overrides=overrides,
@@ -83,9 +92,16 @@ def train(
         from_weights=from_weights,
         progress=sys.stderr.isatty(),
     )
+    if not first_process():
+        return
     step, loss = trained.losses[-1]
     began = f", gone on from step {trained.resumed}" if trained.resumed else ""
     typer.echo(f"{trained.folder}: {trained.model.parameter_count:,} parameters, loss {loss:.4f} at step {step}{began}")
+
+
+def folder_of(model: str) -> Path:
+    """Where a run of this model is written to: runs/, and the model's name."""
+    return Path("runs") / Path(model).resolve().name.removesuffix(".yml").removesuffix(".yaml")
 
 
 def declared(task: str) -> Any:

@@ -69,6 +69,15 @@ class Queries:
         """The queries of a span, [b, h, s, d], as the slots meet them."""
         return scaled(self.remembering[:, :, span], self.memory_scale)
 
+    def of_steps(self, span: slice, size: int) -> tuple[Tensor, Tensor]:
+        """The queries of steps of this size, [b·k, h, size, d] each, as the window and as the slots meet them."""
+        # One operation takes queries apart and scales them.
+        windowed = scaled(_stretches(self.windowed[:, :, span], size, size), self.window_scale).flatten(0, 1)
+        if self.alike and self.window_scale is self.memory_scale:
+            return windowed, windowed
+        remembering = _stretches(self.remembering[:, :, span], size, size)
+        return windowed, scaled(remembering, self.memory_scale).flatten(0, 1)
+
 
 def readable_together(one: Step, other: Step, unequal_slots: bool) -> bool:
     """Whether two steps are alike: as many queries, older tokens of the window and slots, and all rows in step.
@@ -116,12 +125,16 @@ class Snapshots:
 
 def apart(timeline: Tensor, width: int, every: int) -> Tensor:
     """[b, h, n, …] → k stretches of `width` columns, one beginning `every` so many: [b·k, h, width, …]."""
-    stretches = timeline.unfold(2, width, every).movedim(2, 1).movedim(-1, 3)
-    return stretches.flatten(0, 1)
+    return _stretches(timeline, width, every).flatten(0, 1)
+
+
+def _stretches(timeline: Tensor, width: int, every: int) -> Tensor:
+    """The same, [b, k, h, width, …], and a view."""
+    return timeline.unfold(2, width, every).movedim(2, 1).movedim(-1, 3)
 
 
 def scaled(queries: Tensor, scale: Tensor | None) -> Tensor:
-    """Queries [b, h, s, d] times the scale [h] of their head."""
+    """Queries [..., h, s, d] times the scale [h] of their head."""
     return queries if scale is None else queries * scale.to(queries.dtype)[:, None, None]
 
 
@@ -168,8 +181,7 @@ class KeySets:
         size, span = first.stop - first.start, slice(first.start, last.stop)
         begin, end = self.schedule.old + first.start, self.schedule.old + last.stop
         older = begin - int(first.first[0])
-        windowed = apart(queries.for_window(span), size, size)
-        remembering = apart(queries.for_slots(span), size, size)
+        windowed, remembering = queries.of_steps(span, size)
         sets = [self._slots_of_many(steps, remembering, slots)] if last.most_slots and slots is not None else []
         if self._join(older, size):
             sets.append(self._window_of_many(windowed, begin - older, end, older + size, self._joined(older, size)))

@@ -29,7 +29,7 @@ from memkit.training.settings import TrainingSpec
 from memkit.training.tokenizers import load_tokenizer, save_tokenizer
 from memkit.training.trainer import MemoryTrainer, arguments
 
-__all__ = ["Trained", "train"]
+__all__ = ["Trained", "first_process", "train"]
 
 RECORD = "training.yaml"
 DEFAULT = "default"
@@ -194,7 +194,18 @@ def _check_parallelism() -> None:
 
 def _processes() -> int:
     """How many processes train together, as a launcher says."""
-    return PartialState().num_processes
+    return _state().num_processes
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that train together: the one that has the model, and speaks."""
+    return _state().is_main_process
+
+
+def _state() -> PartialState:
+    """What accelerate knows of the processes. Made here, it is what the trainer's settings would make: without that word
+    about the CPU, processes that have no GPU do not know of each other."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _sha256(file: Path) -> str:
@@ -204,7 +215,7 @@ def _sha256(file: Path) -> str:
 
 def _begin(folder: Path, record: dict[str, Any]) -> Path | None:
     """Make the folder and write down all that decides the run; the checkpoint to go on from, where it is this run's."""
-    state = PartialState()
+    state = _state()
     if state.is_main_process:
         _check_folder(folder, record)
         try:

@@ -1,5 +1,6 @@
 """Two processes on this machine (gloo) find the losses and gradients of one."""
 
+import json
 import os
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from tests.distributed import workers
 ROOT = Path(__file__).parents[2]
 
 
-def together(name: str, folder: Path) -> dict[str, Any]:
+def together(folder: Path) -> dict[str, Any]:
     """What process 0 of two found."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -32,9 +33,8 @@ def together(name: str, folder: Path) -> dict[str, Any]:
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
     }
-    command = [sys.executable, "-m", "tests.distributed.workers", name, str(folder)]
+    command = [sys.executable, "-m", "tests.distributed.workers", str(folder)]
     processes = [
         subprocess.Popen(
             command,
@@ -47,13 +47,13 @@ def together(name: str, folder: Path) -> dict[str, Any]:
     ]
     said = [process.communicate(timeout=500)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    return torch.load(folder / f"{name}.pt")
+    return torch.load(folder / "found.pt")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All that two processes found, by what they did."""
-    return together("everything", tmp_path_factory.mktemp("found"))
+    return together(tmp_path_factory.mktemp("found"))
 
 
 def agree(found: dict[str, Any], model: nn.Module, loss: torch.Tensor) -> None:
@@ -121,16 +121,32 @@ def test_one_process_splits_no_text():
         split_text(workers.made())
 
 
-@pytest.mark.slow
-def test_a_run_of_two_processes_has_the_curve_of_one(tmp_path: Path):
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 60)
-    found = together("trainer", tmp_path)["losses"]
-    settings = TrainingSpec(**workers.TEXT, batch=4)
-    one = train(
-        "tiny-kvm-sqrt", tmp_path / "one", text=[tmp_path / "text.txt"], settings=settings, overrides=workers.SIZES
+def test_a_run_launched_as_two_processes_has_the_curve_of_one(tmp_path: Path):
+    """As the documentation says it: two rows for each process, four for one alone."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 60)
+    sizes = [f"--set={name}={size}" for name, size in workers.SIZES.items()]
+    settings = [f"--{name.replace('_', '-')}={setting}" for name, setting in workers.TEXT.items()]
+    launch = ["accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    command = ["-m", "memkit", "train", "tiny-kvm-sqrt", "--text", str(text), "--out", str(tmp_path / "two"), *sizes]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [str(Path(sys.executable).with_name(launch[0])), *launch[1:], *command, *settings, "--batch=2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
-    assert [step for step, _ in found] == [step for step, _ in one.losses]
-    for (_, loss), (_, expected) in zip(found, one.losses, strict=True):
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("parameters, loss") == 1
+    assert "processes: 2" in (tmp_path / "two" / "training.yaml").read_text()
+    found = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
+    alone = TrainingSpec(**workers.TEXT, batch=4)
+    one = train("tiny-kvm-sqrt", tmp_path / "one", text=[text], settings=alone, overrides=workers.SIZES)
+    curve = [(line["step"], line["loss"]) for line in found if "loss" in line]
+    assert [step for step, _ in curve] == [step for step, _ in one.losses]
+    for (_, loss), (_, expected) in zip(curve, one.losses, strict=True):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 

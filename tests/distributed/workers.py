@@ -225,29 +225,11 @@ def everything(folder: str) -> dict[str, Any]:
     return kinds | {each.__name__: each() for each in ALONE} | {"saved": saved(folder)}
 
 
-def trainer(folder: str) -> dict[str, Any]:
-    """`train` as accelerate launches it: two rows for each process."""
-    from memkit.training import TrainingSpec, train
-
-    found = train(
-        "tiny-kvm-sqrt",
-        Path(folder) / "two",
-        text=[Path(folder) / "text.txt"],
-        settings=TrainingSpec(**TEXT, batch=2),
-        overrides=SIZES,
-    )
-    return {"losses": found.losses}
-
-
 if __name__ == "__main__":
-    name, folder = sys.argv[1:3]
+    folder = sys.argv[1]
     torch.set_num_threads(1)
-    if name == "trainer":
-        result = trainer(folder)
-    else:
-        distributed.init_process_group("gloo")
-        result = everything(folder)
+    distributed.init_process_group("gloo")
+    result = everything(folder)
     if os.environ["RANK"] == "0":
-        torch.save(result, Path(folder) / f"{name}.pt")
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+        torch.save(result, Path(folder) / "found.pt")
+    distributed.destroy_process_group()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from memkit import InputError, load_model
+from memkit import InputError, load_model, yaml12
 from memkit.cli import app
 from memkit.lm import MemoryLM, load_model_spec
 from memkit.training import Trained, TrainingSpec, load_settings, train
@@ -326,3 +326,32 @@ def test_the_command(tmp_path: Path):
     assert refused.exit_code == 2
     assert refused.stderr.count("\n") == 1
     assert "schedule: must be 'cosine', 'linear' or 'constant'" in refused.stderr
+
+
+def test_texts_as_a_shell_expands_them_and_a_folder_of_the_models_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "c.txt"):
+        Path(name).write_text(f"text {name} " * 40)
+    (tmp_path / "mine.yaml").write_text((ROOT / "models" / "tiny-kvm-sqrt.yaml").read_text())
+    sizes = [f"--set={name}={value}" for name, value in SMALL.items()]
+    command = [
+        "train",
+        "mine.yaml",
+        "--text",
+        "a.txt",
+        "b.txt",
+        "c.txt",
+        "--steps",
+        "1",
+        "--batch=2",
+        "--length=32",
+        *sizes,
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert yaml12.read(Path("runs", "mine", "training.yaml"), InputError)["text"] == ["a.txt", "b.txt", "c.txt"]
+    refused = CliRunner().invoke(app, ["train", "mine.yaml", "a.txt", "--task", "mqar"])
+    assert refused.exit_code == 2
+    assert "texts are given with --text, got a.txt without it; write --text a.txt" in refused.stderr
