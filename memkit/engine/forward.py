@@ -16,7 +16,7 @@ from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.observe import Observer, alike_rows
-from memkit.engine.plan import compete, follow, in_common, place, record, span
+from memkit.engine.plan import chunk_columns, compete, follow, in_common, place, record
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.engine.threads import one_thread
@@ -87,22 +87,22 @@ class Pass:
         self.timeline, self.next_positions = open_timeline(inputs, self.schedule)
         self.store = open_store(inputs, self.schedule, self.timeline)
         self.observer = Observer(inputs, self.schedule) if inputs.policy.observes else None
-        self.plan = None if inputs.plan is None else inputs.plan.to(self.device)
+        self.given_plan = None if inputs.plan is None else inputs.plan.to(self.device)
         self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
         self.together: FoldsTogether | None = None
         if inputs.values is not None and foldable_together(inputs, self.schedule, self.rules, self.store.sums):
             keep, planner = inputs.differentiable, None if inputs.plan is not None else self._planner
-            self.together = FoldsTogether(self.rules, self.schedule, self.timeline, self.plan, planner, keep)
+            self.together = FoldsTogether(self.rules, self.schedule, self.timeline, self.given_plan, planner, keep)
 
     # The steps
 
     def read(self, queries: Queries) -> tuple[Tensor, Tensor]:
         """For each step: plan, fold, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph.
 
-        Alike steps are read together: each plans, folds and notes how slots are read then, and one READ meets them all.
-        Where a policy observes, READ and OBSERVE meet the same rows, and a whole chunk's queries do both at once; the
-        log-sum-exp, which the backward pass of other policies needs, is then not there.
+        Alike steps are read together: each plans and folds, and how slots are read then is noted, and one READ meets
+        them all. Where a policy observes, READ and OBSERVE meet the same rows, and a whole chunk's queries do both at
+        once; the log-sum-exp, which the backward pass of other policies needs, is then not there.
         """
         key_sets = self.key_sets()
         rows, heads, tokens, _ = queries.windowed.shape
@@ -110,29 +110,32 @@ class Pass:
         output = key_sets.values.new_empty(rows, tokens, heads, key_sets.values.shape[-1]).transpose(1, 2)
         lse = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
         for steps in self._groups():
-            span = slice(steps[0].start, steps[-1].stop)
-            if len(steps) == 1 and self.together is None:
-                with self._one_thread(steps[0], heads if self.policy.observes else key_sets.keys.shape[1]):
-                    self.absorb(steps[0])
-                    if (known := self.observe(steps[0])) is not None:
-                        output[:, :, span] = known
-                        continue
-                met = key_sets.of(steps[0], queries, self.slots(steps[0]))
-                _, lse[:, :, span] = attend_key_sets(met, self.inputs.checked_scale, out=output[:, :, span])
-                continue
-            with self._one_thread(steps[-1], key_sets.keys.shape[1]):
-                snapshots = self._snapshots(steps)
-            together, of_steps = attend_key_sets(key_sets.of_many(steps, queries, snapshots), self.inputs.checked_scale)
-            for whole, part in ((output, together), (lse, of_steps)):
-                whole[:, :, span].unflatten(2, (len(steps), -1)).copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
+            here = slice(steps[0].start, steps[-1].stop)
+            with self._one_thread(steps[-1], heads if self.policy.observes else key_sets.keys.shape[1]):
+                slots = self.plan_and_fold(steps)
+                observed = self.observe(steps[-1])
+            if observed is not None:
+                output[:, :, here] = observed
+            elif isinstance(slots, Snapshots):
+                met = key_sets.of_many(steps, queries, slots)
+                for whole, of_steps in zip((output, lse), attend_key_sets(met, self.inputs.checked_scale), strict=True):
+                    stretches = whole[:, :, here].unflatten(2, (len(steps), -1))
+                    stretches.copy_(of_steps.unflatten(0, (rows, -1)).transpose(1, 2))
+            else:
+                met = key_sets.of(steps[0], queries, slots)
+                _, lse[:, :, here] = attend_key_sets(met, self.inputs.checked_scale, out=output[:, :, here])
         output[:, :, int(self.inputs.row_lengths.max(initial=0)) :] = 0
         return output, lse
 
-    def _snapshots(self, steps: list[Step]) -> Snapshots | None:
-        """PLAN and FOLD what leaves before some steps; the slots as each of them reads them, None if none is there."""
+    def plan_and_fold(self, steps: list[Step]) -> Snapshots | SlotView | None:
+        """PLAN and FOLD what leaves before some steps. The slots as each of several steps, or the only one, reads them;
+        None where that one reads none."""
         # Where nothing leaves and nobody goes back, slots may be there only as they are read.
         if self.together is not None and (self.inputs.differentiable or any(step.leaving for step in steps)):
             return self.together.snapshots(steps, self.store)
+        if len(steps) == 1:
+            self.absorb(steps[0])
+            return self.slots(steps[0])
         snapshots = Snapshots(len(steps), steps[-1].most_slots)
         for number, step in enumerate(steps):
             self.absorb(step)
@@ -140,40 +143,44 @@ class Pass:
                 snapshots.take(number, self.store.read(self.rules))
         return snapshots
 
-    def _planner(self) -> Pass:
-        """A pass over the same tokens that knows nothing but keys."""
-        return Pass(dataclasses.replace(self.inputs, queries=None, values=None, differentiable=False))
-
     def absorb(self, step: Step) -> None:
         """PLAN and FOLD the chunks that leave before a step, those of one length at a time."""
         for leaving in step.leaving:
             chunk = self._chunk(leaving)
             if self.policy.replaces:
                 self._replace(leaving, chunk)
-                continue
-            if self.plan is None:
-                assignment = place(self.rules, leaving, chunk, self.store)
             else:
-                assignment = follow(leaving, self.plan, self.device)
-            self.done.append((leaving, assignment))
-            if self.rules.valued or self.policy.compares:
-                self.store.add(self.rules, assignment, chunk)
+                self._fold(self._planned(leaving, chunk), chunk)
+
+    def _planned(self, leaving: LeavingChunk, chunk: Chunk) -> Assignment:
+        """PLAN: where the tokens go, as the policy says or the plan that was given."""
+        if self.given_plan is None:
+            assignment = place(self.rules, leaving, chunk, self.store)
+        else:
+            assignment = follow(leaving, self.given_plan, self.device)
+        self.done.append((leaving, assignment))
+        return assignment
+
+    def _fold(self, assignment: Assignment, chunk: Chunk) -> None:
+        """FOLD the tokens in; a plan that compares with nothing needs no slots."""
+        if self.rules.valued or self.policy.compares:
+            self.store.add(self.rules, assignment, chunk)
 
     def _replace(self, leaving: LeavingChunk, chunk: Chunk) -> None:
         """PLAN and FOLD where slots are made anew, for rows of the batch that have enough in common at a time."""
-        policy, live, new = self.policy, leaving.slots_before, leaving.new_slots
-        kept = np.minimum(live, policy.sinks) if policy.competes else live
+        policy, before, new = self.policy, leaving.slots_before, leaving.new_slots
+        kept = np.minimum(before, policy.sinks) if policy.competes else before
         facts = (kept, leaving.sink_tokens)
         if not policy.fills_up:
-            facts = (*facts, live, new)
+            facts = (*facts, before, new)
         for rows in alike_rows(leaving.leaves, *facts):
             first = int(np.flatnonzero(leaving.leaves)[0]) if rows is None else int(rows[0])
             store, some, at = self.store, chunk, None
             if rows is not None:
-                live, new = leaving.slots_before[rows], leaving.new_slots[rows]
+                before, new = leaving.slots_before[rows], leaving.new_slots[rows]
                 at = on_device(rows, self.device)
                 store, some = store.of_rows(at), chunk.of_rows(at)
-            contest = Contest.of(int(kept[first]), leaving.size, live, new)
+            contest = Contest.of(int(kept[first]), leaving.size, before, new)
             assignment = compete(self.rules, some, store, contest, int(leaving.sink_tokens[first]))
             replace(store, self.rules, assignment, some, contest)
             if at is not None:
@@ -184,6 +191,10 @@ class Pass:
         if self.observer is None:
             return None
         return self.observer.observe(step, self.rules, self.timeline, self.store)
+
+    def _planner(self) -> Pass:
+        """A pass over the same tokens that knows nothing but keys."""
+        return Pass(dataclasses.replace(self.inputs, queries=None, values=None, differentiable=False))
 
     def slots(self, step: Step) -> SlotView | None:
         """The slots as a step reads them; None where none is live."""
@@ -255,7 +266,7 @@ class Pass:
 
     def _chunk(self, leaving: LeavingChunk) -> Chunk:
         """The tokens that leave. Rows that keep theirs get some tokens too, which the plan then drops."""
-        where = span(leaving, leaving.begin + self.schedule.shift, self.device)
+        where = chunk_columns(leaving, leaving.begin + self.schedule.shift, self.device)
         return self.leaving.chunk(where, in_common(leaving.begin == 0, leaving.leaves, self.device) != 0)
 
     def queries(self) -> Queries:

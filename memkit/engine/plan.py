@@ -19,7 +19,7 @@ from memkit.pieces.chunk import Assignment, ChunkContext, Parted, as_tensor, max
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import Routing
 
-__all__ = ["assign", "compete", "follow", "in_common", "place", "record", "span"]
+__all__ = ["assign", "chunk_columns", "compete", "follow", "in_common", "place", "record"]
 
 
 @torch.no_grad()
@@ -66,15 +66,15 @@ def compete(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, 
 
     sink_tokens: how many of these found in any case.
     """
-    policy, kept, live, device = rules.policy, contest.kept, contest.most_before, chunk.keys.device
+    policy, kept, before, device = rules.policy, contest.kept, contest.most_before, chunk.keys.device
     assert chunk.memory_keys is not None and chunk.values is not None
     keys, tokens_values, evidence = chunk.memory_keys, chunk.values, chunk.evidence
-    view = store.read(rules).first(live) if live else None
+    view = store.read(rules).first(before) if before else None
     slots = keys[:, :, :0] if view is None else view.route[:, :, :kept]
     if view is not None:
         keys = contest.behind(view.route[:, :, kept:], keys, kept)
         if evidence is not None and store.evidence is not None:
-            evidence = contest.behind(store.evidence[:, :, kept:live], evidence, kept)
+            evidence = contest.behind(store.evidence[:, :, kept:before], evidence, kept)
 
     def values() -> Tensor:
         return tokens_values if view is None else contest.behind(view.values[:, :, kept:], tokens_values, kept)
@@ -149,7 +149,7 @@ def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
 
 def follow(leaving: LeavingChunk, plan: Plan, device: torch.device) -> Assignment:
     """Each token's slot as a given plan says."""
-    where = span(leaving, leaving.begin - plan.begin, device)
+    where = chunk_columns(leaving, leaving.begin - plan.begin, device)
     slot, founded = (columns(tensor, where) for tensor in (plan.slot, plan.founded))
     return _only(leaving, Assignment(slot, founded))
 
@@ -174,7 +174,7 @@ def record(schedule: Schedule, heads: int, device: torch.device, done: list[tupl
     )
 
 
-def span(leaving: LeavingChunk, begin: np.ndarray, device: torch.device) -> Columns:
+def chunk_columns(leaving: LeavingChunk, begin: np.ndarray, device: torch.device) -> Columns:
     """The chunk's columns from `begin` [b] on: one slice where the leaving rows agree, else numbers [b, c]."""
     size = leaving.size
     if (first := common(begin, leaving.leaves)) is not None:

@@ -145,12 +145,12 @@ class FoldsTogether:
         self.make_planner, self.planner = planner, None
         self.stretches: list[Stretch | None] = []
 
-    def snapshots(self, steps: list[Step], store: SlotStore) -> Snapshots | None:
-        """PLAN and FOLD what leaves before some steps; the slots as each of them reads them, None if none is there."""
+    def snapshots(self, steps: list[Step], store: SlotStore) -> Snapshots:
+        """PLAN and FOLD what leaves before some steps; the slots as each of them reads them."""
         most, rules = steps[-1].most_slots, self.rules
         if not most:
             self.stretches.append(None)
-            return None
+            return Snapshots(len(steps), 0)
         stretch = Stretch.of(steps, int(self.schedule.shift[0]), (store.sums[:, :, :most], store.numbers[:, :, :most]))
         stretch = stretch.apart() if self.keep else stretch
         chunk, fused = stretch.chunk(self.timeline.streams), None

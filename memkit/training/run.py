@@ -203,8 +203,8 @@ def first_process() -> bool:
 
 
 def _state() -> PartialState:
-    """What accelerate knows of the processes. Made here, it is what the trainer's settings would make: without that word
-    about the CPU, processes that have no GPU do not know of each other."""
+    """What accelerate knows of the processes, as the trainer's settings would make it: without that word about the CPU,
+    processes that have no GPU do not know of each other."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -21,7 +21,7 @@ class Merged:
     """Tokens of one head, some of them merged.
 
     counts: tokens in each slot; exact: tokens beside them; width; seed; spread: how far tokens of a slot lie apart;
-    size: of keys, values and queries; queries: how many ask.
+    size: of keys, values and queries; queries: how many ask; weighed: whether tokens enter their slots with weights.
     """
 
     counts: tuple[int, ...] = (2, 1)
@@ -31,6 +31,7 @@ class Merged:
     spread: float = 1.0
     size: float = 1.0
     queries: int = 3
+    weighed: bool = False
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries [q, d]; keys and values [n, d], those of slots first; the slot of each merged token [k]. float64."""
@@ -46,6 +47,12 @@ class Merged:
             made.append(torch.cat((centres[slot] + self.spread * vectors(len(slot)), vectors(self.exact))))
         return vectors(self.queries), made[0], made[1], slot
 
+    def weights(self) -> Tensor:
+        """What each merged token weighs, [k] float64: from 0.1 to 2, or 1."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        some = 0.1 + 1.9 * torch.rand(sum(self.counts), generator=generator, dtype=torch.float64)
+        return some if self.weighed else torch.ones_like(some)
+
 
 @st.composite
 def merged_tokens(draw: st.DrawFn) -> Merged:
@@ -57,6 +64,7 @@ def merged_tokens(draw: st.DrawFn) -> Merged:
         seed=draw(st.integers(0, 2**16)),
         spread=draw(st.sampled_from([0.0, 1e-6, 0.01, 0.3, 1.0, 5.0])),
         size=draw(st.sampled_from([0.1, 1.0, 6.0])),
+        weighed=draw(st.booleans()),
     )
 
 
@@ -69,28 +77,24 @@ def reading_error_bound(readout: Readout, example: Merged) -> None:
     """
     queries, keys, values, slot = example.tensors()
     many, scale = len(slot), example.width**-0.5
-    slots = len(example.counts)
-    summed = [
-        torch.zeros(slots, example.width, dtype=torch.float64).index_add(0, slot, each[:many])
-        for each in (keys, values)
-    ]
-    counts = torch.tensor(example.counts, dtype=torch.float64)
-    norms = [
-        torch.zeros(slots, dtype=torch.float64).index_add(0, slot, each[:many].norm(dim=-1)) for each in (keys, values)
-    ]
+    slots, weights = len(example.counts), example.weights()
+
+    def summed(each: Tensor) -> Tensor:
+        return torch.zeros(slots, *each.shape[1:], dtype=torch.float64).index_add(0, slot, each)
+
     first = torch.tensor([int((slot == each).nonzero()[0]) for each in range(slots)])
     numbers: Numbers = {
-        COUNT: counts,
-        MASS: counts,
-        FOUNDER_MASS: torch.ones_like(counts),
+        COUNT: torch.tensor(example.counts, dtype=torch.float64),
+        MASS: summed(weights),
+        FOUNDER_MASS: weights[first],
         RADIUS: values[first].norm(dim=-1),
-        KEY_NORM: norms[0],
-        VALUE_NORM: norms[1],
+        KEY_NORM: summed(weights * keys[:many].norm(dim=-1)),
+        VALUE_NORM: summed(weights * values[:many].norm(dim=-1)),
     }
     bias = readout.bias(numbers)
     read = (
-        readout.key(summed[0], numbers, None),
-        readout.value(summed[1], numbers),
+        readout.key(summed(weights.unsqueeze(-1) * keys[:many]), numbers, None),
+        readout.value(summed(weights.unsqueeze(-1) * values[:many]), numbers),
         torch.zeros(slots, dtype=torch.float64) if bias is None else bias.double(),
     )
     exact = (keys[many:], values[many:])
