@@ -395,8 +395,10 @@ def cases(
     if not policy.plans_ahead and draw(st.integers(0, 3)):  # decisions that no plan fixes then have a margin
         data, dtypes = ("normal",), ("float64",)
     rows = draw(st.integers(1, max_rows))
-    # Keys of one channel all point one way or the other: rounding would decide between angles.
+    # Keys of one channel all point one way or the other, as do those of two behind a LayerNorm: rounding would decide
+    # between angles.
     narrow = 1 if policy.plans_ahead and Need.ROTATION not in policy.needs else 2
+    narrow += not policy.plans_ahead and policy.readout.layer_norm
     least = max(min_width, narrow, getattr(policy.spec.rotary, "width", None) or 1)
     width = draw(st.integers(least, max(4, least)))
     return Case(

@@ -25,7 +25,7 @@ mpl.use("agg")
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
-OWN_TESTS = {"README.md", "stock-models.md", "testing.md", "write-a-merge-rule.md"}
+OWN_TESTS = {"README.md", "stock-models.md", "testing.md", "write-a-merge-rule.md", "write-an-admission.md"}
 """Whose code other tests run."""
 
 

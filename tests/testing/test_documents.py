@@ -1,4 +1,4 @@
-"""What docs/write-a-merge-rule.md and docs/testing.md say, run."""
+"""What docs/write-a-merge-rule.md, docs/write-an-admission.md and docs/testing.md say, run."""
 
 import os
 import re
@@ -10,12 +10,14 @@ import pytest
 from torch import Tensor
 
 from memkit import load_policy
-from memkit.pieces import registry
-from memkit.testing import CLAIMS, LawBroken, check_merge_rule, laws
+from memkit.pieces import Admission, registry
+from memkit.testing import CLAIMS, LawBroken, check_admission, check_merge_rule, laws
 from tests.faults import FAULTS
 
 ROOT = Path(__file__).parents[2]
-RULE, TESTING = (ROOT / "docs" / name for name in ("write-a-merge-rule.md", "testing.md"))
+RULE, ADMISSION, TESTING = (
+    ROOT / "docs" / name for name in ("write-a-merge-rule.md", "write-an-admission.md", "testing.md")
+)
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -83,6 +85,40 @@ def test_the_table_of_claims_is_complete():
     of_rules = {law.claim for law in laws.MERGING_LAWS if law.claim}
 
     assert table == {claim: CLAIMS[claim][0] for claim in CLAIMS if claim in of_rules}
+
+
+@pytest.fixture
+def admission(tmp_path, monkeypatch):
+    """A folder with the files that the page on admissions has its reader write."""
+    (tmp_path / "between.py").write_text(blocks(ADMISSION, "python")[0])
+    (tmp_path / "between.yaml").write_text(blocks(ADMISSION, "yaml")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry._REGISTRY, "admission", dict(registry._REGISTRY["admission"]))
+    yield tmp_path
+    sys.modules.pop("between", None)
+
+
+def test_an_admission_gets_a_name_and_is_checked(admission):
+    import between  # type: ignore[import-not-found]
+
+    assert load_policy("between.yaml").admission == between.BetweenSpec(weight=0.7)
+    assert "between" in memkit("show", "between.yaml", "--import", "between")
+    for command in [line for line in blocks(ADMISSION, "sh")[1].splitlines() if line]:
+        text = memkit(*command.removesuffix("10").split()[1:], "4")
+        assert "broken" not in text
+        assert "split = whole" in text
+
+
+def test_the_table_of_what_an_admission_says_is_complete():
+    said = set(re.findall(r"^\| `(\w+)` \| ", ADMISSION.read_text(), flags=re.MULTILINE))
+    flags = {name for name, kind in Admission.__annotations__.items() if "ClassVar" in str(kind)}
+    assert flags <= said
+
+
+@pytest.mark.parametrize("kind", sorted(set(registry._REGISTRY["admission"]) - {"none"}))
+def test_every_shipped_admission_can_be_checked_by_itself(kind):
+    check_admission(registry._REGISTRY["admission"][kind](), 2)
 
 
 def test_the_page_on_testing_runs(monkeypatch):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memkit.pieces.chunk import ChunkContext
+from memkit.pieces.evidence import Evidence
 from memkit.pieces.similarity import Similarity
 from memkit.testing.cases import DATA, Data, make
 
@@ -44,7 +45,11 @@ class LeavingExample:
         return keys, make(self.data, (1, self.heads, self.slots_before, self.width), generator)
 
     def chunk(self, keys: Tensor, slots: Tensor, similarity: Similarity = "dot") -> ChunkContext:
-        """The chunk as an admission and a routing are given it; slots are all that is there."""
+        """The chunk as an admission and a routing are given it; slots are all that is there.
+
+        Values and what observed queries told follow from a token's key, so that they go where it goes.
+        """
+        first = keys[..., 0]
         return ChunkContext(
             keys=keys,
             slots=slots,
@@ -55,6 +60,8 @@ class LeavingExample:
             joins=self.joining,
             alone=lambda: keys,
             similarity=similarity,
+            read_values=lambda: keys.roll(1, dims=-1),
+            evidence=Evidence(error=first.abs(), share=first.sigmoid()),
         )
 
 
