@@ -33,9 +33,12 @@ bench: $(READY) ## Time policies against fused full attention, under 20 minutes
 	$(BIN)/memkit bench kvm-fixed-256 kvm-sqrt-16 --tokens 16384 --mode train --mode decode --peak --json build/bench/train.json
 	$(BIN)/memkit bench --tokens 4096 --tokens 16384 --repeats 3 --json build/bench/all.json --figure build/bench/all.png
 
-bench-full: $(READY) ## The same from 1k to 64k tokens, as long as it takes
+LONG := block-window-3x256 kvm-fixed-256 kvm-log-256 kvm-saturating-1024 kvm-sqrt-16 ovq-1024 block-mean-sqrt
+
+bench-full: $(READY) ## The same from 1k to 64k tokens, and some policies to 128k, as long as it takes
 	mkdir -p build/bench
 	$(BIN)/memkit bench --tokens 1024 --tokens 4096 --tokens 16384 --tokens 65536 --peak --json build/bench/full.json --figure build/bench/full.png
+	$(BIN)/memkit bench $(LONG) --tokens 8192 --tokens 32768 --tokens 131072 --mode forward --repeats 2 --peak --json build/bench/longest.json
 
 stream: $(READY) ## One layer reads a million tokens, a chunk at a time: time per chunk and memory
 	mkdir -p build/bench

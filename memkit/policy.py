@@ -423,7 +423,7 @@ class Policy:
         """Whether a slot's key is its founder's, just as that token brought it."""
         merging = self.merging
         founders = merging.of == "values" or not merging.joins
-        return founders and merging.additive and self.readout.spec.key == "mean" and self.rotary.reversible
+        return founders and merging.additive and self.readout.means_keys and self.rotary.reversible
 
     @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -12,7 +12,7 @@ from memkit.catalog import as_policy
 from memkit.engine import forward
 from memkit.engine.autocast import autocasts, without_autocast
 from memkit.engine.checks import check
-from memkit.engine.decode import decode_again
+from memkit.engine.decode import decode_as_before
 from memkit.engine.heads import attend_by_heads
 from memkit.engine.heads_as_rows import attend_heads_as_rows
 from memkit.engine.inputs import AttendInputs, Lengths, Plan
@@ -96,7 +96,7 @@ def _attend(given: AttendInputs, backend: Backend) -> tuple[Tensor, Memory]:
         if backend != "reference" and (together := attend_heads_as_rows(given)) is not None:
             return together
         return attend_by_heads(given, lambda part: _attend(part, backend))
-    if backend != "reference" and (again := decode_again(given)) is not None:
+    if backend != "reference" and (again := decode_as_before(given)) is not None:
         return again
     for name, tensor in (("queries", given.queries), ("values", given.values)):
         if tensor is None:  # `check` takes them as left out, for a plan

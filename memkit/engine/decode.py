@@ -30,7 +30,7 @@ from memkit.memory.rows import SlotRules, parameter_versions
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Window
 
-__all__ = ["decode", "decode_again"]
+__all__ = ["decode", "decode_as_before"]
 
 ENABLED = True
 """Whether single tokens take this way. Off, they take that of every other call: for whoever wonders which is wrong."""
@@ -47,7 +47,7 @@ def decode(inputs: AttendInputs) -> tuple[Tensor, Memory] | None:
     return _one_more(memory, inputs)
 
 
-def decode_again(given: AttendInputs) -> tuple[Tensor, Memory] | None:
+def decode_as_before(given: AttendInputs) -> tuple[Tensor, Memory] | None:
     """`decode` of a call that looks like the one before it, which has been checked; None where it does not."""
     memory = given.memory
     if not isinstance(memory, Memory) or given.lengths is not None or given.plan is not None or not ENABLED:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memkit.memory.rows import SlotRules, SlotView, by_statistic, key_mass, mean_position
 from memkit.memory.slots import SlotStore
-from memkit.pieces.statistics import COUNT, MASS, Numbers
+from memkit.pieces.statistics import COUNT, Numbers
 
 __all__ = ["HeldSlots"]
 
@@ -72,7 +72,7 @@ class HeldSlots:
             evidence=None if store.evidence is None else store.evidence[:, :, :slots].contiguous(),
             made_with=made_with,
         )
-        known = _value_mass(rules, named)
+        known = rules.policy.readout.value_mass(named)
         if known is None or (policy.merging.joins and view.values.dtype != sums.dtype):
             values = policy.readout.value(value_sums, named)
             held.value_stretch = _stretch(value_sums, values) if known is None else None
@@ -101,7 +101,7 @@ class HeldSlots:
             if not self.rules.policy.keeps_keys:
                 keys = keys * _either(self.key_stretch, _key_mass(self.rules, numbers)).to(wide).unsqueeze(-1)
         values = whole(self.values, self.value_rest, wide)
-        stretch = _either(self.value_stretch, _value_mass(self.rules, numbers))
+        stretch = _either(self.value_stretch, self.rules.policy.readout.value_mass(numbers))
         return torch.cat((keys, values * stretch.to(wide).unsqueeze(-1)), dim=-1)
 
     @property
@@ -155,18 +155,7 @@ class HeldSlots:
 
 def _key_mass(rules: SlotRules, numbers: Numbers) -> Tensor | None:
     """What key sums are over keys as read, where the readout's mean tells."""
-    return key_mass(rules.policy, numbers) if rules.policy.readout.spec.key == "mean" else None
-
-
-def _value_mass(rules: SlotRules, numbers: Numbers) -> Tensor | None:
-    """What value sums are over values as read, where the readout's mean tells."""
-    match rules.policy.readout.spec.value:
-        case "mean":
-            return numbers[MASS]
-        case "count-mean":
-            return numbers[COUNT]
-        case _:
-            return None
+    return key_mass(rules.policy, numbers) if rules.policy.readout.means_keys else None
 
 
 def _either(kept: Tensor | None, told: Tensor | None) -> Tensor:

@@ -73,6 +73,8 @@ class Readout:
     def __init__(self, spec: ReadoutSpec) -> None:
         self.spec = spec
         self.layer_norm = spec.key == "layer-norm"
+        self.means_keys = spec.key == "mean"
+        """Whether a slot's key is its sum over a mass, so that what is read gives the sum back."""
         self.divides_by_mass = spec.key in ("mean", "mean-norm") or spec.value in ("mean", "mean-norm")
         self.divides_by_mass = self.divides_by_mass or spec.bias == "mass"
 
@@ -117,6 +119,16 @@ class Readout:
                 return _mean(sums, numbers[COUNT])
             case "mean":
                 return _mean(sums, numbers[MASS])
+
+    def value_mass(self, numbers: Numbers) -> Tensor | None:
+        """What value sums are over values as read, [..., m]; None where these are no means."""
+        match self.spec.value:
+            case "mean":
+                return numbers[MASS]
+            case "count-mean":
+                return numbers[COUNT]
+            case "birth-radius" | "mean-norm":
+                return None
 
     def bias(self, numbers: Numbers) -> Tensor | None:
         """What is added to the slots' scores, [..., m]; None for nothing."""

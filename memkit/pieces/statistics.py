@@ -1,7 +1,8 @@
 """Statistics: the numbers that a slot keeps besides its sums. Each is owned by the piece that reads it.
 
-A token brings a number to its slot, and the slot sums them. All are float64: at a million tokens float32 could no
-longer tell a slot's mean position to within a turn of the fastest rotary pair.
+A token brings a number to its slot, and the slot sums them, in float64: at a million tokens float32 could no longer
+tell a slot's mean position to within a turn of the fastest rotary pair. Where slots compete no position is summed, and
+all are float32.
 """
 
 from __future__ import annotations
