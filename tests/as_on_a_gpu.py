@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memkit.engine import forward, together
+from memkit.engine import forward, keysets, together
 from memkit.memory import slots
 
 __all__ = ["SETTINGS"]
@@ -13,6 +13,7 @@ __all__ = ["SETTINGS"]
 SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (forward, "TOGETHER", {"cpu": 48}),
     (forward, "UNEQUAL_SLOTS", {"cpu"}),
+    (keysets, "JOINED", {}),
     (together, "FOLDED_TOGETHER", {"cpu"}),
     (slots, "BY_PRODUCT", {"cpu": (512, 2**26)}),
 )

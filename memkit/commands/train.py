@@ -15,7 +15,9 @@ __all__ = ["train"]
 
 
 def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model's name, a YAML file, or a folder.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A shipped model's name, a YAML file, or a folder; before the texts.")
+    ],
     more: Annotated[
         list[Path] | None, typer.Argument(metavar="[FILE]...", help="More texts, as in --text *.txt.")
     ] = None,
@@ -101,7 +103,10 @@ def train(
 
 def folder_of(model: str) -> Path:
     """Where a run of this model is written to: runs/, and the model's name."""
-    return Path("runs") / Path(model).resolve().name.removesuffix(".yml").removesuffix(".yaml")
+    folder = Path("runs") / Path(model).resolve().name.removesuffix(".yml").removesuffix(".yaml")
+    if folder.resolve() == Path(model).resolve():
+        raise InputError(f"{folder}: is the model itself; say with --out where to write to")
+    return folder
 
 
 def declared(task: str) -> Any:

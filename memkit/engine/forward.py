@@ -1,4 +1,4 @@
-"""The pass: for each step, plan, fold, read; over all rows, heads and tokens of a chunk at once."""
+"""The pass: for each step, plan, fold, observe, read; over all rows, heads and tokens of a chunk at once."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ TOGETHER = {"cpu": 2048, "cuda": 4096}
 UNEQUAL_SLOTS = {"cuda"}
 """Where chunks with unequal numbers of slots are read together too: the window at once, and slots step by step."""
 
+AsRead = Snapshots | SlotView | None
+"""The slots as each of several steps, or the only one, reads them; None where that one reads none."""
+
 
 def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
     """Outputs [b, h, t, v] and the memory after the call.
@@ -51,7 +54,7 @@ def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
     if inputs.differentiable:
         run = Pass(inputs)
         output = run.with_graph() if inputs.policy.sequential else run.as_one_node()
-        return run.padded(output), run.memory()
+        return without_padding(inputs, output), run.memory()
     if memory is not None and memory.requires_grad:  # another graph may still need these tensors: leave them alone
         memory = memory.detach()
         inputs = inputs.with_memory(memory)
@@ -59,7 +62,7 @@ def attend(inputs: AttendInputs) -> tuple[Tensor, Memory]:
         if (decoded := decode(inputs)) is not None:
             return decoded
         run = Pass(inputs)
-        return run.padded(run.read(run.queries())[0]), run.memory()
+        return without_padding(inputs, run.read(run.queries())[0]), run.memory()
 
 
 @torch.no_grad()
@@ -79,8 +82,7 @@ class Pass:
     """
 
     def __init__(self, inputs: AttendInputs) -> None:
-        assert inputs.scale is not None  # known once the call is checked
-        self.inputs, self.policy, self.device, self.scale = inputs, inputs.policy, inputs.keys.device, inputs.scale
+        self.inputs, self.policy, self.device = inputs, inputs.policy, inputs.keys.device
         self.schedule = Schedule.of(inputs)
         width, dtype, valued = inputs.keys.shape[-1], inputs.keys.dtype, inputs.values is not None
         self.rules = SlotRules(inputs.policy, width, dtype, inputs.key_norm, inputs.rotation, valued)
@@ -98,38 +100,45 @@ class Pass:
     # The steps
 
     def read(self, queries: Queries) -> tuple[Tensor, Tensor]:
-        """For each step: plan, fold, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph.
+        """For each step: plan, fold, observe, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph.
 
         Alike steps are read together: each plans and folds, and how slots are read then is noted, and one READ meets
-        them all. Where a policy observes, READ and OBSERVE meet the same rows, and a whole chunk's queries do both at
-        once; the log-sum-exp, which the backward pass of other policies needs, is then not there.
+        them all. Where a policy observes, steps go one by one, and READ and OBSERVE meet the same rows: a whole chunk's
+        queries do both at once, and the log-sum-exp, which no backward pass of such policies needs, is then not there.
         """
         key_sets = self.key_sets()
         rows, heads, tokens, _ = queries.windowed.shape
         # Heads next to each other for each token: so the kernels return them, and so the output projection wants them.
         output = key_sets.values.new_empty(rows, tokens, heads, key_sets.values.shape[-1]).transpose(1, 2)
         lse = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
+        scored_heads = heads if self.policy.observes else key_sets.keys.shape[1]
         for steps in self._groups():
             here = slice(steps[0].start, steps[-1].stop)
-            with self._one_thread(steps[-1], heads if self.policy.observes else key_sets.keys.shape[1]):
+            with self._one_thread(steps[-1], scored_heads):
                 slots = self.plan_and_fold(steps)
                 observed = self.observe(steps[-1])
-            if observed is not None:
-                output[:, :, here] = observed
-            elif isinstance(slots, Snapshots):
-                met = key_sets.of_many(steps, queries, slots)
-                for whole, of_steps in zip((output, lse), attend_key_sets(met, self.inputs.checked_scale), strict=True):
-                    stretches = whole[:, :, here].unflatten(2, (len(steps), -1))
-                    stretches.copy_(of_steps.unflatten(0, (rows, -1)).transpose(1, 2))
+            if observed is None:
+                self._attend(key_sets, steps, queries, slots, output[:, :, here], lse[:, :, here])
             else:
-                met = key_sets.of(steps[0], queries, slots)
-                _, lse[:, :, here] = attend_key_sets(met, self.inputs.checked_scale, out=output[:, :, here])
+                output[:, :, here] = observed
         output[:, :, int(self.inputs.row_lengths.max(initial=0)) :] = 0
         return output, lse
 
-    def plan_and_fold(self, steps: list[Step]) -> Snapshots | SlotView | None:
-        """PLAN and FOLD what leaves before some steps. The slots as each of several steps, or the only one, reads them;
-        None where that one reads none."""
+    def _attend(
+        self, sets: KeySets, steps: list[Step], queries: Queries, slots: AsRead, out: Tensor, lse: Tensor
+    ) -> None:
+        """READ: what the queries of some steps get of all that they meet, into their outputs and log-sum-exps."""
+        if not isinstance(slots, Snapshots):
+            _, sums = attend_key_sets(sets.of(steps[0], queries, slots), self.inputs.checked_scale, out=out)
+            lse.copy_(sums)
+            return
+        met = sets.of_many(steps, queries, slots)
+        for whole, of_steps in zip((out, lse), attend_key_sets(met, self.inputs.checked_scale), strict=True):
+            stretches = of_steps.unflatten(0, (-1, len(steps))).transpose(1, 2)
+            whole.unflatten(2, (len(steps), -1)).copy_(stretches)
+
+    def plan_and_fold(self, steps: list[Step]) -> AsRead:
+        """PLAN and FOLD what leaves before some steps; the slots as they read them."""
         # Where nothing leaves and nobody goes back, slots may be there only as they are read.
         if self.together is not None and (self.inputs.differentiable or any(step.leaving for step in steps)):
             return self.together.snapshots(steps, self.store)
@@ -282,10 +291,6 @@ class Pass:
     def key_sets(self) -> KeySets:
         """The key sets of every step."""
         return KeySets(self.schedule, self.timeline.keys, self.timeline.values)
-
-    def padded(self, output: Tensor) -> Tensor:
-        """The outputs, 0 where a row has no token."""
-        return without_padding(self.inputs, output)
 
     def memory(self) -> Memory:
         """The memory after the call."""

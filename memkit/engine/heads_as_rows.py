@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.engine.carry import close
+from memkit.engine.carry import close, without_padding
 from memkit.engine.checks import check
 from memkit.engine.forward import Pass
 from memkit.engine.heads import by_heads
@@ -61,7 +61,7 @@ def attend_heads_as_rows(given: AttendInputs) -> tuple[Tensor, Memory] | None:
         for part in () if memory is None else memory.parts:
             parts.enter_context(part.taken_over())
         run = Pass(_as_rows(inputs))
-        output = run.padded(run.read(run.queries())[0])
+        output = without_padding(run.inputs, run.read(run.queries())[0])
         return output.unflatten(0, (len(inputs.keys), -1)).flatten(1, 2), HeadsMemory(
             inputs.policy, [*_parts(inputs, run)]
         )

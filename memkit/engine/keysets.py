@@ -20,10 +20,10 @@ from memkit.policy import Policy
 __all__ = ["KeySets", "Queries", "Snapshots", "apart", "readable_together", "scaled"]
 
 
-JOINED = {"cpu": 256}
-"""Per kind of device, up to how many queries a step meets its own tokens and the window's older ones as one set, behind
-a mask: one call of the kernel, where a second costs more than the scores that the mask hides. The kernel for GPUs takes
-no mask."""
+JOINED = {"cpu": (256, 512)}
+"""Per kind of device, up to how many queries and older tokens of the window a step meets its own tokens and the older
+ones as one set, behind a mask: one call of the kernel. A second one costs more than the scores that the mask hides, but
+not more than a mask over many. The fast kernel for GPUs takes none."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,9 @@ class KeySets:
 
     def _join(self, older: int, size: int) -> bool:
         """Whether a step's own tokens and older ones before them are met as one set."""
-        banded = self.schedule.policy.window.band is not None
-        return older > 0 and 1 < size <= JOINED.get(self.device.type, 0) and not banded
+        most_queries, most_older = JOINED.get(self.device.type, (0, 0))
+        fits = 1 < size <= most_queries and 0 < older <= most_older
+        return fits and self.schedule.policy.window.band is None
 
     def _joined(self, older: int, size: int) -> Tensor:
         """The bias of a step's own tokens and those before them as one set, [1, 1, size, older + size]."""

@@ -48,7 +48,7 @@ class KeySet:
 
     queries [b, h, s, d], keys [b, g, n, d], values [b, g, n, v], n ≥ 1; bias [b|1, g|1, s|1, n]: added to the scores,
     no gradient, −∞ hides a key; causal: query i sees keys 0 … i (then n = s); columns: where on the timeline the keys
-    stand, None for slots; hides: whether the bias hides keys, so that a query may see none of this set; counts: where
+    stand, None for slots; hides: whether the bias may hide all of this set's keys from a query; counts: where
     batch rows are those of k steps, [b·k, …], how many of the keys each step sees, the others being nobody's.
     """
 

@@ -192,7 +192,7 @@ class MemoryLM(nn.Module):
             wanted[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], -100)
         if chosen is not None:
             wanted[:, :-1].masked_fill_(~chosen[:, 1:], -100)
-        if not wanted.numel() or (wanted.device.type == "cpu" and not bool((wanted != -100).any())):
+        if not ids[:, 1:].numel() or (wanted.device.type == "cpu" and not bool((wanted != -100).any())):
             raise InputError(
                 "a loss needs at least one token after a row's first, within its length, of the document of the one "
                 f"before it, and a target, got none in ids {tuple(ids.shape)}; give more of the text, or other targets"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from memkit.memory import Memory
 from memkit.pieces.registry import Spec
@@ -162,22 +161,6 @@ class MlpSpec(Spec):
         return int(self.expansion * width) // self.multiple_of * self.multiple_of
 
 
-class _SquaredReLU(torch.autograd.Function):
-    """ReLU(x)², whose gradient takes two passes over the widest tensor of a block instead of the four of two nodes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = x.relu()
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (positive,) = ctx.saved_tensors
-        return (grad * positive).mul_(2)
-
-
 class Mlp(nn.Module):
     """The block's MLP."""
 
@@ -193,7 +176,7 @@ class Mlp(nn.Module):
             last = tensor(state, "mlp")
             carried["mlp"] = span.last(x, last)
             x = self.shift(x, span.previous(x, last, "zero"))
-        return self.down(_SquaredReLU.apply(self.up(x))), carried
+        return self.down(self.up(x).relu().square()), carried
 
     @torch.no_grad()
     def initialise(self, layer: int, depth: int) -> None:

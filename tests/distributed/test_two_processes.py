@@ -127,11 +127,11 @@ def test_a_run_launched_as_two_processes_has_the_curve_of_one(tmp_path: Path):
     text.write_text("the quick brown fox jumps over the lazy dog; " * 60)
     sizes = [f"--set={name}={size}" for name, size in workers.SIZES.items()]
     settings = [f"--{name.replace('_', '-')}={setting}" for name, setting in workers.TEXT.items()]
-    launch = ["accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]  # which is torchrun
     command = ["-m", "memkit", "train", "tiny-kvm-sqrt", "--text", str(text), "--out", str(tmp_path / "two"), *sizes]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [str(Path(sys.executable).with_name(launch[0])), *launch[1:], *command, *settings, "--batch=2"],
+        [*launch, *command, *settings, "--batch=2"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

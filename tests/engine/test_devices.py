@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import memkit
-from memkit.engine import forward, read, together
+from memkit.engine import forward, keysets, read, together
 from memkit.engine.keysets import KeySets
 from memkit.memory import slots
 from memkit.pieces import Need
@@ -89,6 +89,7 @@ def test_chunks_read_together_read_the_same(
     monkeypatch.setattr(KeySets, "of_many", counting)
     monkeypatch.setattr(together, "slots_after", folding)
     monkeypatch.setattr(forward, "UNEQUAL_SLOTS", {"cpu"})
+    monkeypatch.setattr(keysets, "JOINED", {})
     monkeypatch.setattr(forward, "TOGETHER", {})
     apart = _everything(*_given(name, rows, kv_heads, 203))
     assert not groups
