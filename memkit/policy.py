@@ -16,9 +16,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from memkit.pieces.admission import (
     Admission,
     AdmissionSpec,
-    AttentionSpec,
     Expectation,
-    ExpectedAttentionSpec,
     NoAdmissionSpec,
     NoveltySpec,
 )
@@ -260,8 +258,9 @@ def _reading_again(spec: PolicySpec) -> None:
             f"block window of fixed chunks has, got {observe.again} with window {window.kind} and chunker "
             f"{spec.chunker.kind}; set it to at most window.chunks, or to 0"
         )
-    ranks = policy.admission is not None and policy.admission.needs_evidence
-    if not observe.queries or not ranks or isinstance(spec.admission, AttentionSpec | ExpectedAttentionSpec):
+    admission = policy.admission
+    ranks = admission is not None and admission.needs_evidence and admission.needs_errors
+    if not observe.queries or not ranks:
         raise ValueError(
             "observe.again: who reads again tells errors, and nothing here ranks rows by these, got admission "
             f"{spec.admission.kind} and observe.queries {observe.queries}; use admission: {{kind: output-error}}"

@@ -57,6 +57,8 @@ class Admission(ABC):
     """Whether the score means something for slots too, so that they can compete with tokens (`eviction: weakest`)."""
     needs_evidence: ClassVar[bool] = False
     """Whether the score looks at what observed queries told (`chunk.evidence`)."""
+    needs_errors: ClassVar[bool] = True
+    """Whether, if it does, it looks at errors there, and not at shares alone: a second reading tells nothing else."""
     fills_up: ClassVar[bool] = False
     """Whether rows of the batch may have unequal numbers of tokens: `chunk.absent` are none, and no token's score
     depends on them. Where not, rows with unequal numbers are scored one after the other."""
@@ -230,6 +232,7 @@ class Attention(Admission):
     """score_j = share_j (· ‖v_j‖), smoothed over neighbouring rows."""
 
     rates_slots = needs_evidence = fills_up = True
+    needs_errors = False
 
     def __init__(self, value_norm: bool, pool: int) -> None:
         self.value_norm, self.pool = value_norm, pool
