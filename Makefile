@@ -38,7 +38,7 @@ LONG := block-window-3x256 kvm-fixed-256 kvm-log-256 kvm-saturating-1024 kvm-sqr
 bench-full: $(READY) ## The same from 1k to 64k tokens, and some policies to 128k, as long as it takes
 	mkdir -p build/bench
 	$(BIN)/memkit bench --tokens 1024 --tokens 4096 --tokens 16384 --tokens 65536 --peak --json build/bench/full.json --figure build/bench/full.png
-	$(BIN)/memkit bench $(LONG) --tokens 8192 --tokens 32768 --tokens 131072 --mode forward --repeats 2 --peak --json build/bench/longest.json
+	$(BIN)/memkit bench $(LONG) --tokens 8192 --tokens 32768 --tokens 131072 --mode forward --repeats 2 --json build/bench/longest.json
 
 stream: $(READY) ## One layer reads a million tokens, a chunk at a time: time per chunk and memory
 	mkdir -p build/bench

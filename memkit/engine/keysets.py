@@ -162,9 +162,9 @@ class KeySets:
         windowed = queries.for_window(span)
         begin, end = self.schedule.old + step.start, self.schedule.old + step.stop
         first = common(step.first, step.active)
-        if first is not None and self._join(begin - first, step.stop - step.start):
+        if first is not None and self._joinable(begin - first, step.stop - step.start):
             keys, values = self.keys[:, :, first:end], self.values[:, :, first:end]
-            bias = self._joined(begin - first, step.stop - step.start)
+            bias = self._mask(begin - first, step.stop - step.start)
             return [*sets, KeySet(windowed, keys, values, bias, columns=(first, end))]
         alone = step.stop - step.start == 1
         sets += self._older(step, windowed, end if alone else begin)
@@ -183,8 +183,8 @@ class KeySets:
         older = begin - int(first.first[0])
         windowed, remembering = queries.of_steps(span, size)
         sets = [self._slots_of_many(steps, remembering, slots)] if last.most_slots and slots is not None else []
-        if self._join(older, size):
-            sets.append(self._window_of_many(windowed, begin - older, end, older + size, self._joined(older, size)))
+        if self._joinable(older, size):
+            sets.append(self._window_of_many(windowed, begin - older, end, older + size, self._mask(older, size)))
             return sets
         if older:
             sets.append(self._window_of_many(windowed, begin - older, end - size, older))
@@ -199,13 +199,13 @@ class KeySets:
         keys, values = (apart(each[:, :, begin:end], width, every) for each in (self.keys, self.values))
         return KeySet(queries, keys, values, bias, causal, columns=(begin, begin + width))
 
-    def _join(self, older: int, size: int) -> bool:
+    def _joinable(self, older: int, size: int) -> bool:
         """Whether a step's own tokens and older ones before them are met as one set."""
         most_queries, most_older = JOINED.get(self.device.type, (0, 0))
         fits = 1 < size <= most_queries and 0 < older <= most_older
         return fits and self.schedule.policy.window.band is None
 
-    def _joined(self, older: int, size: int) -> Tensor:
+    def _mask(self, older: int, size: int) -> Tensor:
         """The bias of a step's own tokens and those before them as one set, [1, 1, size, older + size]."""
         hidden = torch.full((size, older + size), -torch.inf, dtype=self.dtype, device=self.device)
         return hidden.triu_(older + 1)[None, None]

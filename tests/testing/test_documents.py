@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,28 @@ def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+def written(folder: Path, document: Path, name: str, family: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder with the module and the policy that a document has its reader write; its kind is known for so long."""
+    (folder / f"{name}.py").write_text(blocks(document, "python")[0])
+    (folder / f"{name}.yaml").write_text(blocks(document, "yaml")[0])
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(registry._REGISTRY, family, dict(registry._REGISTRY[family]))
+    yield folder
+    sys.modules.pop(name, None)
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder with the files that the document has its reader write."""
-    (tmp_path / "ema.py").write_text(blocks(RULE, "python")[0])
-    (tmp_path / "ema.yaml").write_text(blocks(RULE, "yaml")[0])
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What the page on merge rules has its reader write."""
     (tmp_path / "test_ema.py").write_text(blocks(RULE, "python")[1])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(registry._REGISTRY, "merging", dict(registry._REGISTRY["merging"]))
-    yield tmp_path
-    sys.modules.pop("ema", None)
+    yield from written(tmp_path, RULE, "ema", "merging", monkeypatch)
+
+
+@pytest.fixture
+def admission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What the page on admissions has its reader write."""
+    yield from written(tmp_path, ADMISSION, "between", "admission", monkeypatch)
 
 
 def memkit(*arguments: str) -> str:
@@ -85,18 +97,6 @@ def test_the_table_of_claims_is_complete():
     of_rules = {law.claim for law in laws.MERGING_LAWS if law.claim}
 
     assert table == {claim: CLAIMS[claim][0] for claim in CLAIMS if claim in of_rules}
-
-
-@pytest.fixture
-def admission(tmp_path, monkeypatch):
-    """A folder with the files that the page on admissions has its reader write."""
-    (tmp_path / "between.py").write_text(blocks(ADMISSION, "python")[0])
-    (tmp_path / "between.yaml").write_text(blocks(ADMISSION, "yaml")[0])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(registry._REGISTRY, "admission", dict(registry._REGISTRY["admission"]))
-    yield tmp_path
-    sys.modules.pop("between", None)
 
 
 def test_an_admission_gets_a_name_and_is_checked(admission):

@@ -336,20 +336,8 @@ def test_texts_as_a_shell_expands_them_and_a_folder_of_the_models_name(
         Path(name).write_text(f"text {name} " * 40)
     (tmp_path / "mine.yaml").write_text((ROOT / "models" / "tiny-kvm-sqrt.yaml").read_text())
     sizes = [f"--set={name}={value}" for name, value in SMALL.items()]
-    command = [
-        "train",
-        "mine.yaml",
-        "--text",
-        "a.txt",
-        "b.txt",
-        "c.txt",
-        "--steps",
-        "1",
-        "--batch=2",
-        "--length=32",
-        *sizes,
-    ]
-    result = CliRunner().invoke(app, command)
+    command = ["train", "mine.yaml", "--text", "a.txt", "b.txt", "c.txt", "--steps=1", "--batch=2", "--length=32"]
+    result = CliRunner().invoke(app, [*command, *sizes])
     assert result.exit_code == 0, result.output
     assert yaml12.read(Path("runs", "mine", "training.yaml"), InputError)["text"] == ["a.txt", "b.txt", "c.txt"]
     refused = CliRunner().invoke(app, ["train", "mine.yaml", "a.txt", "--task", "mqar"])
