@@ -51,6 +51,10 @@ class EvenSharesWarning(UserWarning):
     """A policy asks for the head profile of a model for which none is shipped: its heads have even shares."""
 
 
+class SlowPathWarning(UserWarning):
+    """What would be faster is installed and does not run."""
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line that called memkit, however deep in memkit this is called."""
     frame, level = inspect.currentframe(), 0

@@ -26,7 +26,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **_installed("torch", "transformers"),
+            **_installed("torch", "transformers", "numba"),
             "memkit": __version__,
         },
     }

@@ -510,8 +510,8 @@ def _joiners_outweigh_slots(right):
 
 
 def _evidence_left_behind(right):
-    def tokens(rules, chunk, founded, line):
-        lines = right(rules, chunk, founded, line).clone()
+    def tokens(rules, chunk, line, founded=None):
+        lines = right(rules, chunk, line, founded).clone()
         lines[..., line.evidence] = 0
         return lines
 
@@ -683,7 +683,7 @@ FAULTS = (
     _as_on_a_gpu(_forgets_later_readings, (together.Together, "_through")),
     _in_policies(laws.same_plan_same_answer, _evidence_one_chunk_late, (observe.Observer, "observe"), **SEES),
     _in_policies(laws.causality, _asks_queries_to_come, (observe.Observer, "_at"), **SEES),
-    _in_policies(laws.same_plan_same_answer, _evidence_left_behind, (replacing, "_tokens"), **SEES),
+    _in_policies(laws.same_plan_same_answer, _evidence_left_behind, (replacing, "lines_of_tokens"), **SEES),
     _in_policies(
         laws.same_plan_same_answer,
         _near_rows_judged,

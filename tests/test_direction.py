@@ -17,7 +17,7 @@ PACKAGE = ROOT / "memkit"
 # From the bottom up. A module may import what stands on its own line or below, a package's own modules included.
 LEVELS = [
     {"errors", "rendering", "version"},
-    {"machine", "plain_json", "processes", "whole", "yaml12", "texts"},
+    {"loops", "machine", "plain_json", "processes", "whole", "yaml12", "texts"},
     {"pieces"},
     {"policy"},
     {"catalog", "schema"},
@@ -43,6 +43,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 OUTSIDE = {
     "hypothesis": {"testing"},
     "matplotlib": {"viz"},
+    "numba": {"loops"},
     "rich": {"viz"},
     "transformers": {"hf", "evals", "training"},
     "triton": {"engine"},

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What `import memkit` must not load, and what a user without extras does not have. rich is a requirement.
-LAZY = ["hypothesis", "matplotlib", "rich", "transformers"]
-EXTRAS = ["accelerate", "gguf", "hypothesis", "matplotlib", "pandas", "pytest", "transformers"]
+LAZY = ["hypothesis", "matplotlib", "numba", "rich", "transformers"]
+EXTRAS = ["accelerate", "gguf", "hypothesis", "matplotlib", "numba", "pandas", "pytest", "transformers"]
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from memkit.engine.backward import Inputs, Passed, attend_as_one_node
 from memkit.engine.carry import close, open_store, open_timeline, without_padding
+from memkit.engine.contests import by_loops, contend
 from memkit.engine.decode import decode
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.observe import Observer, alike_rows
-from memkit.engine.plan import chunk_columns, compete, follow, in_common, place, record
+from memkit.engine.plan import chunk_columns, follow, in_common, place, record
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
-from memkit.engine.threads import one_thread
+from memkit.engine.threads import FEW, SMALL, one_thread
 from memkit.engine.together import MOST_BYTES, FoldsTogether, foldable_together
 from memkit.memory import Memory
 from memkit.memory.contest import Contest
-from memkit.memory.replacing import replace
 from memkit.memory.rows import Chunk, SlotRules, SlotView, on_device
 from memkit.memory.slots import SlotStore
 from memkit.pieces.chunk import Assignment
@@ -190,8 +190,7 @@ class Pass:
                 at = on_device(rows, self.device)
                 store, some = store.of_rows(at), chunk.of_rows(at)
             contest = Contest.of(int(kept[first]), leaving.size, before, new)
-            assignment = compete(self.rules, some, store, contest, int(leaving.sink_tokens[first]))
-            replace(store, self.rules, assignment, some, contest)
+            contend(self.rules, some, store, contest, int(leaving.sink_tokens[first]))
             if at is not None:
                 self.store.put_rows(at, store)
 
@@ -214,7 +213,8 @@ class Pass:
         if not step.leaving and self.observer is None:
             return nullcontext()
         met = step.most_slots + (self.policy.window.capacity or 0)
-        return one_thread(len(step.first) * heads * self.policy.chunk * met, self.device)
+        few = FEW if by_loops(self.policy, self.store) else SMALL
+        return one_thread(len(step.first) * heads * self.policy.chunk * met, self.device, few)
 
     def _groups(self) -> list[list[Step]]:
         """The steps, those together that are read together: consecutive ones that are alike."""

@@ -19,7 +19,7 @@ from memkit.pieces.chunk import Assignment, ChunkContext, Parted, as_tensor, max
 from memkit.pieces.evidence import Evidence
 from memkit.pieces.routing import Routing
 
-__all__ = ["assign", "chunk_columns", "compete", "follow", "in_common", "place", "record"]
+__all__ = ["assign", "candidates", "chunk_columns", "compete", "follow", "in_common", "place", "record"]
 
 
 @torch.no_grad()
@@ -66,6 +66,11 @@ def compete(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, 
 
     sink_tokens: how many of these found in any case.
     """
+    return assign(rules.policy, candidates(rules, chunk, store, contest, sink_tokens))
+
+
+def candidates(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int) -> ChunkContext:
+    """What there is to know of the candidates."""
     policy, kept, before, device = rules.policy, contest.kept, contest.most_before, chunk.keys.device
     assert chunk.memory_keys is not None and chunk.values is not None
     keys, tokens_values, evidence = chunk.memory_keys, chunk.values, chunk.evidence
@@ -85,7 +90,7 @@ def compete(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, 
         read = read_tokens(rules, chunk)
         return read if view is None else contest.behind(view.route[:, :, kept:], read, kept)
 
-    context = ChunkContext(
+    return ChunkContext(
         keys=keys,
         read_values=values,
         evidence=None if evidence is None else Evidence.of(evidence),
@@ -101,7 +106,6 @@ def compete(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, 
         present=contest.present(device),
         most_left=contest.most_left,
     )
-    return assign(policy, context)
 
 
 def assign(policy: Chooses, chunk: ChunkContext) -> Assignment:

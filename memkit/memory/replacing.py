@@ -23,7 +23,7 @@ from memkit.pieces.readout import TINY
 from memkit.pieces.statistics import MASS
 from memkit.policy import Policy
 
-__all__ = ["replace"]
+__all__ = ["SHARE_EPS", "Line", "lines_of_slots", "lines_of_tokens", "replace"]
 
 SHARE_EPS = 1e-9
 """Added to a row's share where it is a weight: nobody weighs nothing."""
@@ -82,9 +82,9 @@ def replace(store: SlotStore, rules: SlotRules, assignment: Assignment, chunk: C
     """
     policy, width, kept = rules.policy, rules.width, contest.kept
     line = Line.of(policy, width, store.sums.shape[-1] - width, store.sums.device)
-    rows = _tokens(rules, chunk, contest.of_tokens(assignment.founded), line)
+    rows = lines_of_tokens(rules, chunk, line, contest.of_tokens(assignment.founded))
     if contest.most_before:
-        rows = contest.behind(_slots(store, rules, contest.most_before, line), rows)
+        rows = contest.behind(lines_of_slots(store, rules, contest.most_before, line), rows)
     assert assignment.parted is not None and assignment.parted.others is not None
     founders, others, stay = assignment.parted.founders, assignment.parted.others, assignment.parted.stay
     if kept:
@@ -144,8 +144,13 @@ def _rate(evidence: Tensor) -> Tensor:
     return evidence[..., SHARE] / evidence[..., JUDGED].clamp(min=1) + SHARE_EPS
 
 
-def _tokens(rules: SlotRules, chunk: Chunk, founded: Tensor, line: Line) -> Tensor:
-    """The lines of a chunk's tokens, [b, g, c, …]; what is a founder's own may stand in all of them."""
+def lines_of_tokens(rules: SlotRules, chunk: Chunk, line: Line, founded: Tensor | None = None) -> Tensor:
+    """The lines of a chunk's tokens, [b, g, c, …]; what is a founder's own may stand in all of them.
+
+    founded [b, g, c]; None: whoever stays founds, and no weight is learned.
+    """
+    if founded is None and chunk.ahead is None:
+        founded = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=chunk.keys.device)
     if chunk.ahead is None or (rules.policy.weighted and not rules.policy.merging.by_share):
         rows, numbers = contributions(rules, chunk, founded)
     else:
@@ -159,7 +164,7 @@ def _tokens(rules: SlotRules, chunk: Chunk, founded: Tensor, line: Line) -> Tens
     return torch.cat(parts, dim=-1)
 
 
-def _slots(store: SlotStore, rules: SlotRules, live: int, line: Line) -> Tensor:
+def lines_of_slots(store: SlotStore, rules: SlotRules, live: int, line: Line) -> Tensor:
     """The lines of the slots that there are, [b, g, live, …]."""
     if store.lines is not None:
         return store.lines[:, :, :live]

@@ -23,8 +23,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from memkit import loops
 
 __all__ = ["AGAIN", "ERROR", "JUDGED", "SHARE", "Evidence", "softmax_evidence"]
 
@@ -63,6 +66,8 @@ def softmax_evidence(
     warm = None if torch.is_grad_enabled() and scores.requires_grad else scores
     shares = torch.softmax(scores, -1, out=warm)
     outputs = shares @ values
+    if loops.usable(shares, values):
+        return outputs, _by_loops(shares, outputs, values, observed, near)
     shares, read = shares[..., observed, :], outputs[..., observed, :]
     share = shares.mean(-2)
     squares = torch.mul(shares, shares, out=None if warm is None else shares)
@@ -73,3 +78,16 @@ def softmax_evidence(
     error = torch.addcmul(of_outputs, values, squares.sum(-2).unsqueeze(-1)).mul_(values).sum(-1) + of_sizes.squeeze(-2)
     told = torch.stack((error.clamp_(min=0).div_(shares.shape[-2]), share, torch.ones_like(error)), dim=-1)
     return outputs, told
+
+
+def _by_loops(shares: Tensor, outputs: Tensor, values: Tensor, observed: slice | Tensor, near: Tensor | None) -> Tensor:
+    """What the observed queries tell, [b, g, n, 3], from shares [b, g, r, n] and outputs [b, g, r, v] of all."""
+    asked = observed.numpy() if isinstance(observed, Tensor) else np.arange(shares.shape[-2])[observed]
+    of_all, of_outputs, met = loops.rows(shares), loops.rows(outputs), loops.rows(values)
+    told = shares.new_empty(*shares.shape[:-2], shares.shape[-1], 3)
+    squares = shares.new_empty(len(of_all), len(asked), shares.shape[-1])
+    twice, sums = shares.new_empty(len(of_all), len(asked), values.shape[-1]), loops.rows(told)
+    close = np.zeros((len(asked), 0), dtype=bool) if near is None else near.numpy()
+    loops.compiled().told_by(of_all, of_outputs, asked, close, squares.numpy(), twice.numpy(), sums)
+    loops.compiled().told_of(met, torch.bmm(squares.mT, twice).numpy(), len(asked), sums)
+    return told

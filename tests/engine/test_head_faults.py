@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from memkit import loops
 from memkit.engine import heads as by_runs
 from memkit.engine import heads_as_rows
 from memkit.engine.observe import Observer
@@ -57,6 +58,7 @@ def test_tokens_that_stand_apart_from_their_neighbours_are_noticed(monkeypatch: 
         return torch.cat((slots, tokens), dim=2)
 
     monkeypatch.setattr(Contest, "behind", apart)
+    monkeypatch.setattr(loops, "ENABLED", False)
     with pytest.raises(AssertionError), torch.no_grad():
         notices("untrained-observed", "torch")
 

@@ -1,0 +1,137 @@
+"""PLAN and FOLD where slots compete with the tokens that leave; on the CPU by compiled loops, in few passes.
+
+They know one kind of memory, which stock models are served with: a founder's key stays; whoever loses is dropped, or
+leaves its value, weighed by its share, with the winner most like it by cosine. Everything else is PyTorch's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+
+from memkit import loops
+from memkit.engine.plan import candidates, compete
+from memkit.memory.contest import Contest
+from memkit.memory.replacing import SHARE_EPS, Line, lines_of_slots, lines_of_tokens, replace
+from memkit.memory.rows import Chunk, SlotRules, SlotView
+from memkit.memory.slots import SlotStore
+from memkit.pieces.admission import OutputError
+from memkit.pieces.merging import WeightedMean
+from memkit.pieces.readout import TINY
+from memkit.pieces.routing import Nearest
+from memkit.pieces.statistics import COUNT, FOUNDER_MASS, MASS
+from memkit.policy import Policy
+
+__all__ = ["by_loops", "contend"]
+
+
+def contend(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int) -> None:
+    """Take a chunk in: who stays has a slot, and who loses leaves what the rule says.
+
+    The first `contest.kept` slots are no candidates; the first `sink_tokens` candidates stay in any case.
+    """
+    if by_loops(rules.policy, store):
+        _contend_by_loops(rules, chunk, store, contest, sink_tokens)
+    else:
+        replace(store, rules, compete(rules, chunk, store, contest, sink_tokens), chunk, contest)
+
+
+def by_loops(policy: Policy, store: SlotStore) -> bool:
+    """Whether loops know this memory, and can be run on these slots."""
+    return not torch.is_grad_enabled() and _known(policy) and loops.usable(store.sums, store.numbers)
+
+
+@functools.lru_cache(maxsize=64)
+def _known(policy: Policy) -> bool:
+    routing, merging = policy.routing, policy.merging
+    nearest = type(routing) is Nearest and routing.similarity == "cosine" and routing.new_slots and not routing.drops
+    joins = nearest and isinstance(merging, WeightedMean) and merging.by_share and merging.of == "values"
+    known = policy.competes and policy.keeps_keys and policy.admission is not None
+    return known and (joins or not merging.joins)
+
+
+@torch.no_grad()
+def _contend_by_loops(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int) -> None:
+    policy, width, kept, value_width = rules.policy, rules.width, contest.kept, store.sums.shape[-1] - rules.width
+    (line, at, weighed, own), run = _layout(policy, width, value_width), loops.compiled()
+    tokens = lines_of_tokens(rules, chunk, line)
+    slots = lines_of_slots(store, rules, contest.most_before, line) if contest.most_before else tokens[:, :, :0]
+    shape, heads = (*tokens.shape[:2], max(store.room, max(contest.after))), tokens.shape[1]
+    before, after = (np.repeat(np.array(each), heads) for each in (contest.before, contest.after))
+    there, coming = loops.rows(slots), loops.rows(tokens)
+    with np.errstate(all="ignore"):  # what is no number makes none, as in PyTorch
+        score = _scores(rules, chunk, store, contest, sink_tokens, (there, coming, before, kept, at))
+    score[:, :sink_tokens] = np.inf
+    order = np.argsort(-score, axis=-1, kind="stable")
+    lines = tokens.new_empty(*shape, tokens.shape[-1])
+    losers = tokens.new_empty(len(before), contest.most_left, tokens.shape[-1])
+    keys, out = tokens.new_empty(*losers.shape[:2], width), loops.rows(lines)
+    run.admit(there, coming, before, after, kept, order, out, losers.numpy(), keys.numpy())
+    if policy.merging.joins and contest.most_left:
+        products = torch.bmm(keys, lines.flatten(0, 1)[:, : max(contest.after), :width].mT)
+        lost, cap = before + contest.size - after, policy.merging.cap or np.inf
+        facts = (lost, after, kept + sink_tokens, at, weighed, own, SHARE_EPS, cap, TINY)
+        run.join(products.numpy(), losers.numpy(), *facts, out)
+    store.about_to_write()
+    store.take_lines(lines, line.values.stop, line.numbers, line.evidence, line.founders_keys if line.turned else None)
+    if policy.readout.spec.value == "mean" and policy.readout.spec.bias in ("none", "mass"):
+        store.view = _read(rules, store, at, out)
+
+
+def _scores(
+    rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int, lines: tuple[Any, ...]
+) -> np.ndarray:
+    """What the candidates score, [R, n], by the admission; where it is the one that most policies have, by loops.
+
+    lines: those of slots and of tokens, before [R], kept, and where they have what.
+    """
+    admission, run = rules.policy.admission, loops.compiled()
+    assert admission is not None
+    if (
+        type(admission) is not OutputError
+        or rules.dtype != store.sums.dtype
+        or rules.policy.readout.spec.value != "mean"
+    ):
+        context = candidates(rules, chunk, store, contest, sink_tokens)
+        return loops.rows(admission.score(context).expand(context.shape).to(store.sums.dtype), 1)
+    there, _, before, kept, _ = lines
+    counts = before - kept + contest.size
+    error, apart = np.zeros((2, len(before), max(counts)), dtype=there.dtype)
+    run.errors(*lines, error)
+    if admission.pool == 1 and not admission.difference:
+        return error
+    root = np.sqrt(error)
+    if admission.pool > 1:
+        run.neighbours(root.copy(), counts, admission.pool, root)
+    if admission.difference:
+        run.differences(*lines, np.finfo(root.dtype).tiny, apart)
+        root *= apart**admission.difference
+    return root
+
+
+def _read(rules: SlotRules, store: SlotStore, at: tuple[int, ...], lines: np.ndarray) -> SlotView:
+    """The slots as they are read: `rows.read_slots`."""
+    biased, width = rules.policy.readout.spec.bias == "mass", rules.width
+    values = store.sums.new_empty(*store.sums.shape[:3], store.sums.shape[3] - width)
+    bias = store.sums.new_empty(values.shape[:3])
+    loops.compiled().read(lines, at, biased, TINY, loops.rows(values), loops.rows(bias, 1))
+    route = store.sums[..., :width]
+    keys = route if store.founders_keys is None else store.founders_keys
+    return SlotView(route, keys.to(rules.dtype), values.to(rules.dtype), bias.to(rules.dtype) if biased else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(policy: Policy, width: int, value_width: int) -> tuple[Line, tuple[int, ...], np.ndarray, np.ndarray]:
+    """The line of a policy's rows; where it has what; which numbers grow with a row's weight, which are a founder's
+    own, both bool [s]."""
+    line = Line.of(policy, width, value_width, torch.device("cpu"))
+    numbers = {each: line.numbers.start + place for place, each in enumerate(policy.statistics)}
+    mass, told = numbers.get(MASS, numbers[COUNT]), line.evidence.stop - line.evidence.start
+    at = (line.keys.stop, line.values.stop, mass, numbers.get(FOUNDER_MASS, mass), line.evidence.start, told)
+    weighed = np.zeros(len(line.own), dtype=bool)
+    for columns in line.weighed:
+        weighed[columns] = True
+    return line, loops.compiled().Columns(*at), weighed[line.numbers], line.own[line.numbers].numpy()

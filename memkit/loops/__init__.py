@@ -1,0 +1,62 @@
+"""Loops over rows of numbers, compiled by Numba where it is installed (extra `fast`): each does on the CPU in one pass
+what PyTorch does in some twenty operations on small tensors.
+
+They say what PyTorch's operations say, to rounding; without Numba, elsewhere than on the CPU, or where autograd is to
+follow, those are used. Here stands who may use them; `lines.py`, which alone imports Numba, has the loops. They are
+called from `pieces/evidence.py` and `engine/contests.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit.errors import SlowPathWarning
+
+__all__ = ["ENABLED", "compiled", "installed", "rows", "usable"]
+
+ENABLED = True
+"""Whether loops are used where they can be. Off, PyTorch does all: for who wonders what is wrong."""
+
+DTYPES = {torch.float32, torch.float64}
+"""What they compute in."""
+
+
+def installed() -> bool:
+    """Whether Numba is there."""
+    return importlib.util.find_spec("numba") is not None
+
+
+@functools.cache
+def compiled() -> Any:
+    """The module of loops; None where Numba is not there, or does not run here, which is said once."""
+    if not installed():
+        return None
+    try:
+        return importlib.import_module("memkit.loops.lines")
+    except ImportError as error:  # an installation in which Numba and NumPy do not fit
+        warnings.warn(f"PyTorch does what Numba would do faster, for {error}", SlowPathWarning, stacklevel=2)
+        return None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether loops can be run on these tensors."""
+    if not ENABLED or any(each.device.type != "cpu" or each.dtype not in DTYPES for each in tensors):
+        return False
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        return False
+    return compiled() is not None
+
+
+def rows(tensor: Tensor, axes: int = 2) -> np.ndarray:
+    """The tensor as a contiguous array, all but its last axes as one; of the same memory where it is contiguous."""
+    leading = tensor.ndim - axes
+    return tensor.detach().reshape(math.prod(tensor.shape[:leading]), *tensor.shape[leading:]).contiguous().numpy()

@@ -1,0 +1,274 @@
+"""The loops, for Numba. All arrays are contiguous; R counts the rows of the batch times their heads.
+
+A *line* is all that a row has, side by side (`memory/replacing.py`); what columns hold is said by `Columns`. Row r's
+candidates are its slots but for the first `kept`, and behind its last slot, number before[r], the chunk's tokens. A
+loop is compiled once for each dtype, at its first call, which takes a second or two, and kept on disk beside this file,
+or where NUMBA_CACHE_DIR says.
+"""
+
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+__all__ = ["Columns", "admit", "differences", "errors", "join", "neighbours", "read", "told_by", "told_of"]
+
+REORDERED = {"reassoc", "contract", "nsz"}
+"""Sums may be taken in any order, several numbers at a time; nothing is assumed of infinities and NaN."""
+
+
+LANES = 16
+"""Numbers that are compared at once."""
+
+
+class Columns(NamedTuple):
+    """Where a line has what: keys end at `keys`, values at `values`; mass and founder's mass stand at `mass` and
+    `founder_mass`; evidence begins at `evidence` and has `told` numbers."""
+
+    keys: int
+    values: int
+    mass: int
+    founder_mass: int
+    evidence: int
+    told: int
+
+
+def _loop(function: Any) -> Any:
+    options = {"nogil": True, "fastmath": REORDERED, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep it in: compiled anew in each process
+        return njit(**options)(function)
+
+
+@_loop
+def _dot(one, other):
+    total = one.dtype.type(0)
+    for i in range(one.shape[0]):
+        total += one[i] * other[i]
+    return total
+
+
+@_loop
+def _candidate(slots, tokens, row, kept, of_slots, j):
+    return slots[row, kept + j] if j < of_slots else tokens[row, j - of_slots]
+
+
+@_loop
+def _share(line, at, least):
+    return line[at.evidence + 1] / max(line[at.evidence + 2], line.dtype.type(1)) + least
+
+
+@_loop
+def _mass(line, at):
+    return line[at.mass] if line[at.mass] > 0 else line.dtype.type(1)
+
+
+@_loop
+def _copy(line, to):
+    for i in range(to.shape[0]):
+        to[i] = line[i]
+
+
+@_loop
+def _highest(numbers, first):
+    """Where the highest number from `first` on stands first, −1 where there is none."""
+    best, highest = first, numbers.dtype.type(-np.inf)
+    for begin in range(first, numbers.shape[0], LANES):
+        end, higher = min(begin + LANES, numbers.shape[0]), False
+        for i in range(begin, end):
+            higher |= numbers[i] > highest
+        if higher:
+            for i in range(begin, end):
+                if numbers[i] > highest:
+                    best, highest = i, numbers[i]
+    return best if first < numbers.shape[0] else -1
+
+
+@_loop
+def errors(slots, tokens, before, kept, at, error):
+    """The mean error that evidence says of candidates, [R, n], and the most that second readings said: of slots
+    [R, m, L], tokens [R, c, L]."""
+    for r in range(error.shape[0]):
+        of_slots = before[r] - kept
+        for j in range(of_slots + tokens.shape[1]):
+            line = _candidate(slots, tokens, r, kept, of_slots, j)
+            error[r, j] = line[at.evidence] / max(line[at.evidence + 2], line.dtype.type(1))
+            if at.told > 3:
+                error[r, j] += line[at.evidence + 3]
+
+
+@_loop
+def neighbours(numbers, counts, pool, means):
+    """The mean of each number [R, n] and its neighbours, `pool` in all or as many as there are: counts[r] in row r."""
+    for r in range(numbers.shape[0]):
+        for j in range(counts[r]):
+            first, end = max(0, j - pool // 2), min(counts[r], j + pool // 2 + 1)
+            total = numbers.dtype.type(0)
+            for i in range(first, end):
+                total += numbers[r, i]
+            means[r, j] = total / (end - first)
+
+
+@_loop
+def differences(slots, tokens, before, kept, at, tiny, apart):
+    """(1 − cosine(k, k̄))·‖v − v̄‖ of candidates, [R, n]: `difference` of `pieces/admission.py`."""
+    width, wide = at.keys, at.values - at.keys
+    for r in range(apart.shape[0]):
+        of_slots = before[r] - kept
+        count = of_slots + tokens.shape[1]
+        mean_key, mean_value = np.zeros(width, slots.dtype), np.zeros(wide, slots.dtype)
+        length = np.empty(count, slots.dtype)
+        for j in range(count):
+            line = _candidate(slots, tokens, r, kept, of_slots, j)
+            length[j] = max(np.sqrt(_dot(line[:width], line[:width])), tiny)
+            share, per_mass = 1 / length[j], 1 / _mass(line, at)
+            for i in range(width):
+                mean_key[i] += line[i] * share
+            for i in range(wide):
+                mean_value[i] += line[width + i] * per_mass
+        for i in range(width):
+            mean_key[i] /= count
+        for i in range(wide):
+            mean_value[i] /= count
+        mean_length = np.sqrt(_dot(mean_key, mean_key))
+        for j in range(count):
+            line = _candidate(slots, tokens, r, kept, of_slots, j)
+            per_mass, squared = 1 / _mass(line, at), slots.dtype.type(0)
+            for i in range(wide):
+                squared += (line[width + i] * per_mass - mean_value[i]) ** 2
+            likeness = _dot(line[:width], mean_key) / max(length[j] * mean_length, tiny)
+            apart[r, j] = max(1 - likeness, 0) * np.sqrt(squared)
+
+
+@_loop
+def admit(slots, tokens, before, after, kept, order, out, losers, keys):
+    """The first of the candidates in this order [R, n] stay, as many as there are slots after[r] for.
+
+    Their lines go to out [R, m, L], as they stood, behind the kept ones, and 0 follows; the losers' to losers
+    [R, k, L], and their keys to keys [R, k, d].
+    """
+    for r in range(out.shape[0]):
+        of_slots = before[r] - kept
+        count = of_slots + tokens.shape[1]
+        stays = np.zeros(order.shape[1], np.bool_)
+        places = after[r] - kept
+        for j in order[r]:
+            if places and j < count:
+                stays[j] = True
+                places -= 1
+        for j in range(kept):
+            _copy(slots[r, j], out[r, j])
+        stay, lose = kept, 0
+        for j in range(count):
+            line = _candidate(slots, tokens, r, kept, of_slots, j)
+            if stays[j]:
+                _copy(line, out[r, stay])
+                stay += 1
+            else:
+                _copy(line, losers[r, lose])
+                _copy(line, keys[r, lose])
+                lose += 1
+        out[r, stay:] = 0
+        keys[r, lose:] = 0
+
+
+@_loop
+def join(products, losers, lost, after, first, at, weighed, own, least, cap, tiny, out):
+    """Each of the lost[r] losers [R, k, L] leaves its value, and its numbers but for its `own` [s], with the slot of
+    out [R, m, L] most like it by cosine, none of the first `first`, the lowest on ties. Values, and numbers that are
+    `weighed` [s], are scaled to the rows' shares.
+
+    products [R, k, m]: of losers' keys and slots' keys; least: added to shares; cap: see `merging.cap`.
+    """
+    for r in range(out.shape[0]):
+        slots = after[r]
+        length, share = np.empty(slots, out.dtype), np.empty(slots, out.dtype)
+        joined, somebody = np.zeros(slots, out.dtype), np.zeros(slots, np.bool_)
+        likeness = np.empty(slots, out.dtype)
+        for j in range(slots):
+            key = out[r, j, : at.keys]
+            length[j] = max(np.sqrt(_dot(key, key)), tiny)
+            share[j] = _share(out[r, j], at, least)
+        for k in range(lost[r]):
+            for j in range(slots):
+                likeness[j] = products[r, k, j] / length[j]
+            best = _highest(likeness, first)
+            if best < 0:
+                continue
+            line, slot = losers[r, k], out[r, best]
+            weight = min(_share(line, at, least), cap * share[best])
+            if not somebody[best]:
+                somebody[best] = True
+                scale = share[best] / max(slot[at.mass], tiny)
+                for i in range(at.keys, at.values):
+                    slot[i] *= scale
+                for i in range(at.values, at.evidence):
+                    slot[i] *= scale if weighed[i - at.values] else slot.dtype.type(1)
+            joined[best] += weight
+            scale = weight / max(line[at.mass], tiny)
+            for i in range(at.keys, at.values):
+                slot[i] += line[i] * scale
+            for i in range(at.values, at.evidence):
+                if not own[i - at.values]:
+                    slot[i] += line[i] * scale if weighed[i - at.values] else line[i]
+        for j in range(slots):
+            if somebody[j]:
+                out[r, j, at.evidence + 1] *= (share[j] + joined[j]) / share[j]
+
+
+@_loop
+def read(lines, at, by_mass, tiny, values, bias):
+    """Slots [R, M, L] as they are read where values are means: values [R, M, v], and with `by_mass` the bias [R, M]."""
+    for r in range(lines.shape[0]):
+        for j in range(lines.shape[1]):
+            line, value, mass = lines[r, j, at.keys : at.values], values[r, j], _mass(lines[r, j], at)
+            for i in range(value.shape[0]):
+                value[i] = line[i] / mass
+            if by_mass:
+                own = max(lines[r, j, at.founder_mass], tiny)
+                bias[r, j] = np.log(max(lines[r, j, at.mass] / own, lines.dtype.type(1)))
+
+
+@_loop
+def told_by(shares, outputs, observed, near, squares, twice, told):
+    """Over observed queries: shares [R, r, n], outputs [R, r, v] of all, of which `observed` [q] are.
+
+    Squares p² [R, q, n], 0 among the last rows where near [q, w] says so; twice: −2·o [R, q, v]; told [R, n, 3]: Σ p²,
+    the mean of p, Σ p²·‖o‖².
+    """
+    rows, count = shares.shape[0], shares.shape[2]
+    for r in range(rows):
+        share, square = np.zeros(count, shares.dtype), np.zeros(count, shares.dtype)
+        size = np.zeros(count, shares.dtype)
+        for q in range(observed.shape[0]):
+            p, o, row = shares[r, observed[q]], outputs[r, observed[q]], squares[r, q]
+            length = _dot(o, o)
+            for i in range(o.shape[0]):
+                twice[r, q, i] = -2 * o[i]
+            for j in range(count):
+                share[j] += p[j]
+                row[j] = p[j] * p[j]
+            for j in range(near.shape[1]):
+                if near[q, j]:
+                    row[count - near.shape[1] + j] = 0
+            for j in range(count):
+                square[j] += row[j]
+                size[j] += row[j] * length
+        for j in range(count):
+            told[r, j, 0], told[r, j, 1], told[r, j, 2] = square[j], share[j] / observed.shape[0], size[j]
+
+
+@_loop
+def told_of(values, products, queries, told):
+    """What `told_by` summed [R, n, 3] becomes evidence: error, share, 1. values, products [R, n, v]: −2·Σ p²·o."""
+    for r in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            square, error = told[r, j, 0], told[r, j, 2]
+            for i in range(values.shape[2]):
+                error += values[r, j, i] * (values[r, j, i] * square + products[r, j, i])
+            told[r, j, 0], told[r, j, 2] = max(error, 0) / queries, 1
