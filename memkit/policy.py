@@ -21,6 +21,7 @@ from memkit.pieces.admission import (
     NoveltySpec,
 )
 from memkit.pieces.chunking import ChunkerSpec, FixedChunkerSpec
+from memkit.pieces.evidence import Missed, output_errors
 from memkit.pieces.growth import AnyGrowthSpec, GrowthSpec, NoGrowthSpec
 from memkit.pieces.heads import HeadsSpec, share_of
 from memkit.pieces.merging import Drop, MeanSpec, Merging, MergingSpec
@@ -397,6 +398,13 @@ class Policy:
     def competes(self) -> bool:
         """Whether slots compete with leaving tokens for the budget."""
         return self.spec.eviction == "weakest" and not self.sinks_only
+
+    @functools.cached_property
+    def missed(self) -> Missed:
+        """What observed queries would miss without a row: the error in its evidence."""
+        if self.admission is None or type(self.admission).missed is Admission.missed:
+            return output_errors
+        return self.admission.missed
 
     @functools.cached_property
     def replaces(self) -> bool:

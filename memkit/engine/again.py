@@ -91,7 +91,7 @@ def _ask(inputs: AttendInputs, readers: Tensor) -> None:
         asked = Queries.of(inputs.policy, readers[at], inputs.parameters, inputs.rotation, None)
         keys, values = (streams[name][at, :, begin:] for name in ("keys", "values"))
         view = store.read(run.rules).first(slots) if slots else None
-        _, told = softmax_evidence(*observer.met(asked, keys, values, view, at))
+        _, told = softmax_evidence(*observer.met(asked, keys, values, view, at), missed=inputs.policy.missed)
         error = told[..., ERROR]
         for evidence, part in (
             (store.evidence[:, :, :slots], error[:, :, :slots]),

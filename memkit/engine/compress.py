@@ -42,7 +42,7 @@ from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.parameters import PolicyParameters
 from memkit.pieces.admission import Expectation, mean_of_neighbours
-from memkit.pieces.evidence import AGAIN, ERROR, SHARE, softmax_evidence
+from memkit.pieces.evidence import AGAIN, ERROR, SHARE, Missed, output_errors, softmax_evidence
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy, PolicySpec
 
@@ -153,8 +153,9 @@ def row_worth(
     scale: float,
     hidden: Tensor | None = None,
     neighbours: int = NEIGHBOURS,
+    missed: Missed = output_errors,
 ) -> tuple[Tensor, Tensor]:
-    """What each row is worth to the readers: the root of the output error, averaged over neighbours, and the share.
+    """What each row is worth to the readers: the root of what they would miss, averaged over neighbours, and the share.
 
     readers [b, h, n, d], keys [b, g, t, d], values [b, g, t, v]; hidden [n, t]: what a reader does not see; None: it
     sees all. Both results [b, g, t], float32 or float64.
@@ -163,14 +164,14 @@ def row_worth(
     roots: list[Tensor] = []
     shares: list[Tensor] = []
     for head in range(keys.shape[1]):  # one at a time: [readers, t] scores are large
-        asked = readers[:, head * group : (head + 1) * group].to(wide).flatten(1, 2)
-        scores = asked @ keys[:, head].to(wide).mT * scale
+        asked = readers[:, head * group : (head + 1) * group].to(wide).flatten(1, 2).unsqueeze(1)
+        scores = asked @ keys[:, head : head + 1].to(wide).mT * scale
         if hidden is not None:
             scores.masked_fill_(hidden.repeat(group, 1), -torch.inf)
-        _, told = softmax_evidence(scores, values[:, head].to(wide))
+        _, told = softmax_evidence(scores, values[:, head : head + 1].to(wide), missed=missed)
         roots.append(mean_of_neighbours(told[..., ERROR].sqrt(), neighbours))
         shares.append(told[..., SHARE])
-    return torch.stack(roots, dim=1), torch.stack(shares, dim=1)
+    return torch.cat(roots, dim=1), torch.cat(shares, dim=1)
 
 
 def _compressed(inputs: AttendInputs, readers: list[Tensor]) -> Memory:
@@ -222,7 +223,7 @@ def _observe(inputs: AttendInputs, timeline: Timeline, readers: list[Tensor]) ->
         readers = [inputs.queries[:, :, stand]]
         hidden = torch.arange(tokens, device=device) > stand[:, None]
     pools = policy.admission is not None and policy.admission.pools_errors
-    rest = (inputs.checked_scale, hidden, 1 if pools else NEIGHBOURS)
+    rest = (inputs.checked_scale, hidden, 1 if pools else NEIGHBOURS, policy.missed)
     told: list[Tensor] = []
     for group in readers:
         root, share = row_worth(scaled(group, scales), inputs.keys, timeline.values, *rest)

@@ -99,7 +99,9 @@ class Observer:
             scores, values = self.met(asked, held["keys"], held["values"], view, at)
             scores[..., -chunk:].masked_fill_(self._later(chunk, offsets), -torch.inf)
             telling = self._telling(chunk) if whole else slice(None)
-            read, told = softmax_evidence(scores, values, telling, self._near(chunk, int(older[first])))
+            read, told = softmax_evidence(
+                scores, values, telling, self._near(chunk, int(older[first])), self.policy.missed
+            )
             if self.policy.expects is not None:
                 assert positions is not None
                 ahead = held["positions"][:, :, -1:] + 1 - positions

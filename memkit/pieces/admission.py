@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from memkit.pieces.chunk import ChunkContext, Count
+from memkit.pieces.evidence import output_errors
 from memkit.pieces.registry import FamilySpec, register
 
 __all__ = [
@@ -73,6 +74,21 @@ class Admission(ABC):
 
         Those that found in any case (`chunk.sink_tokens`) may be given any score.
         """
+
+    def missed(self, shares: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+        """What the observed queries of a chunk would miss without each row, [b, g, n], at least 0: the error in its
+        evidence. Here the mean of p²·‖v − o‖² over them; an admission may say otherwise.
+
+        Args:
+            shares: p, of their softmax over the n rows that there are then, [b, g, q, n]: those of a group's first head
+                first, each head's in their order; 0 where a query stands too near a row (`observe.apart`). Given
+                without a gradient.
+            values: of the rows, [b, g, n, v].
+            outputs: what the queries read, [b, g, q, v].
+
+        A row's number may depend on no other row's column, for there may be columns that only fill up.
+        """
+        return output_errors(shares, values, outputs)
 
 
 class AdmissionSpec(FamilySpec):

@@ -7,7 +7,8 @@ observed queries of all heads of a group:
     share_j = mean_r p_rj                       what the row receives
     error_j = mean_r p_rj² · ‖v_j − o_r‖²       the squared change of the output without it, to first order
                                                 (exactly it is p/(1 − p)·(o − v): arXiv 2504.14051); queries that
-                                                stand too near count 0 (`observe.apart`)
+                                                stand too near count 0 (`observe.apart`); an admission may say
+                                                otherwise what was missed (`Admission.missed`)
 
 A row's evidence is a decaying sum over the chunks that judged it: a ← γ·a + error, m ← γ·m + share, n ← γ·n + 1. It is
 read as the means a/n and m/n, and stays with a token that becomes a slot. Where the most that a chunk said counts
@@ -21,6 +22,7 @@ Shares and n stay those of the first reading.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +31,13 @@ from torch import Tensor
 
 from memkit import loops
 
-__all__ = ["AGAIN", "ERROR", "JUDGED", "SHARE", "Evidence", "softmax_evidence"]
+__all__ = ["AGAIN", "ERROR", "JUDGED", "SHARE", "Evidence", "Missed", "output_errors", "softmax_evidence"]
 
 ERROR, SHARE, JUDGED, AGAIN = 0, 1, 2, 3
 """Where a row's evidence [..., e] holds a, m and n; and, of texts that are read again, the most that was told then."""
+
+Missed = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What readers would miss without each row, [b, g, n], from their shares, values and outputs: as `output_errors`."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +56,46 @@ class Evidence:
         return cls(error + sums[..., AGAIN] if sums.shape[-1] > AGAIN else error, sums[..., SHARE] / judged)
 
 
+def output_errors(shares: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+    """error_j = mean_q p_qj² · ‖v_j − o_q‖², [b, g, n], of shares [b, g, q, n], values [b, g, n, v], outputs
+    [b, g, q, v].
+
+    As [⟨v_j, (Σ_q p²)·v_j − 2·Σ_q p²·o_q⟩ + Σ_q p²·‖o_q‖²] / Q: products, no [q, n, v] tensor.
+    """
+    squares = shares.square()
+    of_outputs = squares.mT @ outputs.mul(-2)
+    of_sizes = outputs.square().sum(-1, keepdim=True).mT @ squares
+    error = torch.addcmul(of_outputs, values, squares.sum(-2).unsqueeze(-1)).mul_(values).sum(-1) + of_sizes.squeeze(-2)
+    return error.clamp_(min=0).div_(shares.shape[-2])
+
+
 def softmax_evidence(
-    scores: Tensor, values: Tensor, observed: slice | Tensor = slice(None), near: Tensor | None = None
+    scores: Tensor,
+    values: Tensor,
+    observed: slice | Tensor = slice(None),
+    near: Tensor | None = None,
+    missed: Missed = output_errors,
 ) -> tuple[Tensor, Tensor]:
     """From scores [b, g, r, n] and values [b, g, n, v]: outputs o [b, g, r, v] of all queries; what the observed ones
     among them tell of each row, [b, g, n, 3]: its error, its share, and that somebody has judged it (1). The scores'
     memory is used.
 
     near [observed, w]: of whose errors among the last w rows an observed query tells nothing; None: it tells of all.
-
-    error_j = [⟨v_j, (Σ_r p²)·v_j − 2·Σ_r p²·o_r⟩ + Σ_r p²·‖o_r‖²] / R: products, no [r, n, v] tensor.
+    missed: what an error is.
     """
     # Into memory that is warm, unless autograd is to follow it.
     warm = None if torch.is_grad_enabled() and scores.requires_grad else scores
     shares = torch.softmax(scores, -1, out=warm)
     outputs = shares @ values
-    if loops.usable(shares, values):
+    if missed is output_errors and loops.usable(shares, values):
         return outputs, _by_loops(shares, outputs, values, observed, near)
     shares, read = shares[..., observed, :], outputs[..., observed, :]
     share = shares.mean(-2)
-    squares = torch.mul(shares, shares, out=None if warm is None else shares)
     if near is not None:
-        squares[..., -near.shape[1] :].masked_fill_(near, 0)
-    of_outputs = squares.mT @ read.mul(-2)
-    of_sizes = read.square().sum(-1, keepdim=True).mT @ squares
-    error = torch.addcmul(of_outputs, values, squares.sum(-2).unsqueeze(-1)).mul_(values).sum(-1) + of_sizes.squeeze(-2)
-    told = torch.stack((error.clamp_(min=0).div_(shares.shape[-2]), share, torch.ones_like(error)), dim=-1)
-    return outputs, told
+        shares = shares.clone() if warm is None else shares
+        shares[..., -near.shape[1] :].masked_fill_(near, 0)
+    error = missed(shares, values, read)
+    return outputs, torch.stack((error, share, torch.ones_like(share)), dim=-1)
 
 
 def _by_loops(shares: Tensor, outputs: Tensor, values: Tensor, observed: slice | Tensor, near: Tensor | None) -> Tensor:

@@ -98,8 +98,8 @@ def ask_again(inputs: AttendInputs, readers: Tensor) -> Memory:
         for g, head in enumerate(row):
             queries = [
                 (readers[r, h, i].double(), h)
-                for h in range(g * group, (g + 1) * group)
                 for i in range(readers.shape[2])
+                for h in range(g * group, (g + 1) * group)
             ]
             asked = [head.shares(query, h, head.seen - 1) for query, h in queries]
             observing(head).ask_again(asked, range(head.left, head.seen))

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from memkit.engine.inputs import AttendInputs
 from memkit.pieces.chunk import ChunkContext
+from memkit.pieces.evidence import output_errors
 from memkit.pieces.routing import NearestSpec, SegmentSpec
 from memkit.reference.assignment import Assigned, evidence_of, nearest_of, ratings
 from memkit.reference.rules import Rules
@@ -33,6 +35,7 @@ class Observing:
         on begins at `begin`."""
         self.any_length = rules.cut_by_caller
         self.spec, self.chunk = rules.spec.observe, rules.chunk
+        self.own_measure = None if rules.policy.missed is output_errors else rules.policy.missed
         self.nothing = torch.zeros(4 if self.spec.again else 3, dtype=torch.float64)
         self.group = inputs.queries.shape[1] // inputs.keys.shape[1] if inputs.queries is not None else 1
         self.first = head * self.group
@@ -80,24 +83,39 @@ class Observing:
         """Each row's evidence after a chunk. asked: (softmax, values, position) over slots, then tokens up to there;
         expected: the share of each row, where that is not what was asked for (`reference.expecting`)."""
         rows = slots + len(tokens)
-        error, share = [0.0] * rows, [0.0] * rows
-        count = 0
+        share, seen = [0.0] * rows, list[tuple[Tensor, Tensor, Tensor]]()
         for shares, values, position in asked:
-            count += 1
-            output = shares @ values
             for j in range(len(shares)):
                 share[j] += float(shares[j].detach())
-                if j < slots or position - tokens[j - slots] >= self.spec.apart:
-                    error[j] += float((shares[j] ** 2 * (values[j] - output).square().sum()).detach())
+            far = [j < slots or position - tokens[j - slots] >= self.spec.apart for j in range(len(shares))]
+            seen.append((shares.detach(), values.detach(), torch.tensor(far)))
+        error = self.missed(seen, rows)
         for j in range(rows):
-            paid = share[j] / count if expected is None else expected[j]
-            new = torch.tensor([error[j] / count, paid, 1.0], dtype=torch.float64)
+            paid = share[j] / len(seen) if expected is None else expected[j]
+            new = torch.tensor([error[j], paid, 1.0], dtype=torch.float64)
             if j < slots:
                 self.slots[j] = self.joined(self.slots[j], new)
             else:
                 at = tokens[j - slots]
                 self.tokens[at] = self.joined(self.tokens[at], new)
         self.heard.clear()
+
+    def missed(self, seen: list[tuple[Tensor, Tensor, Tensor]], rows: int) -> list[float]:
+        """What queries would miss without each row, in the mean or as the admission says. seen: of each, position by
+        position and of each the group's heads, its softmax, values, and whose errors it tells of."""
+        if self.own_measure is None:
+            error = [0.0] * rows
+            for shares, values, far in seen:
+                output = shares @ values
+                for j in range(len(shares)):
+                    if far[j]:
+                        error[j] += float(shares[j] ** 2 * (values[j] - output).square().sum())
+            return [each / len(seen) for each in error]
+        by_heads = [seen[i] for h in range(self.group) for i in range(h, len(seen), self.group)]
+        told = torch.stack([pad(shares * far, (0, rows - len(shares))) for shares, _, far in by_heads])
+        outputs = torch.stack([shares @ values for shares, values, _ in by_heads])
+        values = max((values for _, values, _ in by_heads), key=len)
+        return self.own_measure(told[None, None], values[None, None], outputs[None, None])[0, 0].tolist()
 
     def joined(self, before: Tensor, new: Tensor) -> Tensor:
         """A row's evidence after one more chunk, which says (a, m, n)."""
@@ -111,16 +129,12 @@ class Observing:
 
         asked: of each of them the softmax over slots and tokens, and the values there.
         """
-        error, readers = [0.0] * (len(self.slots) + len(tokens)), 0
-        for shares, values in asked:
-            readers += 1
-            output = shares @ values
-            for j in range(len(shares)):
-                error[j] += float(shares[j] ** 2 * (values[j] - output).square().sum())
+        seen = [(shares, values, torch.ones(len(shares), dtype=torch.bool)) for shares, values in asked]
+        error = self.missed(seen, len(self.slots) + len(tokens))
         of_slots, of_tokens = error[: len(self.slots)], error[len(self.slots) :]
-        self.slots = [_at_least(before, new / readers) for before, new in zip(self.slots, of_slots, strict=True)]
+        self.slots = [_at_least(before, new) for before, new in zip(self.slots, of_slots, strict=True)]
         for at, new in zip(tokens, of_tokens, strict=True):
-            self.tokens[at] = _at_least(self.tokens[at], new / readers)
+            self.tokens[at] = _at_least(self.tokens[at], new)
 
     # As a memory holds it
 

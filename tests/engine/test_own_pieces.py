@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import memkit
+from memkit.engine.compress import NEIGHBOURS
 from memkit.pieces import (
     Admission,
     AdmissionSpec,
@@ -25,7 +26,9 @@ from memkit.pieces import (
     RoutingSpec,
     registry,
 )
-from tests.engine.cases import Case, assert_same_plan, make_case, small
+from memkit.pieces.admission import mean_of_neighbours
+from tests.engine.cases import CHUNK, Case, assert_close, assert_same_plan, make_case, small, tolerance
+from tests.engine.test_again import evidence, run
 from tests.engine.test_agreement import assert_agrees
 
 
@@ -131,6 +134,29 @@ class MissedSpec(AdmissionSpec):
         return Missed()
 
 
+class Peak(Admission):
+    """Readers miss what any one query of theirs pays most to; the first head of a group counts three times."""
+
+    rates_slots = needs_evidence = True
+
+    def missed(self, shares: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+        assert shares.shape[-2] == outputs.shape[-2]
+        assert shares.shape[-1] == values.shape[-2]
+        heads = shares.unflatten(-2, (2, -1)).amax(-2)
+        return 3 * heads[..., 0, :] + heads[..., 1, :] * (1 + values.norm(dim=-1))
+
+    def score(self, chunk: ChunkContext) -> Tensor:
+        assert chunk.evidence is not None
+        return chunk.evidence.error
+
+
+class PeakSpec(AdmissionSpec):
+    kind: Literal["test-peak"] = "test-peak"
+
+    def build(self) -> Peak:
+        return Peak()
+
+
 class Eldest(Routing):
     """All that found nothing join the first slot that is no sink."""
 
@@ -232,6 +258,58 @@ def test_an_admission_that_sees_evidence(eviction: str, routing: str):
     memkit.register(EldestSpec)
     changes = {"admission": {"kind": "test-missed"}, "routing": {"kind": routing}, "eviction": eviction, "sinks": 2}
     assert_agrees(make_case(own(changes, "untrained-observed"), 75))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="mean"),
+        pytest.param({"observe.queries": 3, "observe.apart": 4}, id="three queries that stand apart"),
+        pytest.param(
+            {"observe.aggregate": "max", "observe.decay": 1.0, "merging.cap": 1.0}, id="the most of any chunk"
+        ),
+        pytest.param({"observe.again": 2}, id="read again"),
+    ],
+)
+def test_an_admission_that_measures_what_readers_miss(changes: dict[str, Any]):
+    memkit.register(PeakSpec)
+    assert_agrees(make_case(own({"admission": {"kind": "test-peak"}, **changes}, "untrained-observed"), 75))
+
+
+@torch.no_grad()
+def test_heads_of_unequal_numbers_of_slots_are_asked_by_the_same_measure():
+    memkit.register(PeakSpec)
+    changes = {"admission": {"kind": "test-peak"}, "heads": {"ratios": (0.5, 1.5)}}
+    case = make_case(own(changes, "untrained-observed"), 75)
+    found, expected = case.attend()[0], case.attend(backend="reference")[0]
+    assert_close(found, expected, tolerance(torch.float64), "outputs")
+
+
+@torch.no_grad()
+def test_who_reads_again_is_asked_by_the_same_measure():
+    memkit.register(PeakSpec)
+    case = make_case(own({"admission": {"kind": "test-peak"}, "observe.again": 2}, "untrained-observed"), 75)
+    output, told = run(case, 2 * CHUNK, 10_000, "reference")
+    for split in (10_000, 5):
+        found, memory = run(case, 2 * CHUNK, split, "torch")
+        assert_close(found, output, tolerance(torch.float64), "output")
+        for mine, theirs in zip(evidence(memory), evidence(told), strict=True):
+            assert_close(mine, theirs, tolerance(torch.float64), "evidence")
+
+
+@torch.no_grad()
+def test_a_prompt_is_compressed_by_the_same_measure():
+    memkit.register(PeakSpec)
+    case = make_case(own({"admission": {"kind": "test-peak"}}, "untrained-observed"), 75)
+    queries, keys, values = (case.tensors[name] for name in ("queries", "keys", "values"))
+    readers, group = queries[:, :, :7], queries.shape[1] // keys.shape[1]
+    asked = readers.unflatten(1, (-1, group)).flatten(2, 3)
+    shares = (asked @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1)
+    worth = mean_of_neighbours(Peak().missed(shares, values, shares @ values).sqrt(), NEIGHBOURS).square()
+    memory = memkit.compress(case.spec, queries, keys, values, readers=readers, rotation=case.rotation)
+    window = int(memory.held_rows.max())
+    told = memory.window.last(window)["evidence"][..., 0]
+    assert_close(told, worth[..., -window:], tolerance(torch.float64), "what was missed")
 
 
 @pytest.mark.parametrize("base", ["kvm-sqrt-16", "untrained-kvm-sqrt", "block-mean-8", "ovq-1024"])

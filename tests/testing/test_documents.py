@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from memkit import load_policy
@@ -108,6 +109,15 @@ def test_an_admission_gets_a_name_and_is_checked(admission):
         text = memkit(*command.removesuffix("10").split()[1:], "4")
         assert "broken" not in text
         assert "split = whole" in text
+
+
+def test_an_admission_may_measure_what_is_missed(admission):
+    """As the page has it; the laws hold of policies that admit so."""
+    scope: dict[str, object] = {"Between": __import__("between").Between}
+    exec(compile(blocks(ADMISSION, "python")[1], "peak.py", "exec"), scope)
+    peak = scope["Peak"](0.5)  # type: ignore[operator]
+    shares = torch.tensor([[0.2, 0.8], [0.6, 0.4]])
+    assert peak.missed(shares, torch.ones(2, 3), torch.ones(2, 3)).tolist() == pytest.approx([0.6, 0.8])
 
 
 def test_the_table_of_what_an_admission_says_is_complete():
