@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["figure", "html", "notes", "plot", "progress_bar", "table"]
 
 MARK = "●"
+WITHOUT_NUMBA = "without Numba policies whose slots compete read slower: pip install 'memkit-attention[fast]'"
 GAP, SECOND = ("gap", "closed"), ("second", "text")
 HEADERS = (
     ("", "policy"),
@@ -158,6 +159,7 @@ def notes(comparison: Comparison) -> list[str]:
         *([f"second text: {s['second_text']}"] if s.get("second_text") else []),
         f"machine: {s['machine']}, {s['device']}, cores {s['cores']}, threads {s['threads']}",
         f"versions: {versions}",
+        *([WITHOUT_NUMBA] if s["device"] == "cpu" and "numba" not in s["versions"] else []),
         f"loaded in {s['load_seconds']:.0f} s; decode: median of {s['decoded']} tokens; seed {s['seed']}",
     ]
     if s["overrides"]:

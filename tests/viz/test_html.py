@@ -73,6 +73,16 @@ def test_a_notebook_shows_what_a_terminal_shows(name: str):
     assert page.count("<table") == page.count("</table>")
 
 
+@pytest.mark.parametrize(
+    ("device", "numba", "said"), [("cpu", {}, True), ("cpu", {"numba": "1"}, False), ("cuda", {}, False)]
+)
+def test_a_comparison_says_what_would_make_it_faster(device: str, numba: dict[str, str], said: bool):
+    given = full_comparison()
+    settings = {**given.settings, "device": device, "versions": {"torch": "2", **numba}}
+    page = shown(memkit.Comparison(settings, given.policies))
+    assert ("memkit-attention[fast]" in page) == said
+
+
 def test_letters_that_mean_something_to_a_browser_are_escaped():
     page = shown(full_comparison())
     assert "<b>tiny</b>" not in page
