@@ -24,12 +24,12 @@ from memkit.commands.schema import schema
 from memkit.commands.shipped import list_shipped, show
 from memkit.commands.sweep import sweep
 from memkit.commands.train import train
-from memkit.errors import EvenSharesWarning, MemkitError, RenamedWarning, short
+from memkit.errors import EvenSharesWarning, MemkitError, RenamedWarning, SlowPathWarning, short
 from memkit.version import __version__
 
 __all__ = ["app"]
 
-NOTICES = (RenamedWarning, EvenSharesWarning)
+NOTICES = (RenamedWarning, EvenSharesWarning, SlowPathWarning)
 """Warnings that are one line of text here."""
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "ModelError",
     "PolicyError",
     "RenamedWarning",
+    "SlowPathWarning",
     "warn",
 ]
 

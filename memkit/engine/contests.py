@@ -14,13 +14,14 @@ import torch
 
 from memkit import loops
 from memkit.engine.plan import candidates, compete
+from memkit.memory import replacing
 from memkit.memory.contest import Contest
-from memkit.memory.replacing import SHARE_EPS, Line, lines_of_slots, lines_of_tokens, replace
+from memkit.memory.replacing import SHARE_EPS, Line, replace
 from memkit.memory.rows import Chunk, SlotRules, SlotView
 from memkit.memory.slots import SlotStore
 from memkit.pieces.admission import OutputError
-from memkit.pieces.merging import WeightedMean
-from memkit.pieces.readout import TINY
+from memkit.pieces.merging import Drop, WeightedMean
+from memkit.pieces.readout import TINY, Readout
 from memkit.pieces.routing import Nearest
 from memkit.pieces.statistics import COUNT, FOUNDER_MASS, MASS
 from memkit.policy import Policy
@@ -46,31 +47,37 @@ def by_loops(policy: Policy, store: SlotStore) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _known(policy: Policy) -> bool:
-    routing, merging = policy.routing, policy.merging
+    routing, merging, admission = policy.routing, policy.merging, policy.admission
+    if not policy.competes or not policy.keeps_keys or type(policy.readout) is not Readout:
+        return False
+    if admission is None:
+        return False
     nearest = type(routing) is Nearest and routing.similarity == "cosine" and routing.new_slots and not routing.drops
-    joins = nearest and isinstance(merging, WeightedMean) and merging.by_share and merging.of == "values"
-    known = policy.competes and policy.keeps_keys and policy.admission is not None
-    return known and (joins or not merging.joins)
+    joins = nearest and type(merging) is WeightedMean and merging.by_share and merging.of == "values"
+    return joins or type(merging) is Drop
 
 
 @torch.no_grad()
 def _contend_by_loops(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int) -> None:
     policy, width, kept, value_width = rules.policy, rules.width, contest.kept, store.sums.shape[-1] - rules.width
     (line, at, weighed, own), run = _layout(policy, width, value_width), loops.compiled()
-    tokens = lines_of_tokens(rules, chunk, line)
-    slots = lines_of_slots(store, rules, contest.most_before, line) if contest.most_before else tokens[:, :, :0]
+    tokens = replacing.lines_of_tokens(rules, chunk, line)
+    slots = (
+        replacing.lines_of_slots(store, rules, contest.most_before, line) if contest.most_before else tokens[:, :, :0]
+    )
     shape, heads = (*tokens.shape[:2], max(store.room, max(contest.after))), tokens.shape[1]
     before, after = (np.repeat(np.array(each), heads) for each in (contest.before, contest.after))
     there, coming = loops.rows(slots), loops.rows(tokens)
     with np.errstate(all="ignore"):  # what is no number makes none, as in PyTorch
-        score = _scores(rules, chunk, store, contest, sink_tokens, (there, coming, before, kept, at))
-    score[:, :sink_tokens] = np.inf
-    order = np.argsort(-score, axis=-1, kind="stable")
+        falling = -_scores(rules, chunk, store, contest, sink_tokens, (there, coming, before, kept, at))
+    falling[np.isnan(falling)] = -np.inf  # PyTorch sorts so, too
+    falling[:, :sink_tokens] = -np.inf
+    order = np.argsort(falling, axis=-1, kind="stable")
     lines = tokens.new_empty(*shape, tokens.shape[-1])
     losers = tokens.new_empty(len(before), contest.most_left, tokens.shape[-1])
     keys, out = tokens.new_empty(*losers.shape[:2], width), loops.rows(lines)
     run.admit(there, coming, before, after, kept, order, out, losers.numpy(), keys.numpy())
-    if policy.merging.joins and contest.most_left:
+    if policy.merging.joins:
         products = torch.bmm(keys, lines.flatten(0, 1)[:, : max(contest.after), :width].mT)
         lost, cap = before + contest.size - after, policy.merging.cap or np.inf
         facts = (lost, after, kept + sink_tokens, at, weighed, own, SHARE_EPS, cap, TINY)
@@ -96,10 +103,12 @@ def _scores(
         or rules.policy.readout.spec.value != "mean"
     ):
         context = candidates(rules, chunk, store, contest, sink_tokens)
+        if contest.all_or_none:  # asks no admission, as in `plan.assign`
+            return np.zeros((len(lines[2]), context.shape[2]))
         return loops.rows(admission.score(context).expand(context.shape).to(store.sums.dtype), 1)
     there, _, before, kept, _ = lines
     counts = before - kept + contest.size
-    error, apart = np.zeros((2, len(before), max(counts)), dtype=there.dtype)
+    error, differs = np.zeros((2, len(before), max(counts)), dtype=there.dtype)
     run.errors(*lines, error)
     if admission.pool == 1 and not admission.difference:
         return error
@@ -107,8 +116,8 @@ def _scores(
     if admission.pool > 1:
         run.neighbours(root.copy(), counts, admission.pool, root)
     if admission.difference:
-        run.differences(*lines, np.finfo(root.dtype).tiny, apart)
-        root *= apart**admission.difference
+        run.differences(*lines, np.finfo(root.dtype).tiny, differs)
+        root *= differs**admission.difference
     return root
 
 

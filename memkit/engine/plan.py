@@ -105,6 +105,7 @@ def candidates(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contes
         most_new=contest.most_new,
         present=contest.present(device),
         most_left=contest.most_left,
+        competes=True,
     )
 
 
@@ -140,7 +141,7 @@ def _admitted(policy: Chooses, chunk: ChunkContext) -> Tensor:
     if admission is None:
         return policy.routing.founders(chunk).expand(chunk.shape)
     first = chunk.sink_tokens
-    if admission.compares:  # with what is there; in an empty memory token 0 is
+    if admission.compares and not chunk.competes:  # with what is there; in an empty memory token 0 is
         first = maximum(first, chunk.is_first)
     score = admission.score(chunk).expand(chunk.shape).to(chunk.keys.dtype)
     score = score.masked_fill(chunk.offsets < first, torch.inf)

@@ -12,16 +12,15 @@ import functools
 import importlib
 import importlib.util
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memkit.errors import SlowPathWarning
+from memkit.errors import SlowPathWarning, warn
 
-__all__ = ["ENABLED", "compiled", "installed", "rows", "usable"]
+__all__ = ["ENABLED", "compiled", "flat", "installed", "rows", "usable"]
 
 ENABLED = True
 """Whether loops are used where they can be. Off, PyTorch does all: for who wonders what is wrong."""
@@ -42,8 +41,8 @@ def compiled() -> Any:
         return None
     try:
         return importlib.import_module("memkit.loops.lines")
-    except ImportError as error:  # an installation in which Numba and NumPy do not fit
-        warnings.warn(f"PyTorch does what Numba would do faster, for {error}", SlowPathWarning, stacklevel=2)
+    except Exception as error:  # whatever an installation has that does not fit
+        warn(f"Numba does not run here, so that PyTorch does its work, slower: {error}", SlowPathWarning)
         return None
 
 
@@ -56,7 +55,12 @@ def usable(*tensors: Tensor) -> bool:
     return compiled() is not None
 
 
-def rows(tensor: Tensor, axes: int = 2) -> np.ndarray:
-    """The tensor as a contiguous array, all but its last axes as one; of the same memory where it is contiguous."""
+def flat(tensor: Tensor, axes: int = 2) -> Tensor:
+    """The tensor with all but its last axes as one, contiguous; of the same memory where it is so already."""
     leading = tensor.ndim - axes
-    return tensor.detach().reshape(math.prod(tensor.shape[:leading]), *tensor.shape[leading:]).contiguous().numpy()
+    return tensor.detach().reshape(math.prod(tensor.shape[:leading]), *tensor.shape[leading:]).contiguous()
+
+
+def rows(tensor: Tensor, axes: int = 2) -> np.ndarray:
+    """The same as an array."""
+    return flat(tensor, axes).numpy()

@@ -115,10 +115,10 @@ def neighbours(numbers, counts, pool, means):
 
 
 @_loop
-def differences(slots, tokens, before, kept, at, tiny, apart):
+def differences(slots, tokens, before, kept, at, tiny, differs):
     """(1 − cosine(k, k̄))·‖v − v̄‖ of candidates, [R, n]: `difference` of `pieces/admission.py`."""
     width, wide = at.keys, at.values - at.keys
-    for r in range(apart.shape[0]):
+    for r in range(differs.shape[0]):
         of_slots = before[r] - kept
         count = of_slots + tokens.shape[1]
         mean_key, mean_value = np.zeros(width, slots.dtype), np.zeros(wide, slots.dtype)
@@ -142,7 +142,7 @@ def differences(slots, tokens, before, kept, at, tiny, apart):
             for i in range(wide):
                 squared += (line[width + i] * per_mass - mean_value[i]) ** 2
             likeness = _dot(line[:width], mean_key) / max(length[j] * mean_length, tiny)
-            apart[r, j] = max(1 - likeness, 0) * np.sqrt(squared)
+            differs[r, j] = max(1 - likeness, 0) * np.sqrt(squared)
 
 
 @_loop
@@ -235,32 +235,32 @@ def read(lines, at, by_mass, tiny, values, bias):
 
 
 @_loop
-def told_by(shares, outputs, observed, near, squares, twice, told):
-    """Over observed queries: shares [R, r, n], outputs [R, r, v] of all, of which `observed` [q] are.
+def told_by(shares, outputs, first, step, near, twice, told):
+    """Over observed queries, every `step`-th from `first` on: shares [R, r, n], outputs [R, r, v] of all queries.
 
-    Squares p² [R, q, n], 0 among the last rows where near [q, w] says so; twice: −2·o [R, q, v]; told [R, n, 3]: Σ p²,
-    the mean of p, Σ p²·‖o‖².
+    Their shares become squares p², 0 among the last rows where near [q, w] says so; twice: −2·o [R, q, v]; told
+    [R, n, 3]: Σ p², the mean of p, Σ p²·‖o‖².
     """
     rows, count = shares.shape[0], shares.shape[2]
     for r in range(rows):
         share, square = np.zeros(count, shares.dtype), np.zeros(count, shares.dtype)
         size = np.zeros(count, shares.dtype)
-        for q in range(observed.shape[0]):
-            p, o, row = shares[r, observed[q]], outputs[r, observed[q]], squares[r, q]
+        for q in range(twice.shape[1]):
+            p, o = shares[r, first + q * step], outputs[r, first + q * step]
             length = _dot(o, o)
             for i in range(o.shape[0]):
                 twice[r, q, i] = -2 * o[i]
             for j in range(count):
                 share[j] += p[j]
-                row[j] = p[j] * p[j]
+                p[j] *= p[j]
             for j in range(near.shape[1]):
                 if near[q, j]:
-                    row[count - near.shape[1] + j] = 0
+                    p[count - near.shape[1] + j] = 0
             for j in range(count):
-                square[j] += row[j]
-                size[j] += row[j] * length
+                square[j] += p[j]
+                size[j] += p[j] * length
         for j in range(count):
-            told[r, j, 0], told[r, j, 1], told[r, j, 2] = square[j], share[j] / observed.shape[0], size[j]
+            told[r, j, 0], told[r, j, 1], told[r, j, 2] = square[j], share[j] / twice.shape[1], size[j]
 
 
 @_loop

@@ -57,6 +57,11 @@ class Contest:
         """The most candidates that have none in any row."""
         return max(before + self.size - after for before, after in zip(self.before, self.after, strict=True))
 
+    @functools.cached_property
+    def all_or_none(self) -> bool:
+        """Whether all candidates have a slot afterwards in every row, or none in any."""
+        return not self.most_left or not self.most_new
+
     def new_slots(self, device: torch.device) -> Count:
         """Candidates that have a slot afterwards: one number, or one per row [b, 1, 1]."""
         return self.most_new if self.alike else _per_row(tuple(after - self.kept for after in self.after), device)

@@ -86,7 +86,8 @@ class Admission(ABC):
             values: of the rows, [b, g, n, v].
             outputs: what the queries read, [b, g, q, v].
 
-        A row's number may depend on no other row's column, for there may be columns that only fill up.
+        A row's number may depend on no other row's column, for there may be columns that only fill up. None of these
+        tensors may be written into.
         """
         return output_errors(shares, values, outputs)
 

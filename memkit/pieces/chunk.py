@@ -47,6 +47,7 @@ class ChunkContext:
     most_new: the most tokens that found in any row, where the caller knows; asking a tensor would wait for the device.
     present: how many of the tokens there are in each row, [b, 1, 1]; what stands behind them is none. None: all are.
     most_left: with `present`, the most of them that found nothing in any row.
+    competes: whether these are slots and tokens that compete; nobody then founds only because he is the first.
     """
 
     keys: Tensor
@@ -63,6 +64,7 @@ class ChunkContext:
     most_new: int | None = None
     present: Tensor | None = None
     most_left: int = 0
+    competes: bool = False
 
     @property
     def shape(self) -> torch.Size:

@@ -62,11 +62,15 @@ def output_errors(shares: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
 
     As [⟨v_j, (Σ_q p²)·v_j − 2·Σ_q p²·o_q⟩ + Σ_q p²·‖o_q‖²] / Q: products, no [q, n, v] tensor.
     """
-    squares = shares.square()
+    return _errors(shares.square(), values, outputs)
+
+
+def _errors(squares: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+    """`output_errors` from p²."""
     of_outputs = squares.mT @ outputs.mul(-2)
     of_sizes = outputs.square().sum(-1, keepdim=True).mT @ squares
     error = torch.addcmul(of_outputs, values, squares.sum(-2).unsqueeze(-1)).mul_(values).sum(-1) + of_sizes.squeeze(-2)
-    return error.clamp_(min=0).div_(shares.shape[-2])
+    return error.clamp_(min=0).div_(outputs.shape[-2])
 
 
 def softmax_evidence(
@@ -91,21 +95,28 @@ def softmax_evidence(
         return outputs, _by_loops(shares, outputs, values, observed, near)
     shares, read = shares[..., observed, :], outputs[..., observed, :]
     share = shares.mean(-2)
+    usual = missed is output_errors
+    if usual or near is not None:  # in the same memory, unless a graph needs it
+        shares = torch.mul(shares, shares if usual else 1, out=None if warm is None else shares)
     if near is not None:
-        shares = shares.clone() if warm is None else shares
         shares[..., -near.shape[1] :].masked_fill_(near, 0)
-    error = missed(shares, values, read)
+    error = _errors(shares, values, read) if usual else missed(shares, values, read)
     return outputs, torch.stack((error, share, torch.ones_like(share)), dim=-1)
 
 
 def _by_loops(shares: Tensor, outputs: Tensor, values: Tensor, observed: slice | Tensor, near: Tensor | None) -> Tensor:
-    """What the observed queries tell, [b, g, n, 3], from shares [b, g, r, n] and outputs [b, g, r, v] of all."""
-    asked = observed.numpy() if isinstance(observed, Tensor) else np.arange(shares.shape[-2])[observed]
-    of_all, of_outputs, met = loops.rows(shares), loops.rows(outputs), loops.rows(values)
+    """What the observed queries tell, [b, g, n, 3], from shares [b, g, r, n] and outputs [b, g, r, v] of all. The
+    shares' memory is used."""
     told = shares.new_empty(*shares.shape[:-2], shares.shape[-1], 3)
-    squares = shares.new_empty(len(of_all), len(asked), shares.shape[-1])
-    twice, sums = shares.new_empty(len(of_all), len(asked), values.shape[-1]), loops.rows(told)
-    close = np.zeros((len(asked), 0), dtype=bool) if near is None else near.numpy()
-    loops.compiled().told_by(of_all, of_outputs, asked, close, squares.numpy(), twice.numpy(), sums)
-    loops.compiled().told_of(met, torch.bmm(squares.mT, twice).numpy(), len(asked), sums)
+    shares, outputs, values = (loops.flat(each) for each in (shares, outputs, values))
+    if isinstance(observed, Tensor):
+        shares, outputs, observed = shares.index_select(1, observed), outputs.index_select(1, observed), slice(None)
+    first, stop, step = observed.indices(shares.shape[1])
+    asked = len(range(first, stop, step))
+    twice, sums = shares.new_empty(len(shares), asked, values.shape[-1]), loops.rows(told)
+    close = np.zeros((asked, 0), dtype=bool) if near is None else near.numpy()
+    run = loops.compiled()
+    run.told_by(shares.numpy(), outputs.numpy(), first, step, close, twice.numpy(), sums)
+    products = torch.bmm(shares[:, observed].mT, twice)
+    run.told_of(values.numpy(), products.numpy(), asked, sums)
     return told

@@ -7,12 +7,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,8 +20,12 @@ import memkit
 from memkit import loops
 from memkit.engine import contests
 from memkit.memory import HeadsMemory, Memory
+from memkit.pieces import Admission, AdmissionSpec, ChunkContext, MergingSpec, Readout, ReadoutSpec
 from memkit.pieces.evidence import softmax_evidence
+from memkit.pieces.merging import Drop
+from memkit.pieces.statistics import Numbers
 from tests.engine.cases import CHUNK, Case, assert_close, make_case, small, tolerance
+from tests.engine.test_agreement import assert_agrees
 
 if not loops.installed():
     pytest.skip("needs Numba: pip install '.[fast]'", allow_module_level=True)
@@ -52,7 +56,6 @@ OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "by dot product": ("untrained-observed", {"routing": {"kind": "nearest", "similarity": "dot"}}),
     "only where near enough": ("untrained-observed", {"routing.least": 0.3}),
     "merging keys, too": ("untrained-observed", {"merging.of": "both"}),
-    "slots that stay": ("untrained-observed", {"eviction": "never", "admission": {"kind": "novelty"}}),
 }
 
 
@@ -124,7 +127,157 @@ def test_loops_are_operations(name: str, dtype: torch.dtype, cuts, folds: Counte
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_what_loops_do_not_know_is_left_to_operations(name: str, folds: Counter[str], monkeypatch):
     read(case_of(name), monkeypatch, by_loops=True)
+    assert folds["replace"]
     assert not folds["_contend_by_loops"]
+
+
+class Heavy(Drop):
+    """A founder's sums are multiplied by its weight."""
+
+    def weight(self, keys: Tensor, weights: Tensor | None) -> Tensor:
+        return keys.norm(dim=-1)
+
+
+class HeavySpec(MergingSpec):
+    kind: Literal["test-heavy"] = "test-heavy"
+
+    def build(self) -> Heavy:
+        return Heavy()
+
+
+class Twice(Readout):
+    """Values are read twice as large."""
+
+    def value(self, sums: Tensor, numbers: Numbers) -> Tensor:
+        return 2 * super().value(sums, numbers)
+
+
+class TwiceSpec(ReadoutSpec):
+    def build(self) -> Twice:
+        return Twice(self)
+
+
+class Farthest(Admission):
+    """Looks at slots as well."""
+
+    rates_slots = compares = True
+
+    def score(self, chunk: ChunkContext) -> Tensor:
+        return -chunk.redundancy
+
+
+class FarthestSpec(AdmissionSpec):
+    kind: Literal["test-farthest"] = "test-farthest"
+
+    def build(self) -> Farthest:
+        return Farthest()
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes"),
+    [
+        ("caote-512", {"merging": {"kind": "test-heavy"}}),
+        ("untrained-observed", {"readout": TwiceSpec(bias="mass")}),
+    ],
+    ids=["merging", "readout"],
+)
+def test_pieces_of_ones_own_are_asked(policy: str, changes: dict[str, Any], folds: Counter[str], monkeypatch):
+    """Those whose class is not known go by operations, whatever they are derived from."""
+    memkit.register(HeavySpec)
+    spec = memkit.load_policy(small(policy))
+    spec = spec.model_copy(update=changes) if "readout" in changes else memkit.load_policy(spec, changes)
+    read(make_case(spec, TOKENS, rows=2, heads=8, kv_heads=4), monkeypatch, by_loops=True)
+    assert folds["replace"]
+    assert not folds["_contend_by_loops"]
+
+
+@pytest.mark.parametrize("by_loops", [True, False])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_an_admission_that_compares_competes_as_the_oracle_says(sinks: int, by_loops: bool, monkeypatch):
+    """Where slots compete, token 0 of an empty memory is a candidate like others."""
+    monkeypatch.setattr(loops, "ENABLED", by_loops)
+    memkit.register(FarthestSpec)
+    changes = {"admission": {"kind": "test-farthest"}, "sinks": sinks}
+    assert_agrees(make_case(memkit.load_policy(small("untrained-observed"), changes), TOKENS))
+
+
+class Remembers(Admission):
+    """Keeps the score that it gave."""
+
+    rates_slots = True
+    given: ClassVar[list[tuple[Tensor, Tensor]]] = []
+
+    def score(self, chunk: ChunkContext) -> Tensor:
+        score = chunk.keys.norm(dim=-1)
+        self.given.append((score, score.clone()))
+        return score
+
+
+class RemembersSpec(AdmissionSpec):
+    kind: Literal["test-remembers"] = "test-remembers"
+
+    def build(self) -> Remembers:
+        return Remembers()
+
+
+@pytest.mark.parametrize("by_loops", [True, False])
+def test_what_an_admission_returns_is_its_own(by_loops: bool, folds: Counter[str], monkeypatch):
+    """Nobody writes into it, and it is asked only where some found and some do not."""
+    memkit.register(RemembersSpec)
+    monkeypatch.setattr(Remembers, "given", [])
+    changes = {"admission": {"kind": "test-remembers"}, "sinks": 3}
+    case = make_case(memkit.load_policy(small("caote-512"), changes), TOKENS, rows=2)
+    read(case, monkeypatch, by_loops)
+    assert bool(folds["_contend_by_loops"]) == by_loops
+    assert 0 < len(Remembers.given) < folds.total()
+    assert all(torch.equal(score, before) for score, before in Remembers.given)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "sinks": st.integers(0, 4),
+            "growth": st.builds(lambda slots: {"kind": "fixed", "slots": slots}, st.integers(6, 40)),
+            "observe": st.fixed_dictionaries(
+                {
+                    "queries": st.integers(1, 8),
+                    "decay": st.sampled_from([0.0, 0.5, 1.0]),
+                    "apart": st.sampled_from([0, 0, 3]),
+                    "aggregate": st.sampled_from(["mean", "max"]),
+                    "again": st.sampled_from([0, 2]),
+                }
+            ),
+            "admission": st.fixed_dictionaries(
+                {
+                    "kind": st.just("output-error"),
+                    "pool": st.sampled_from([1, 3, 7]),
+                    "difference": st.sampled_from([0.0, 0.5, 2.0]),
+                }
+            ),
+            "merging": st.sampled_from(
+                [
+                    {"kind": "drop"},
+                    *({"kind": "weighted-mean", "weight": "share", "of": "values", "cap": c} for c in (None, 1.0, 0.2)),
+                ]
+            ),
+            "readout": st.builds(lambda bias: {"bias": bias}, st.sampled_from(["none", "count", "mass"])),
+            "heads": st.sampled_from([{}, {"ratios": (0.5, 1.5)}, {"ratios": (1.75, 0.25)}]),
+        }
+    ),
+    st.integers(1, 3),
+    st.lists(st.integers(1, TOKENS), min_size=3, max_size=3),
+)
+@settings(max_examples=60)
+def test_random_contests(changes: dict[str, Any], rows: int, lengths: list[int]):
+    case = make_case(memkit.load_policy(small("untrained-observed"), changes), TOKENS, rows=rows).to(torch.float32)
+    both = []
+    for enabled in (True, False):
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(loops, "ENABLED", enabled)
+            both.append(case.attend(lengths=lengths[:rows]))
+    (output, memory), (expected, by_operations) = both
+    assert_close(output, expected, tolerance(torch.float32, 2048), "outputs")
+    assert_same(memory, by_operations, tolerance(torch.float32, 2048))
 
 
 def test_rows_of_unequal_lengths(folds: Counter[str], monkeypatch):
@@ -193,13 +346,16 @@ def test_the_first_of_the_highest(numbers: list[float], first: int):
     assert found == (first + int(np.argmax(numbers[first:])) if first < len(numbers) else -1)
 
 
-def test_what_is_no_number_loses_and_harms_nobody(monkeypatch):
-    """All places are taken, also where scores are no numbers."""
-    case = case_of("observed")
-    case.tensors["values"][0, 0, 3] = torch.nan
+@pytest.mark.parametrize("stream", ["keys", "values"])
+def test_what_is_no_number_harms_nobody_else(stream: str, monkeypatch):
+    """All places are taken where scores are no numbers, too; other rows are as they are."""
+    case = case_of("dropping")
+    case.tensors[stream][0, 0, 40] = torch.nan
     output, memory = read(case, monkeypatch, by_loops=True)
     expected, other = read(case, monkeypatch, by_loops=False)
-    assert torch.equal(memory.slots, other.slots)
+    live = torch.arange(memory.counts.shape[-1]) < memory.slots[:, None, None]
+    assert ((memory.counts > 0) | ~live).all()
+    assert torch.equal(memory.counts, other.counts)
     assert_close(output[1], expected[1], tolerance(torch.float64, 2048), "outputs of the other row")
 
 

@@ -112,7 +112,7 @@ def test_an_admission_gets_a_name_and_is_checked(admission):
 
 
 def test_an_admission_may_measure_what_is_missed(admission):
-    """As the page has it; the laws hold of policies that admit so."""
+    """As the page has it."""
     scope: dict[str, object] = {"Between": __import__("between").Between}
     exec(compile(blocks(ADMISSION, "python")[1], "peak.py", "exec"), scope)
     peak = scope["Peak"](0.5)  # type: ignore[operator]
