@@ -192,15 +192,17 @@ def join(products, losers, lost, after, first, at, weighed, own, least, cap, tin
         likeness = np.empty(slots, out.dtype)
         for j in range(slots):
             key = out[r, j, : at.keys]
-            length[j] = max(np.sqrt(_dot(key, key)), tiny)
+            length[j] = np.sqrt(_dot(key, key))
             share[j] = _share(out[r, j], at, least)
         for k in range(lost[r]):
-            for j in range(slots):
-                likeness[j] = products[r, k, j] / length[j]
+            line = losers[r, k]
+            own_length = np.sqrt(_dot(line[: at.keys], line[: at.keys]))
+            for j in range(slots):  # the whole cosine, so that keys which differ by rounding alone are often equal
+                likeness[j] = products[r, k, j] / max(own_length * length[j], tiny)
             best = _highest(likeness, first)
             if best < 0:
                 continue
-            line, slot = losers[r, k], out[r, best]
+            slot = out[r, best]
             weight = min(_share(line, at, least), cap * share[best])
             if not somebody[best]:
                 somebody[best] = True
