@@ -48,7 +48,9 @@ def by_loops(policy: Policy, store: SlotStore) -> bool:
 @functools.lru_cache(maxsize=64)
 def _known(policy: Policy) -> bool:
     routing, merging, admission = policy.routing, policy.merging, policy.admission
-    if not policy.competes or not policy.keeps_keys or type(policy.readout) is not Readout:
+    if not policy.competes or not policy.observes:  # where nobody observes, operations are as fast
+        return False
+    if not policy.keeps_keys or type(policy.readout) is not Readout:
         return False
     if admission is None:
         return False

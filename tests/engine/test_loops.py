@@ -49,13 +49,12 @@ COMPETING: dict[str, tuple[str, dict[str, Any]]] = {
     "dropping": ("caote-512", {}),
     "dropping, by shares": ("snapkv-512", {}),
     "dropping, by expected shares": ("expected-attention-512", {}),
-    "not observed": ("knorm-512", {}),
-    "not observed, uneven heads": ("keydiff-512", UNEVEN),
 }
 OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "by dot product": ("untrained-observed", {"routing": {"kind": "nearest", "similarity": "dot"}}),
     "only where near enough": ("untrained-observed", {"routing.least": 0.3}),
     "merging keys, too": ("untrained-observed", {"merging.of": "both"}),
+    "not observed": ("knorm-512", {}),
 }
 
 
