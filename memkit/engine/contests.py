@@ -61,6 +61,7 @@ def _known(policy: Policy) -> bool:
 
 @torch.no_grad()
 def _contend_by_loops(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int) -> None:
+    """The same in passes over lines: who stays, then whom the losers join, then how slots are read."""
     policy, width, kept, value_width = rules.policy, rules.width, contest.kept, store.sums.shape[-1] - rules.width
     (line, at, weighed, own), run = _layout(policy, width, value_width), loops.compiled()
     tokens = replacing.lines_of_tokens(rules, chunk, line)
