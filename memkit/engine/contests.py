@@ -50,9 +50,8 @@ def _known(policy: Policy) -> bool:
     routing, merging, admission = policy.routing, policy.merging, policy.admission
     if not policy.competes or not policy.observes:  # where nobody observes, operations are as fast
         return False
-    if not policy.keeps_keys or type(policy.readout) is not Readout:
-        return False
-    if admission is None:
+    means = type(policy.readout) is Readout and policy.readout.spec.value == "mean"
+    if admission is None or not policy.keeps_keys or not means:
         return False
     nearest = type(routing) is Nearest and routing.similarity == "cosine" and routing.new_slots and not routing.drops
     joins = nearest and type(merging) is WeightedMean and merging.by_share and merging.of == "values"
@@ -87,7 +86,7 @@ def _contend_by_loops(rules: SlotRules, chunk: Chunk, store: SlotStore, contest:
         run.join(products.numpy(), losers.numpy(), *facts, out)
     store.about_to_write()
     store.take_lines(lines, line.values.stop, line.numbers, line.evidence, line.founders_keys if line.turned else None)
-    if policy.readout.spec.value == "mean" and policy.readout.spec.bias in ("none", "mass"):
+    if policy.readout.spec.bias != "count":
         store.view = _read(rules, store, at, out)
 
 
@@ -100,18 +99,14 @@ def _scores(
     """
     admission, run = rules.policy.admission, loops.compiled()
     assert admission is not None
-    if (
-        type(admission) is not OutputError
-        or rules.dtype != store.sums.dtype
-        or rules.policy.readout.spec.value != "mean"
-    ):
-        context = candidates(rules, chunk, store, contest, sink_tokens)
-        if contest.all_or_none:  # asks no admission, as in `plan.assign`
-            return np.zeros((len(lines[2]), context.shape[2]))
-        return loops.rows(admission.score(context).expand(context.shape).to(store.sums.dtype), 1)
     there, _, before, kept, _ = lines
     counts = before - kept + contest.size
     error, differs = np.zeros((2, len(before), max(counts)), dtype=there.dtype)
+    if type(admission) is not OutputError or rules.dtype != store.sums.dtype:
+        if contest.all_or_none:  # asks no admission, as in `plan.assign`
+            return error
+        context = candidates(rules, chunk, store, contest, sink_tokens)
+        return loops.rows(admission.score(context).expand(context.shape).to(store.sums.dtype), 1)
     run.errors(*lines, error)
     if admission.pool == 1 and not admission.difference:
         return error

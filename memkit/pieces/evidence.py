@@ -96,8 +96,10 @@ def softmax_evidence(
     shares, read = shares[..., observed, :], outputs[..., observed, :]
     share = shares.mean(-2)
     usual = missed is output_errors
-    if usual or near is not None:  # in the same memory, unless a graph needs it
-        shares = torch.mul(shares, shares if usual else 1, out=None if warm is None else shares)
+    if usual:  # in the same memory, unless a graph needs it
+        shares = torch.mul(shares, shares, out=None if warm is None else shares)
+    elif near is not None and warm is None:
+        shares = shares.clone()
     if near is not None:
         shares[..., -near.shape[1] :].masked_fill_(near, 0)
     error = _errors(shares, values, read) if usual else missed(shares, values, read)

@@ -44,7 +44,6 @@ COMPETING: dict[str, tuple[str, dict[str, Any]]] = {
     "bias by count": ("untrained-observed", {"readout": {"bias": "count"}}),
     "no bias": ("untrained-observed", {"readout": {"bias": "none"}}),
     "no sinks": ("untrained-observed", {"sinks": 0}),
-    "values read by their count": ("untrained-observed", {"readout": {"value": "count-mean", "bias": "mass"}}),
     "three of the queries": ("untrained-observed", {"observe.queries": 3}),
     "dropping": ("caote-512", {}),
     "dropping, by shares": ("snapkv-512", {}),
@@ -55,6 +54,7 @@ OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "only where near enough": ("untrained-observed", {"routing.least": 0.3}),
     "merging keys, too": ("untrained-observed", {"merging.of": "both"}),
     "not observed": ("knorm-512", {}),
+    "values read by their count": ("untrained-observed", {"readout": {"value": "count-mean", "bias": "mass"}}),
 }
 
 
