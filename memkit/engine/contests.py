@@ -7,6 +7,7 @@ leaves its value, weighed by its share, with the winner most like it by cosine. 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,25 @@ from memkit.memory.contest import Contest
 from memkit.memory.replacing import SHARE_EPS, Line, replace
 from memkit.memory.rows import Chunk, SlotRules, SlotView
 from memkit.memory.slots import SlotStore
-from memkit.pieces.admission import OutputError
+from memkit.pieces.admission import Attention, OutputError
 from memkit.pieces.merging import Drop, WeightedMean
 from memkit.pieces.readout import TINY, Readout
 from memkit.pieces.routing import Nearest
 from memkit.pieces.statistics import COUNT, FOUNDER_MASS, MASS
 from memkit.policy import Policy
 
-__all__ = ["by_loops", "contend"]
+__all__ = ["Layout", "by_loops", "contend", "has_loops", "layout", "merging", "scoring"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A line, and where it has what as loops want to know it; which numbers grow with a row's weight, and which are a
+    founder's own, bool [s] each."""
+
+    line: Line
+    at: Any
+    weighed: np.ndarray
+    own: np.ndarray
 
 
 def contend(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int) -> None:
@@ -42,11 +54,12 @@ def contend(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, 
 
 def by_loops(policy: Policy, store: SlotStore) -> bool:
     """Whether loops know this memory, and can be run on these slots."""
-    return not torch.is_grad_enabled() and _known(policy) and loops.usable(store.sums, store.numbers)
+    return not torch.is_grad_enabled() and has_loops(policy) and loops.usable(store.sums, store.numbers)
 
 
 @functools.lru_cache(maxsize=64)
-def _known(policy: Policy) -> bool:
+def has_loops(policy: Policy) -> bool:
+    """Whether loops know how slots and tokens compete under this policy."""
     routing, merging, admission = policy.routing, policy.merging, policy.admission
     if not policy.competes or not policy.observes:  # where nobody observes, operations are as fast
         return False
@@ -58,11 +71,43 @@ def _known(policy: Policy) -> bool:
     return joins or type(merging) is Drop
 
 
+@functools.lru_cache(maxsize=64)
+def scoring(policy: Policy) -> Any:
+    """What candidates score, as loops want to know it; None where they do not know the admission."""
+    admission, of = policy.admission, loops.compiled().Scoring
+    if type(admission) is OutputError:
+        return of(True, admission.pool, False, float(admission.difference), False)
+    return of(False, admission.pool, True, 0.0, admission.value_norm) if type(admission) is Attention else None
+
+
+@functools.lru_cache(maxsize=64)
+def merging(policy: Policy, layout: Layout) -> Any:
+    """What becomes of those that lose, as loops want to know it."""
+    rule = policy.merging
+    facts = (rule.joins, layout.weighed, layout.own, SHARE_EPS, float(rule.cap or np.inf), TINY)
+    return loops.compiled().Merging(*facts, policy.readout.spec.bias == "mass")
+
+
+@functools.lru_cache(maxsize=64)
+def layout(policy: Policy, width: int, value_width: int) -> Layout:
+    """The line of a policy's rows."""
+    line = Line.of(policy, width, value_width, torch.device("cpu"))
+    numbers = {each: line.numbers.start + place for place, each in enumerate(policy.statistics)}
+    mass, told = numbers.get(MASS, numbers[COUNT]), line.evidence.stop - line.evidence.start
+    at = (line.keys.stop, line.values.stop, mass, numbers.get(FOUNDER_MASS, mass), line.evidence.start, told)
+    weighed = np.zeros(len(line.own), dtype=bool)
+    for columns in line.weighed:
+        weighed[columns] = True
+    own = line.own[line.numbers].numpy()
+    return Layout(line, loops.compiled().Columns(*at), weighed[line.numbers], own)
+
+
 @torch.no_grad()
 def _contend_by_loops(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int) -> None:
     """The same in passes over lines: who stays, then whom the losers join, then how slots are read."""
     policy, width, kept, value_width = rules.policy, rules.width, contest.kept, store.sums.shape[-1] - rules.width
-    (line, at, weighed, own), run = _layout(policy, width, value_width), loops.compiled()
+    of, run = layout(policy, width, value_width), loops.compiled()
+    line, at, rule = of.line, of.at, merging(policy, of)
     tokens = replacing.lines_of_tokens(rules, chunk, line)
     slots = (
         replacing.lines_of_slots(store, rules, contest.most_before, line) if contest.most_before else tokens[:, :, :0]
@@ -79,66 +124,43 @@ def _contend_by_loops(rules: SlotRules, chunk: Chunk, store: SlotStore, contest:
     losers = tokens.new_empty(len(before), contest.most_left, tokens.shape[-1])
     keys, out = tokens.new_empty(*losers.shape[:2], width), loops.rows(lines)
     run.admit(there, coming, before, after, kept, order, out, losers.numpy(), keys.numpy())
-    if policy.merging.joins:
+    if rule.joins:
         products = torch.bmm(keys, lines.flatten(0, 1)[:, : max(contest.after), :width].mT)
-        lost, cap = before + contest.size - after, policy.merging.cap or np.inf
-        facts = (lost, after, kept + sink_tokens, at, weighed, own, SHARE_EPS, cap, TINY)
-        run.join(products.numpy(), losers.numpy(), *facts, out)
+        lost = before + contest.size - after
+        run.join(products.numpy(), losers.numpy(), lost, after, kept + sink_tokens, at, rule, out)
     store.about_to_write()
     store.take_lines(lines, line.values.stop, line.numbers, line.evidence, line.founders_keys if line.turned else None)
     if policy.readout.spec.bias != "count":
-        store.view = _read(rules, store, at, out)
+        store.view = _read(rules, store, at, rule, out)
 
 
 def _scores(
     rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contest, sink_tokens: int, lines: tuple[Any, ...]
 ) -> np.ndarray:
-    """What the candidates score, [R, n], by the admission; where it is the one that most policies have, by loops.
+    """What the candidates score, [R, n], by the admission; where it is one that loops know, by them.
 
     lines: those of slots and of tokens, before [R], kept, and where they have what.
     """
-    admission, run = rules.policy.admission, loops.compiled()
+    admission = rules.policy.admission
     assert admission is not None
     there, _, before, kept, _ = lines
-    counts = before - kept + contest.size
-    error, differs = np.zeros((2, len(before), max(counts)), dtype=there.dtype)
-    if type(admission) is not OutputError or rules.dtype != store.sums.dtype:
-        if contest.all_or_none:  # asks no admission, as in `plan.assign`
-            return error
+    score = np.zeros((len(before), max(before - kept + contest.size)), dtype=there.dtype)
+    if contest.all_or_none:  # asks no admission, as in `plan.assign`
+        return score
+    known = scoring(rules.policy)
+    if known is None or rules.dtype != store.sums.dtype:
         context = candidates(rules, chunk, store, contest, sink_tokens)
         return loops.rows(admission.score(context).expand(context.shape).to(store.sums.dtype), 1)
-    run.errors(*lines, error)
-    if admission.pool == 1 and not admission.difference:
-        return error
-    root = np.sqrt(error)
-    if admission.pool > 1:
-        run.neighbours(root.copy(), counts, admission.pool, root)
-    if admission.difference:
-        run.differences(*lines, np.finfo(root.dtype).tiny, differs)
-        root *= differs**admission.difference
-    return root
+    loops.compiled().score(*lines, known, np.finfo(score.dtype).tiny, score)
+    return score
 
 
-def _read(rules: SlotRules, store: SlotStore, at: tuple[int, ...], lines: np.ndarray) -> SlotView:
+def _read(rules: SlotRules, store: SlotStore, at: Any, rule: Any, lines: np.ndarray) -> SlotView:
     """The slots as they are read: `rows.read_slots`."""
-    biased, width = rules.policy.readout.spec.bias == "mass", rules.width
-    values = store.sums.new_empty(*store.sums.shape[:3], store.sums.shape[3] - width)
+    values = store.sums.new_empty(*store.sums.shape[:3], store.sums.shape[3] - rules.width)
     bias = store.sums.new_empty(values.shape[:3])
-    loops.compiled().read(lines, at, biased, TINY, loops.rows(values), loops.rows(bias, 1))
-    route = store.sums[..., :width]
+    loops.compiled().read(lines, at, rule, loops.rows(values), loops.rows(bias, 1))
+    route = store.sums[..., : rules.width]
     keys = route if store.founders_keys is None else store.founders_keys
-    return SlotView(route, keys.to(rules.dtype), values.to(rules.dtype), bias.to(rules.dtype) if biased else None)
-
-
-@functools.lru_cache(maxsize=64)
-def _layout(policy: Policy, width: int, value_width: int) -> tuple[Line, tuple[int, ...], np.ndarray, np.ndarray]:
-    """The line of a policy's rows; where it has what; which numbers grow with a row's weight, which are a founder's
-    own, both bool [s]."""
-    line = Line.of(policy, width, value_width, torch.device("cpu"))
-    numbers = {each: line.numbers.start + place for place, each in enumerate(policy.statistics)}
-    mass, told = numbers.get(MASS, numbers[COUNT]), line.evidence.stop - line.evidence.start
-    at = (line.keys.stop, line.values.stop, mass, numbers.get(FOUNDER_MASS, mass), line.evidence.start, told)
-    weighed = np.zeros(len(line.own), dtype=bool)
-    for columns in line.weighed:
-        weighed[columns] = True
-    return line, loops.compiled().Columns(*at), weighed[line.numbers], line.own[line.numbers].numpy()
+    of_mass = bias.to(rules.dtype) if rule.by_mass else None
+    return SlotView(route, keys.to(rules.dtype), values.to(rules.dtype), of_mass)

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from memkit.engine.backward import Inputs, Passed, attend_as_one_node
 from memkit.engine.carry import close, open_store, open_timeline, without_padding
-from memkit.engine.contests import by_loops, contend
+from memkit.engine.contests import contend
 from memkit.engine.decode import decode
+from memkit.engine.folding import FoldsByLanes
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
+from memkit.engine.lanes import Lanes
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.observe import Observer, alike_rows
 from memkit.engine.plan import chunk_columns, follow, in_common, place, record
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
-from memkit.engine.threads import FEW, SMALL, one_thread
+from memkit.engine.threads import one_thread
 from memkit.engine.together import MOST_BYTES, FoldsTogether, foldable_together
 from memkit.memory import Memory
 from memkit.memory.contest import Contest
@@ -91,6 +93,8 @@ class Pass:
         self.observer = Observer(inputs, self.schedule) if inputs.policy.observes else None
         self.given_plan = None if inputs.plan is None else inputs.plan.to(self.device)
         self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
+        self.folds = FoldsByLanes(inputs, self.schedule, self.rules, self.leaving, self.store)
+        self.lanes = Lanes(inputs, self.schedule, self.rules, self.timeline, self.leaving)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
         self.together: FoldsTogether | None = None
         if inputs.values is not None and foldable_together(inputs, self.schedule, self.rules, self.store.sums):
@@ -103,20 +107,22 @@ class Pass:
         """For each step: plan, fold, observe, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph.
 
         Alike steps are read together: each plans and folds, and how slots are read then is noted, and one READ meets
-        them all. Where a policy observes, steps go one by one, and READ and OBSERVE meet the same rows: a whole chunk's
-        queries do both at once, and the log-sum-exp, which no backward pass of such policies needs, is then not there.
+        them all. Where a policy observes, steps go one by one, or by lanes, and READ and OBSERVE meet the same rows: a
+        whole chunk's queries do both, and the log-sum-exp, which no backward pass of theirs needs, is then not there.
         """
-        key_sets = self.key_sets()
+        key_sets = KeySets(self.schedule, self.timeline.keys, self.timeline.values)
         rows, heads, tokens, _ = queries.windowed.shape
         # Heads next to each other for each token: so the kernels return them, and so the output projection wants them.
         output = key_sets.values.new_empty(rows, tokens, heads, key_sets.values.shape[-1]).transpose(1, 2)
         lse = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
-        scored_heads = heads if self.policy.observes else key_sets.keys.shape[1]
         for steps in self._groups():
-            here = slice(steps[0].start, steps[-1].stop)
-            with self._one_thread(steps[-1], scored_heads):
+            if self.lanes.takes(steps[0]):
+                self.lanes.read(steps, queries, self.store, output)
+                continue
+            with self._one_thread(steps[-1], heads if self.policy.observes else key_sets.keys.shape[1]):
                 slots = self.plan_and_fold(steps)
                 observed = self.observe(steps[-1])
+            here = slice(steps[0].start, steps[-1].stop)
             if observed is None:
                 self._attend(key_sets, steps, queries, slots, output[:, :, here], lse[:, :, here])
             else:
@@ -142,6 +148,8 @@ class Pass:
         # Where nothing leaves and nobody goes back, slots may be there only as they are read.
         if self.together is not None and (self.inputs.differentiable or any(step.leaving for step in steps)):
             return self.together.snapshots(steps, self.store)
+        if self.together is None and self.folds.takes(steps):
+            return self.folds.snapshots(steps, self.store)
         if len(steps) == 1:
             self.absorb(steps[0])
             return self.slots(steps[0])
@@ -213,28 +221,25 @@ class Pass:
         if not step.leaving and self.observer is None:
             return nullcontext()
         met = step.most_slots + (self.policy.window.capacity or 0)
-        few = FEW if by_loops(self.policy, self.store) else SMALL
-        return one_thread(len(step.first) * heads * self.policy.chunk * met, self.device, few)
+        return one_thread(len(step.first) * heads * self.policy.chunk * met, self.device)
 
     def _groups(self) -> list[list[Step]]:
         """The steps, those together that are read together: consecutive ones that are alike."""
-        steps = self.schedule.steps
-        together, unequal_slots = TOGETHER.get(self.device.type, 0), self.device.type in UNEQUAL_SLOTS
-        if not together or not self.inputs.equal_lengths or self.policy.window.band is not None or self.policy.observes:
+        if self.policy.observes:
+            return self.lanes.stretches()
+        steps, together = self.schedule.steps, TOGETHER.get(self.device.type, 0)
+        if not together or not self.inputs.equal_lengths or self.policy.window.band is not None:
             return [[step] for step in steps]
-        groups: list[list[Step]] = []
-        slots = None if self.together is None else MOST_BYTES // max(1, self.store.sums[:, :, :1].nbytes)
+        groups, of_one = list[list[Step]](), max(1, self.store.sums[:, :, :1].nbytes)
         for step in steps:
             last = groups[-1] if groups else []
-            fits = slots is None or (len(last) + 1) * step.most_slots <= slots
+            fits = self.together is None or (len(last) + 1) * step.most_slots <= MOST_BYTES // of_one
             fits = fits and bool(last) and step.stop - last[0].start <= together
-            if fits and readable_together(last[0], step, unequal_slots):
+            if fits and readable_together(last[0], step, self.device.type in UNEQUAL_SLOTS):
                 last.append(step)
             else:
                 groups.append([step])
         return groups
-
-    # With gradients
 
     def as_one_node(self) -> Tensor:
         """The outputs of `read`, as one node of autograd's graph."""
@@ -259,7 +264,8 @@ class Pass:
 
     def with_graph(self) -> Tensor:
         """The outputs of `read`, recorded operation by operation."""
-        key_sets, queries, outputs = self.key_sets(), self.queries(), list[Tensor]()
+        key_sets = KeySets(self.schedule, self.timeline.keys, self.timeline.values)
+        queries, outputs = self.queries(), list[Tensor]()
         for step in self.schedule.steps:
             self.absorb(step)
             met: list[KeySet] = key_sets.of(step, queries, self.slots(step))
@@ -270,8 +276,6 @@ class Pass:
             shape = (*queries.windowed.shape[:2], missing, key_sets.values.shape[-1])
             outputs.append(queries.windowed.new_zeros(shape))
         return torch.cat(outputs, dim=2)
-
-    # What the steps are about
 
     def _chunk(self, leaving: LeavingChunk) -> Chunk:
         """The tokens that leave. Rows that keep theirs get some tokens too, which the plan then drops."""
@@ -287,10 +291,6 @@ class Pass:
         if positions is not None:
             positions = positions[:, :, positions.shape[2] - queries.shape[2] :]
         return Queries.of(self.policy, queries, inputs.parameters, inputs.rotation, positions)
-
-    def key_sets(self) -> KeySets:
-        """The key sets of every step."""
-        return KeySets(self.schedule, self.timeline.keys, self.timeline.values)
 
     def memory(self) -> Memory:
         """The memory after the call."""

@@ -19,6 +19,7 @@ from memkit.engine.checks import check
 from memkit.engine.forward import Pass
 from memkit.engine.heads import by_heads
 from memkit.engine.inputs import AttendInputs
+from memkit.engine.lanes import usable
 from memkit.engine.schedule import Schedule
 from memkit.memory import HeadsMemory, Memory
 from memkit.memory.heads import side_by_side
@@ -68,6 +69,9 @@ def attend_heads_as_rows(given: AttendInputs) -> tuple[Tensor, Memory] | None:
 
 
 def _alike_enough(inputs: AttendInputs) -> bool:
+    """Whether heads have about as many slots, or each costs what its own slots do."""
+    if usable(inputs.policy.head_policies[0][1], inputs.keys):
+        return True
     seen = 0 if inputs.memory is None else inputs.memory.seen_rows
     tokens = int((seen + inputs.row_lengths).max())
     slots = [one.slots_after(tokens) for count, one in inputs.policy.head_policies for _ in range(count)]

@@ -95,14 +95,24 @@ class Snapshots:
 
     def __init__(self, steps: int, most: int) -> None:
         self.steps, self.most = steps, most
-        self._notes: list[Tensor | None] = [None, None, None]  # of keys, values and bias, [b, k, …]
+        self.notes: list[Tensor | None] = [None, None, None]  # of keys, values and bias, [b, k, …]
 
     @classmethod
     def of(cls, view: SlotView, steps: int) -> Snapshots:
         """Slots as they were read at all steps, [b·k, …]."""
         made = cls(steps, view.keys.shape[2])
         read = (view.keys, view.values, view.bias)
-        made._notes = [None if each is None else each.unflatten(0, (-1, steps)) for each in read]
+        made.notes = [None if each is None else each.unflatten(0, (-1, steps)) for each in read]
+        return made
+
+    @classmethod
+    def empty(cls, view: SlotView, steps: int, most: int) -> Snapshots:
+        """Room for as many slots as `most` of such a view, which the caller fills."""
+        made = cls(steps, most)
+        for number, read in enumerate((view.keys, view.values, view.bias)):
+            if read is not None:
+                rows, heads, _, *width = read.shape
+                made.notes[number] = read.new_empty(rows, steps, heads, most, *width)
         return made
 
     def take(self, step: int, view: SlotView) -> None:
@@ -111,14 +121,14 @@ class Snapshots:
             if read is None:
                 continue
             rows, heads, room, *width = read.shape
-            notes = self._notes[number]
+            notes = self.notes[number]
             if notes is None:
-                notes = self._notes[number] = read.new_empty(rows, self.steps, heads, self.most, *width)
+                notes = self.notes[number] = read.new_empty(rows, self.steps, heads, self.most, *width)
             notes[:, step] = read if room == self.most else read[:, :, : self.most]
 
     def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias."""
-        keys, values, bias = (None if each is None else each.flatten(0, 1) for each in self._notes)
+        keys, values, bias = (None if each is None else each.flatten(0, 1) for each in self.notes)
         assert keys is not None and values is not None
         return keys, values, bias
 

@@ -9,7 +9,10 @@ from memkit.engine.schedule import Schedule
 from memkit.memory.rows import Chunk, Contributions, SlotRules, contributions, memory_keys, on_device
 from memkit.memory.window import Columns, Timeline
 
-__all__ = ["LeavingTokens"]
+__all__ = ["AHEAD", "LeavingTokens"]
+
+Ahead = tuple[Tensor, Contributions, Contributions]
+"""Of some tokens: memory keys [b, g, n, d], and what each adds to a slot that it founds, and to one that it joins."""
 
 AHEAD = 2048
 """Tokens whose memory keys and rows are made at once: enough that each chunk's share of the overhead is small, and few
@@ -27,7 +30,7 @@ class LeavingTokens:
         self.rules, self.timeline, self.schedule = rules, timeline, schedule
         self.end = int((schedule.left_after + schedule.shift).max(initial=0))  # columns that leave in this call
         self.begin = self.stop = 0
-        self.ahead: tuple[Tensor, Contributions, Contributions] | None = None
+        self.ahead: Ahead | None = None
 
     def chunk(self, where: Columns, first: bool | Tensor) -> Chunk:
         """The tokens at some columns; `first` as in `Chunk`. Rows that keep theirs get some too, which nobody takes."""
@@ -43,7 +46,11 @@ class LeavingTokens:
         chunk.ahead = some, some if joining is alone else (rows, joining[1][:, :, here])
         return chunk
 
-    def _made(self, where: slice) -> tuple[Tensor, Contributions, Contributions]:
+    def made(self, where: slice) -> tuple[Ahead, int]:
+        """What tokens at these columns, and at others around them, bring; the first column of those."""
+        return self._made(where), self.begin
+
+    def _made(self, where: slice) -> Ahead:
         """Memory keys, and rows as founders and as joiners, of the columns `begin` … `stop` − 1, these among them."""
         if self.ahead is None or not self.begin <= where.start or where.stop > self.stop:
             size = where.stop - where.start

@@ -3,7 +3,7 @@ what PyTorch does in some twenty operations on small tensors.
 
 They say what PyTorch's operations say, to rounding; without Numba, elsewhere than on the CPU, or where autograd is to
 follow, those are used. Here stands who may use them; `lines.py`, which alone imports Numba, has the loops. They are
-called from `pieces/evidence.py` and `engine/contests.py`.
+called from `pieces/evidence.py`, `engine/contests.py` and `engine/lanes.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memkit.errors import SlowPathWarning, warn
 
-__all__ = ["ENABLED", "compiled", "flat", "installed", "rows", "usable"]
+__all__ = ["ENABLED", "compiled", "flat", "installed", "of_folding", "of_lanes", "rows", "usable", "with_products"]
 
 ENABLED = True
 """Whether loops are used where they can be. Off, PyTorch does all: for who wonders what is wrong."""
@@ -44,6 +44,22 @@ def compiled() -> Any:
     except Exception as error:  # whatever an installation has that does not fit
         warn(f"Numba does not run here, so that PyTorch does its work, slower: {error}", SlowPathWarning)
         return None
+
+
+@functools.cache
+def with_products() -> bool:
+    """Whether loops find PyTorch's matrix products, which `of_lanes` and `of_folding` need."""
+    return compiled() is not None and importlib.import_module("memkit.loops.blas").FOUND
+
+
+def of_lanes() -> Any:
+    """The module of loops over whole chunks where slots compete and readers are observed."""
+    return importlib.import_module("memkit.loops.lanes")
+
+
+def of_folding() -> Any:
+    """The module of loops over whole chunks whose tokens are summed by the nearest slot."""
+    return importlib.import_module("memkit.loops.folding")
 
 
 def usable(*tensors: Tensor) -> bool:

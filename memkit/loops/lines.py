@@ -13,15 +13,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-__all__ = ["Columns", "admit", "differences", "errors", "join", "neighbours", "read", "told_by", "told_of"]
+from memkit.loops.compiling import loop
 
-REORDERED = {"reassoc", "contract", "nsz"}
-"""Sums may be taken in any order, several numbers at a time; nothing is assumed of infinities and NaN."""
+__all__ = ["Columns", "Merging", "Scoring", "admit", "join", "read", "score", "told_by", "told_of"]
 
-
-LANES = 16
+AT_ONCE = 16
 """Numbers that are compared at once."""
 
 
@@ -37,15 +34,33 @@ class Columns(NamedTuple):
     told: int
 
 
-def _loop(function: Any) -> Any:
-    options = {"nogil": True, "fastmath": REORDERED, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep it in: compiled anew in each process
-        return njit(**options)(function)
+class Merging(NamedTuple):
+    """What becomes of candidates that lose, if they join at all; which numbers grow with a row's weight, and which are
+    a founder's own, bool [s] each; what is added to shares; `merging.cap`; by_mass: whether slots are read with a bias
+    for their mass."""
+
+    joins: bool
+    weighed: Any
+    own: Any
+    least: float
+    cap: float
+    tiny: float
+    by_mass: bool
 
 
-@_loop
+class Scoring(NamedTuple):
+    """What candidates score: the mean error (`by_error`) or share that evidence says of them, over `pool` neighbours,
+    those that are there alone or (`zeros`) with zeros beyond the ends; the root of an error times its difference to a
+    power; a share times its value's norm where `value_norm`. As in `pieces/admission.py`."""
+
+    by_error: bool
+    pool: int
+    zeros: bool
+    difference: float
+    value_norm: bool
+
+
+@loop
 def _dot(one, other):
     total = one.dtype.type(0)
     for i in range(one.shape[0]):
@@ -53,33 +68,33 @@ def _dot(one, other):
     return total
 
 
-@_loop
+@loop
 def _candidate(slots, tokens, row, kept, of_slots, j):
     return slots[row, kept + j] if j < of_slots else tokens[row, j - of_slots]
 
 
-@_loop
+@loop
 def _share(line, at, least):
     return line[at.evidence + 1] / max(line[at.evidence + 2], line.dtype.type(1)) + least
 
 
-@_loop
+@loop
 def _mass(line, at):
     return line[at.mass] if line[at.mass] > 0 else line.dtype.type(1)
 
 
-@_loop
+@loop
 def _copy(line, to):
     for i in range(to.shape[0]):
         to[i] = line[i]
 
 
-@_loop
+@loop
 def _highest(numbers, first):
     """Where the highest number from `first` on stands first, −1 where there is none."""
     best, highest = first, numbers.dtype.type(-np.inf)
-    for begin in range(first, numbers.shape[0], LANES):
-        end, higher = min(begin + LANES, numbers.shape[0]), False
+    for begin in range(first, numbers.shape[0], AT_ONCE):
+        end, higher = min(begin + AT_ONCE, numbers.shape[0]), False
         for i in range(begin, end):
             higher |= numbers[i] > highest
         if higher:
@@ -89,8 +104,58 @@ def _highest(numbers, first):
     return best if first < numbers.shape[0] else -1
 
 
-@_loop
-def errors(slots, tokens, before, kept, at, error):
+@loop
+def score(slots, tokens, before, kept, at, scoring, tiny, out):
+    """What candidates score, out [R, n]: of slots [R, m, L], tokens [R, c, L]."""
+    if not scoring.by_error:
+        _shares(slots, tokens, before, kept, at, out)
+    else:
+        _errors(slots, tokens, before, kept, at, out)
+        if scoring.pool == 1 and scoring.difference == 0:
+            return
+        for r in range(out.shape[0]):
+            for j in range(out.shape[1]):
+                out[r, j] = np.sqrt(out[r, j])
+    if scoring.pool > 1:
+        _neighbours(out.copy(), before - kept + tokens.shape[1], scoring.pool, scoring.zeros, out)
+    if scoring.by_error and scoring.difference != 0:
+        differs = np.zeros(out.shape, out.dtype)
+        _differences(slots, tokens, before, kept, at, tiny, differs)
+        for r in range(out.shape[0]):
+            for j in range(out.shape[1]):
+                out[r, j] *= _power(differs[r, j], scoring.difference)
+    if scoring.value_norm:
+        _by_norm(slots, tokens, before, kept, at, out)
+
+
+@loop
+def _power(number, exponent):
+    if exponent == 0.5:
+        return np.sqrt(number)
+    return number * number if exponent == 2 else number**exponent
+
+
+@loop
+def _shares(slots, tokens, before, kept, at, share):
+    """The mean share that evidence says of candidates, [R, n]."""
+    for r in range(share.shape[0]):
+        of_slots = before[r] - kept
+        for j in range(of_slots + tokens.shape[1]):
+            share[r, j] = _share(_candidate(slots, tokens, r, kept, of_slots, j), at, share.dtype.type(0))
+
+
+@loop
+def _by_norm(slots, tokens, before, kept, at, out):
+    """Multiply by the norms of candidates' values, [R, n]."""
+    for r in range(out.shape[0]):
+        of_slots = before[r] - kept
+        for j in range(of_slots + tokens.shape[1]):
+            line = _candidate(slots, tokens, r, kept, of_slots, j)
+            out[r, j] *= np.sqrt(_dot(line[at.keys : at.values], line[at.keys : at.values])) / _mass(line, at)
+
+
+@loop
+def _errors(slots, tokens, before, kept, at, error):
     """The mean error that evidence says of candidates, [R, n], and the most that second readings said: of slots
     [R, m, L], tokens [R, c, L]."""
     for r in range(error.shape[0]):
@@ -102,20 +167,21 @@ def errors(slots, tokens, before, kept, at, error):
                 error[r, j] += line[at.evidence + 3]
 
 
-@_loop
-def neighbours(numbers, counts, pool, means):
-    """The mean of each number [R, n] and its neighbours, `pool` in all or as many as there are: counts[r] in row r."""
+@loop
+def _neighbours(numbers, counts, pool, zeros, means):
+    """The mean of each number [R, n] and its neighbours, `pool` in all with zeros beyond the ends, or as many as there
+    are: counts[r] in row r."""
     for r in range(numbers.shape[0]):
         for j in range(counts[r]):
             first, end = max(0, j - pool // 2), min(counts[r], j + pool // 2 + 1)
             total = numbers.dtype.type(0)
             for i in range(first, end):
                 total += numbers[r, i]
-            means[r, j] = total / (end - first)
+            means[r, j] = total / (pool if zeros else end - first)
 
 
-@_loop
-def differences(slots, tokens, before, kept, at, tiny, differs):
+@loop
+def _differences(slots, tokens, before, kept, at, tiny, differs):
     """(1 − cosine(k, k̄))·‖v − v̄‖ of candidates, [R, n]: `difference` of `pieces/admission.py`."""
     width, wide = at.keys, at.values - at.keys
     for r in range(differs.shape[0]):
@@ -145,7 +211,7 @@ def differences(slots, tokens, before, kept, at, tiny, differs):
             differs[r, j] = max(1 - likeness, 0) * np.sqrt(squared)
 
 
-@_loop
+@loop
 def admit(slots, tokens, before, after, kept, order, out, losers, keys):
     """The first of the candidates in this order [R, n] stay, as many as there are slots after[r] for.
 
@@ -177,14 +243,15 @@ def admit(slots, tokens, before, after, kept, order, out, losers, keys):
         keys[r, lose:] = 0
 
 
-@_loop
-def join(products, losers, lost, after, first, at, weighed, own, least, cap, tiny, out):
-    """Each of the lost[r] losers [R, k, L] leaves its value, and its numbers but for its `own` [s], with the slot of
+@loop
+def join(products, losers, lost, after, first, at, rule, out):
+    """Each of the lost[r] losers [R, k, L] leaves its value, and its numbers but for its own, with the slot of
     out [R, m, L] most like it by cosine, none of the first `first`, the lowest on ties. Values, and numbers that are
-    `weighed` [s], are scaled to the rows' shares.
+    weighed, are scaled to the rows' shares.
 
-    products [R, k, m]: of losers' keys and slots' keys; least: added to shares; cap: see `merging.cap`.
+    products [R, k, m]: of losers' keys and slots' keys.
     """
+    weighed, own, least, cap, tiny = rule.weighed, rule.own, rule.least, rule.cap, rule.tiny
     for r in range(out.shape[0]):
         slots = after[r]
         length, share = np.empty(slots, out.dtype), np.empty(slots, out.dtype)
@@ -223,20 +290,20 @@ def join(products, losers, lost, after, first, at, weighed, own, least, cap, tin
                 out[r, j, at.evidence + 1] *= (share[j] + joined[j]) / share[j]
 
 
-@_loop
-def read(lines, at, by_mass, tiny, values, bias):
+@loop
+def read(lines, at, rule, values, bias):
     """Slots [R, M, L] as they are read where values are means: values [R, M, v], and with `by_mass` the bias [R, M]."""
     for r in range(lines.shape[0]):
         for j in range(lines.shape[1]):
             line, value, mass = lines[r, j, at.keys : at.values], values[r, j], _mass(lines[r, j], at)
             for i in range(value.shape[0]):
                 value[i] = line[i] / mass
-            if by_mass:
-                own = max(lines[r, j, at.founder_mass], tiny)
+            if rule.by_mass:
+                own = max(lines[r, j, at.founder_mass], rule.tiny)
                 bias[r, j] = np.log(max(lines[r, j, at.mass] / own, lines.dtype.type(1)))
 
 
-@_loop
+@loop
 def told_by(shares, outputs, first, step, near, twice, told):
     """Over observed queries, every `step`-th from `first` on: shares [R, r, n], outputs [R, r, v] of all queries.
 
@@ -265,7 +332,7 @@ def told_by(shares, outputs, first, step, near, twice, told):
             told[r, j, 0], told[r, j, 1], told[r, j, 2] = square[j], share[j] / twice.shape[1], size[j]
 
 
-@_loop
+@loop
 def told_of(values, products, queries, told):
     """What `told_by` summed [R, n, 3] becomes evidence: error, share, 1. values, products [R, n, v]: −2·Σ p²·o."""
     for r in range(values.shape[0]):

@@ -9,7 +9,7 @@ import torch
 
 from memkit import loops
 from memkit.engine import heads as by_runs
-from memkit.engine import heads_as_rows
+from memkit.engine import heads_as_rows, lanes
 from memkit.engine.observe import Observer
 from memkit.memory.contest import Contest
 from tests.engine.test_heads import test_each_head_is_as_it_would_be_alone as notices
@@ -49,7 +49,16 @@ def test_a_rows_budget_given_to_another_head_is_noticed(monkeypatch: pytest.Monk
 
 def test_slots_that_only_fill_up_are_noticed_where_they_are_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Observer, "_hiding", lambda _, view, live: view)
+    monkeypatch.setattr(lanes, "ENABLED", False)
     with pytest.raises(AssertionError), torch.no_grad():
+        notices("untrained-observed", "torch")
+
+
+@pytest.mark.skipif(not loops.installed() or not loops.with_products(), reason="needs loops with products")
+def test_a_lane_that_takes_anothers_place_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    hand_back = lanes.Lanes._hand_back
+    monkeypatch.setattr(lanes.Lanes, "_hand_back", lambda self, each, *rest: hand_back(self, each[::-1], *rest))
+    with pytest.raises((AssertionError, RuntimeError)), torch.no_grad():
         notices("untrained-observed", "torch")
 
 

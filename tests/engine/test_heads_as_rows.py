@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import memkit
-from memkit.engine import heads_as_rows
+from memkit import loops
+from memkit.engine import heads_as_rows, lanes
 from memkit.memory import HeadsMemory, Memory
 from tests.engine.cases import CHUNK, Case, assert_close, make_case, small, tolerance
 
@@ -96,10 +97,12 @@ def test_a_text_may_be_split_and_rows_may_be_short(name: str, passes: list[int],
     assert passes == [8] * 4
 
 
-def test_where_one_head_has_far_more_slots_it_is_not_done(passes: list[int], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("by_lanes", [True, False])
+def test_where_one_head_has_far_more_slots_lanes_alone_do_it(by_lanes: bool, passes: list[int], monkeypatch):
+    monkeypatch.setattr(lanes, "ENABLED", by_lanes)
     spec = memkit.load_policy(small("untrained-observed"), {"heads": {"ratios": (0.5, 0.5, 0.5, 2.5)}})
     read(make_case(spec, TOKENS, rows=2, heads=8, kv_heads=4), monkeypatch, as_rows=True)
-    assert passes == []
+    assert passes == [8] * (by_lanes and loops.installed() and loops.with_products())
 
 
 def test_a_call_that_fails_leaves_the_memory_as_it_was(monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 import memkit
 from memkit import loops
-from memkit.engine import contests
+from memkit.engine import contests, lanes
+from memkit.engine.schedule import Step
 from memkit.memory import HeadsMemory, Memory
 from memkit.pieces import Admission, AdmissionSpec, ChunkContext, MergingSpec, Readout, ReadoutSpec
 from memkit.pieces.evidence import softmax_evidence
@@ -49,6 +50,9 @@ COMPETING: dict[str, tuple[str, dict[str, Any]]] = {
     "dropping, by shares": ("snapkv-512", {}),
     "dropping, by expected shares": ("expected-attention-512", {}),
 }
+STEP_BY_STEP = {"bias by count", "dropping, by expected shares"}
+"""What loops know of a contest, but not of a whole chunk."""
+
 OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "by dot product": ("untrained-observed", {"routing": {"kind": "nearest", "similarity": "dot"}}),
     "only where near enough": ("untrained-observed", {"routing.least": 0.3}),
@@ -65,8 +69,15 @@ def case_of(name: str) -> Case:
 
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many contests were folded by loops, and how many by operations."""
+    """How many contests were folded by lanes, how many by loops step by step, and how many by operations."""
     counted = Counter[str]()
+    by_lanes = lanes.Lanes.read
+
+    def noted(self: lanes.Lanes, steps: Sequence[Step], *args: Any) -> None:
+        counted["lanes"] += sum(len(step.leaving) for step in steps)
+        by_lanes(self, steps, *args)
+
+    monkeypatch.setattr(lanes.Lanes, "read", noted)
     for name in ("_contend_by_loops", "replace"):
         monkeypatch.setattr(contests, name, _noting(counted, name, getattr(contests, name)))
     return counted
@@ -81,10 +92,11 @@ def _noting(counted: Counter[str], name: str, function: Callable[..., Any]) -> C
 
 
 def read(
-    case: Case, monkeypatch: pytest.MonkeyPatch, by_loops: bool, cuts: tuple[int, ...] = ()
+    case: Case, monkeypatch: pytest.MonkeyPatch, by_loops: bool, cuts: tuple[int, ...] = (), by_lanes: bool = True
 ) -> tuple[Tensor, Memory]:
     """Outputs and memory of a text read in pieces."""
     monkeypatch.setattr(loops, "ENABLED", by_loops)
+    monkeypatch.setattr(lanes, "ENABLED", by_lanes)
     outputs, memory = list[Tensor](), None
     with torch.no_grad():
         for begin, end in zip((0, *cuts), (*cuts, TOKENS), strict=True):
@@ -111,14 +123,18 @@ def assert_same(one: Memory, other: Memory, limit: float) -> None:
 
 @pytest.mark.parametrize("cuts", [(), (CHUNK + 2, 5 * CHUNK, 5 * CHUNK + 1)], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("by_lanes", [True, False])
 @pytest.mark.parametrize("name", COMPETING)
-def test_loops_are_operations(name: str, dtype: torch.dtype, cuts, folds: Counter[str], monkeypatch):
+def test_loops_are_operations(
+    name: str, by_lanes: bool, dtype: torch.dtype, cuts, folds: Counter[str], monkeypatch: pytest.MonkeyPatch
+):
     case, limit = case_of(name).to(dtype), tolerance(dtype, 2048)
-    output, memory = read(case, monkeypatch, by_loops=True, cuts=cuts)
-    assert folds["_contend_by_loops"] > 0
+    output, memory = read(case, monkeypatch, by_loops=True, cuts=cuts, by_lanes=by_lanes)
+    assert bool(folds["lanes"]) == (by_lanes and name not in STEP_BY_STEP and loops.with_products())
+    assert folds["_contend_by_loops"]
     assert not folds["replace"]
     expected, by_operations = read(case, monkeypatch, by_loops=False, cuts=cuts)
-    assert folds["replace"] == folds["_contend_by_loops"]
+    assert folds["replace"] == folds["lanes"] + folds["_contend_by_loops"]
     assert_close(output, expected, limit, "outputs")
     assert_same(memory, by_operations, limit)
 
@@ -128,6 +144,7 @@ def test_what_loops_do_not_know_is_left_to_operations(name: str, folds: Counter[
     read(case_of(name), monkeypatch, by_loops=True)
     assert folds["replace"]
     assert not folds["_contend_by_loops"]
+    assert not folds["lanes"]
 
 
 class Heavy(Drop):
@@ -188,6 +205,7 @@ def test_pieces_of_ones_own_are_asked(policy: str, changes: dict[str, Any], fold
     read(make_case(spec, TOKENS, rows=2, heads=8, kv_heads=4), monkeypatch, by_loops=True)
     assert folds["replace"]
     assert not folds["_contend_by_loops"]
+    assert not folds["lanes"]
 
 
 @pytest.mark.parametrize("by_loops", [True, False])
@@ -287,7 +305,7 @@ def test_rows_of_unequal_lengths(folds: Counter[str], monkeypatch):
         with torch.no_grad():
             results.append(case.attend(lengths=lengths))
     (output, memory), (expected, by_operations) = results
-    assert folds["_contend_by_loops"]
+    assert folds["_contend_by_loops"] + folds["lanes"]
     assert_close(output, expected, tolerance(torch.float64, 2048), "outputs")
     assert_same(memory, by_operations, tolerance(torch.float64, 2048))
 
@@ -310,6 +328,7 @@ def test_gradients_are_for_operations(folds: Counter[str], monkeypatch):
     output.sum().backward()
     assert folds["replace"]
     assert not folds["_contend_by_loops"]
+    assert not folds["lanes"]
 
 
 @given(
@@ -369,6 +388,7 @@ def test_without_numba_operations_do_it(folds: Counter[str], monkeypatch):
         loops.compiled.cache_clear()
     assert folds["replace"]
     assert not folds["_contend_by_loops"]
+    assert not folds["lanes"]
 
 
 def test_a_numba_that_does_not_run_is_said_once(folds: Counter[str], monkeypatch):
@@ -384,7 +404,8 @@ def test_a_numba_that_does_not_run_is_said_once(folds: Counter[str], monkeypatch
 
 
 def test_without_a_folder_to_keep_them_loops_are_compiled_anew(monkeypatch):
-    lines = loops.compiled()
+    from memkit.loops import compiling
+
     asked = []
 
     def njit(cache: bool = False, **options: Any) -> Callable[[Any], Any]:
@@ -393,8 +414,8 @@ def test_without_a_folder_to_keep_them_loops_are_compiled_anew(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: SimpleNamespace(function=function, **options)
 
-    monkeypatch.setattr(lines, "njit", njit)
-    compiled = lines._loop(len)
+    monkeypatch.setattr(compiling, "njit", njit)
+    compiled = compiling.loop(len)
     assert asked == [True, False]
     assert compiled.function is len
     assert compiled.nogil

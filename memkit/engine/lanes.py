@@ -1,0 +1,238 @@
+"""Stretches of whole chunks on the CPU, by lanes: a key/value head of a row of the batch each, with its query heads.
+
+Lanes have nothing to do with each other where slots compete and readers are observed, so that threads take them: each
+goes through PLAN, FOLD, READ and OBSERVE of some chunks in one compiled loop (`memkit/loops/lanes.py`), with as many
+slots as it has. What loops do not know, and what is no whole chunk, goes through `forward.py` step by step.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit import loops
+from memkit.engine.contests import Layout, has_loops, layout, merging, scoring
+from memkit.engine.inputs import AttendInputs
+from memkit.engine.keysets import Queries
+from memkit.engine.leaving import AHEAD, LeavingTokens
+from memkit.engine.schedule import Schedule, Step, common
+from memkit.engine.threads import in_threads
+from memkit.memory.replacing import Line, lines_of_slots
+from memkit.memory.rows import Contributions, SlotRules
+from memkit.memory.slots import SlotStore
+from memkit.memory.window import Timeline
+from memkit.pieces.evidence import output_errors
+from memkit.policy import Policy
+
+__all__ = ["Lanes", "flat", "usable"]
+
+ENABLED = True
+"""Whether there are lanes. Off, steps go one by one: for who wonders what is wrong."""
+
+BEFORE, AFTER = 4, 5
+"""Where a step's numbers have how many slots there are before and after it."""
+
+PIECE = 4
+"""Chunks that a thread takes of a lane before it asks again which lane has most left to do."""
+
+
+@dataclass
+class Lane:
+    """One lane of a stretch: what its steps are about (`loops/lanes.py`), and how many of them are done."""
+
+    plan: np.ndarray
+    slots: Any
+    tokens: Any
+    done: int = 0
+    taken: bool = False
+
+    @property
+    def left(self) -> int:
+        """Rows that are still to be read."""
+        return int(self.plan[self.done :, AFTER].sum()) + max(0, len(self.plan) - self.done)
+
+    @property
+    def lines(self) -> np.ndarray:
+        """The slots' lines as they stand, [m, L]."""
+        return self.slots.lines[self.slots.which[0], : self.plan[-1, AFTER]]
+
+
+@functools.lru_cache(maxsize=64)
+def known(policy: Policy) -> bool:
+    """Whether loops know all that a whole chunk takes under this policy."""
+    if not has_loops(policy) or not loops.with_products() or policy.takes_boundaries or scoring(policy) is None:
+        return False
+    asks_nothing = policy.missed is output_errors and policy.expects is None
+    founds_alike = policy.merging.by_share or not policy.weighted
+    return asks_nothing and founds_alike and policy.readout.spec.bias != "count"
+
+
+def usable(policy: Policy, keys: Tensor) -> bool:
+    """Whether lanes go through whole chunks of such keys under this policy."""
+    return ENABLED and not torch.is_grad_enabled() and loops.usable(keys) and known(policy)
+
+
+class Lanes:
+    """The lanes of one call."""
+
+    def __init__(
+        self, inputs: AttendInputs, schedule: Schedule, rules: SlotRules, timeline: Timeline, leaving: LeavingTokens
+    ) -> None:
+        self.inputs, self.schedule, self.rules, self.timeline, self.leaving = inputs, schedule, rules, timeline, leaving
+        self.policy, self.chunk = rules.policy, rules.policy.chunk
+        # Of whom no query scale has been learned, for whom slots and window meet one query.
+        plain = inputs.parameters is None and not rules.policy.rotary.turns_queries
+        self.known = plain and usable(rules.policy, inputs.keys)
+
+    def stretches(self) -> list[list[Step]]:
+        """The steps, those together that lanes go through at once."""
+        groups, most, together = list[list[Step]](), max(1, AHEAD // self.chunk), False
+        for step in self.schedule.steps:
+            whole = self.takes(step)
+            if whole and together and len(groups[-1]) < most:
+                groups[-1].append(step)
+            else:
+                groups.append([step])
+            together = whole
+        return groups
+
+    def takes(self, step: Step) -> bool:
+        """Whether lanes go through a step: a chunk of all rows, before which one leaves in all of them, or in none."""
+        if not self.known:
+            return False
+        schedule, end = self.schedule, self.schedule.seen + step.stop
+        if step.stop - step.start != self.chunk or not step.active.all() or (schedule.lengths < step.stop).any():
+            return False
+        ended, begin = schedule.course.ends(end)
+        if not ended.all() or (end - begin != self.chunk).any() or common(step.first, step.active) is None:
+            return False
+        return all(each.leaves.all() and self._column(each.begin) is not None for each in step.leaving)
+
+    def _column(self, begin: np.ndarray) -> int | None:
+        """The column of these positions, if it is one and the same."""
+        return common(begin + self.schedule.shift, np.ones(len(begin), dtype=bool))
+
+    def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
+        """PLAN, FOLD, READ and OBSERVE; the outputs go into `output` [b, h, t, v], of all tokens of the call."""
+        store.about_to_write()
+        of, run = layout(self.policy, self.rules.width, output.shape[-1]), loops.of_lanes()
+        lanes, rule = self._lanes(steps, queries, store, output, of), merging(self.policy, of)
+        for lane in lanes:
+            loops.compiled().read(lane.slots.lines[:1], of.at, rule, lane.slots.values, lane.slots.bias)
+        tiny = float(np.finfo(lanes[0].slots.bias.dtype).tiny)
+        facts = (
+            of.at,
+            scoring(self.policy),
+            rule,
+            tiny,
+            self._reading(of.line, output.shape[1] // self.inputs.keys.shape[1]),
+        )
+        lock = threading.Lock()
+
+        def go_on() -> None:
+            while True:
+                with lock:
+                    free = [lane for lane in lanes if lane.left and not lane.taken]
+                    if not free:
+                        return
+                    lane = max(free, key=lambda one: one.left)
+                    lane.taken = True
+                run.steps(lane.plan[lane.done : lane.done + PIECE], lane.slots, lane.tokens, *facts)
+                lane.done += PIECE
+                lane.taken = False
+
+        in_threads(go_on, min(torch.get_num_threads(), len(lanes)))
+        self._hand_back(lanes, store, of.line)
+
+    def _lanes(
+        self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor, of: Layout
+    ) -> list[Lane]:
+        """The lanes, row after row of the batch."""
+        heads, group = self.inputs.keys.shape[1], output.shape[1] // self.inputs.keys.shape[1]
+        plans = [self._plan(steps, row) for row in range(len(output))]
+        held = max(int(plan[0, BEFORE]) for plan in plans)
+        slots = lines_of_slots(store, self.rules, held, of.line) if held else None
+        founders, begin = self._founders(steps, store)
+        asked, keys, values = (_along(each) for each in (queries.windowed, self.timeline.keys, self.timeline.values))
+        evidence, run, lanes = self.timeline.streams["evidence"], loops.of_lanes(), list[Lane]()
+        for row, plan in enumerate(plans):
+            live, room = int(plan[0, BEFORE]), max(1, int(plan[:, BEFORE : AFTER + 1].max()))
+            for head in range(heads):
+                group_of_head = slice(head * group, (head + 1) * group)
+                lines = store.sums.new_zeros(2, room, len(of.line.own))
+                if slots is not None:
+                    lines[0, :live] = slots[row, head, :live]
+                read = store.sums.new_zeros(1, room, output.shape[-1]), store.sums.new_zeros(1, room)
+                tokens = run.Tokens(
+                    *flat(asked[row, group_of_head]),
+                    *flat(keys[row, head]),
+                    *flat(values[row, head]),
+                    *flat(evidence[row, head]),
+                    *flat(output[row, group_of_head]),
+                    *(each[row, head].numpy() for each in founders),
+                    begin,
+                )
+                which = np.zeros(1, dtype=np.int64)
+                lanes.append(Lane(plan, run.Slots(lines.numpy(), which, *(each.numpy() for each in read)), tokens))
+        return lanes
+
+    def _plan(self, steps: Sequence[Step], row: int) -> np.ndarray:
+        """What the steps are for a row of the batch, as loops want to know it, [steps, 8]."""
+        plan = np.zeros((len(steps), 8), dtype=np.int64)
+        for step, numbers in zip(steps, plan, strict=True):
+            numbers[:4] = step.start, self.schedule.old + step.start, step.first[row], -1
+            numbers[BEFORE] = numbers[AFTER] = step.slots[row]
+            for each in step.leaving:
+                before, column = int(each.slots_before[row]), self._column(each.begin)
+                kept, after = min(before, self.policy.sinks), before + int(each.new_slots[row])
+                numbers[3:] = -1 if column is None else column, before, after, kept, int(each.sink_tokens[row])
+        return plan
+
+    def _founders(self, steps: Sequence[Step], store: SlotStore) -> tuple[Contributions, int]:
+        """What the tokens that leave found slots with, and the column of the first of them."""
+        columns = [self._column(each.begin) for step in steps for each in step.leaving]
+        if not columns or columns[0] is None or columns[-1] is None:
+            sums, numbers = store.sums[:, :, :0], store.numbers[:, :, :0].double()
+            return (sums.contiguous(), numbers.contiguous()), 0
+        made, begin = self.leaving.made(slice(columns[0], columns[-1] + self.chunk))
+        return made[1], begin
+
+    def _reading(self, line: Line, group: int) -> Any:
+        """How queries read and tell, as loops want to know it."""
+        observation, width = self.policy.observation, self.rules.width
+        offsets = np.array(observation.offsets_in(self.chunk), dtype=np.int64)
+        observed = (np.arange(group)[:, None] * self.chunk + offsets).flatten()
+        key_at = line.founders_keys.start if line.turned else 0
+        facts = (float(self.inputs.checked_scale), key_at, float(observation.decay), observation.maximal)
+        return loops.of_lanes().Reading(
+            group, self.chunk, width, line.values.stop - width, *facts, observation.apart, observed
+        )
+
+    def _hand_back(self, lanes: list[Lane], store: SlotStore, line: Line) -> None:
+        """The slots, where a store has them."""
+        shape = (*store.sums.shape[:2], store.room, len(line.own))
+        lines = store.sums.new_zeros(shape)
+        for place, lane in zip(lines.flatten(0, 1), lanes, strict=True):
+            place[: len(lane.lines)] = torch.from_numpy(lane.lines)
+        founders_keys = line.founders_keys if line.turned else None
+        store.take_lines(lines, line.values.stop, line.numbers, line.evidence, founders_keys)
+
+
+def _along(tensor: Tensor) -> Tensor:
+    """[b, h, n, x] whose tokens stand behind each other, without gaps within."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) >= tensor.shape[-1] else tensor.contiguous()
+
+
+def flat(tensor: Tensor) -> tuple[Any, ...]:
+    """From the first number of [(h,) n, x] to its last, and how far apart its heads and tokens begin."""
+    span = tensor.numel() and 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return (tensor.as_strided((span,), (1,)).numpy(), *tensor.stride()[:-1])

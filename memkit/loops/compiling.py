@@ -1,0 +1,62 @@
+"""How loops are compiled: each for the types that it is called with, at the first call, and kept on disk."""
+
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+__all__ = ["IN_ORDER", "exact", "loop", "no_nan", "numbers"]
+
+REORDERED = {"reassoc", "contract", "nsz"}
+"""Sums may be taken in any order, several numbers at a time; nothing is assumed of infinities and NaN."""
+
+
+IN_ORDER = {"fastmath": {"contract"}, "error_model": "numpy"}
+"""Options of a loop in which every operation is as it stands there."""
+
+
+def _forget_the_old() -> None:
+    """Loops call each other across files, and Numba asks only of the file of each whether it is as it was."""
+    folder = Path(__file__).parent
+    changed = max(source.stat().st_mtime for source in folder.glob("*.py"))
+    for index in folder.glob("__pycache__/*.nbi"):
+        try:
+            if index.stat().st_mtime < changed:
+                index.unlink()
+        except OSError:  # somebody else does, or we may not
+            continue
+
+
+_forget_the_old()
+
+
+def loop(function: Any) -> Any:
+    """Compile a loop whose sums may be taken in any order; it lets other threads of Python run."""
+    return _compiled(function, REORDERED)
+
+
+def exact(function: Any) -> Any:
+    """Compile a loop that does just what it says."""
+    return _compiled(function, False)
+
+
+def no_nan(function: Any) -> Any:
+    """Compile a loop over what may be infinite, but is never NaN."""
+    return _compiled(function, {*REORDERED, "nnan"})
+
+
+def numbers(function: Any) -> Any:
+    """Compile a loop over what is known to be numbers, none of them NaN or infinite."""
+    return _compiled(function, True)
+
+
+def _compiled(function: Any, fast: set[str] | bool) -> Any:
+    options = {"nogil": True, "fastmath": fast, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep it in: compiled anew in each process
+        return njit(**options)(function)

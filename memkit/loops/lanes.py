@@ -1,0 +1,230 @@
+"""A *lane* is one key/value head of one row of the batch, with the query heads that share it. Nothing of a lane depends
+on another one, so that threads take lanes: PLAN, FOLD, READ and OBSERVE of a whole stretch of chunks is one call here.
+
+It has its slots as lines (`lines.py`), and its tokens where the caller has them. Arrays are flat from a lane's first
+number on, with the distance from token to token and from head to head beside them; everything else is contiguous.
+"""
+
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from memkit.loops.blas import product
+from memkit.loops.compiling import loop
+from memkit.loops.lines import admit, join, read, score
+from memkit.loops.softmax import softmax
+
+__all__ = ["Reading", "Slots", "Tokens", "steps"]
+
+
+class Tokens(NamedTuple):
+    """A lane's tokens, by column of the timeline; queries and outputs by token of the call.
+
+    rows [n, d + v], numbers [n, s]: what those that leave found slots with, the first of column `begin`.
+    """
+
+    queries: Any
+    query_head: int
+    query_token: int
+    keys: Any
+    key_token: int
+    values: Any
+    value_token: int
+    evidence: Any
+    evidence_token: int
+    outputs: Any
+    output_head: int
+    output_token: int
+    rows: Any
+    numbers: Any
+    begin: int
+
+
+class Slots(NamedTuple):
+    """A lane's slots: lines [2, m, L], of which `which` [1] says where they stand, the other half being room for the
+    next ones; values [1, m, v] and bias [1, m] as they are read."""
+
+    lines: Any
+    which: Any
+    values: Any
+    bias: Any
+
+
+class Reading(NamedTuple):
+    """How a chunk's queries read and tell: heads of the group, queries of a chunk, channels of keys and of values, the
+    scale of scores; where a line has the key that queries meet; decay, maximal and apart as in `observe`; observed [q]:
+    which of the queries of the group, head after head, are observed."""
+
+    heads: int
+    chunk: int
+    width: int
+    value_width: int
+    scale: float
+    key_at: int
+    decay: float
+    maximal: bool
+    apart: int
+    observed: Any
+
+
+@loop
+def steps(plan, slots, tokens, at, scoring, merging, tiny, reading):
+    """Chunk after chunk: PLAN and FOLD what leaves, READ, OBSERVE.
+
+    plan [steps, 7]: the first query, among the call's tokens; its column; the first column that it sees; the column at
+    which the chunk begins that leaves, −1 for none; slots before and after, and how many of those, the first ones, are
+    no candidates; how many tokens of the chunk found in any case.
+    """
+    for step in range(plan.shape[0]):
+        start, column, first, leaving, before, after, kept, sink_tokens = plan[step]
+        if leaving >= 0:
+            chunk = _lines_of_tokens(tokens, leaving, at, reading)
+            _compete(slots, chunk, before, after, kept, sink_tokens, at, scoring, merging, tiny)
+        _meet(slots, after, tokens, start, column, first, at, merging.by_mass, reading)
+
+
+@loop
+def _lines_of_tokens(tokens, column, at, reading):
+    """The lines [1, c, L] of the chunk that begins at a column."""
+    row, sums, line_width = column - tokens.begin, tokens.rows.shape[1], tokens.rows.shape[1] + tokens.numbers.shape[1]
+    line_width += at.told + (reading.width if reading.key_at else 0)
+    lines = np.empty((1, reading.chunk, line_width), tokens.rows.dtype)
+    for i in range(reading.chunk):
+        line = lines[0, i]
+        _copy(tokens.rows[row + i], line[:sums])
+        for j in range(tokens.numbers.shape[1]):
+            line[sums + j] = tokens.numbers[row + i, j]
+        told, key = (column + i) * tokens.evidence_token, (column + i) * tokens.key_token
+        _copy(tokens.evidence[told : told + at.told], line[at.evidence : at.evidence + at.told])
+        if reading.key_at:
+            _copy(tokens.keys[key : key + reading.width], line[reading.key_at :])
+    return lines
+
+
+@loop
+def _copy(one, to):
+    for i in range(to.shape[0]):
+        to[i] = one[i]
+
+
+@loop
+def _compete(slots, tokens, before, after, kept, sink_tokens, at, scoring, merging, tiny):
+    """PLAN and FOLD: of slots and tokens [1, c, L] as many stay as there are slots afterwards."""
+    which, width = slots.which[0], at.keys
+    there, out = slots.lines[which : which + 1], slots.lines[1 - which : 2 - which]
+    befores, afters = np.full(1, before, np.int64), np.full(1, after, np.int64)
+    count = before - kept + tokens.shape[1]
+    lost = before + tokens.shape[1] - after
+    scores = np.zeros((1, count), out.dtype)
+    if lost:
+        score(there, tokens, befores, kept, at, scoring, tiny, scores)
+    falling = -scores[0]
+    for j in range(count):
+        if np.isnan(falling[j]) or j < sink_tokens:
+            falling[j] = -np.inf
+    order = np.argsort(falling, kind="mergesort").reshape(1, count)
+    losers = np.empty((1, max(lost, 1), out.shape[2]), out.dtype)
+    keys = np.empty((1, max(lost, 1), width), out.dtype)
+    admit(there, tokens, befores, afters, kept, order, out, losers, keys)
+    if merging.joins and lost and after:
+        products = np.empty((1, lost, after), out.dtype)
+        product(keys, width, False, out, out.shape[2], True, (lost, after, width), 1.0, False, products, after)
+        losts = np.full(1, lost, np.int64)
+        join(products, losers, losts, afters, kept + sink_tokens, at, merging, out)
+    read(out, at, merging, slots.values, slots.bias)
+    slots.which[0] = 1 - which
+
+
+@loop
+def _meet(slots, count, tokens, start, column, first, at, biased, reading):
+    """READ and OBSERVE: a chunk's queries, the first at `column`, meet `count` slots and the window from `first` on."""
+    heads, chunk, width, wide = reading.heads, reading.chunk, reading.width, reading.value_width
+    lines, key_at = slots.lines[slots.which[0]], reading.key_at
+    older, asked = column - first, heads * chunk
+    met, window = count + older + chunk, older + chunk
+    keys, values = tokens.keys[first * tokens.key_token :], tokens.values[first * tokens.value_token :]
+    queries, outputs = np.empty((asked, width), lines.dtype), np.empty((asked, wide), lines.dtype)
+    for h in range(heads):
+        for i in range(chunk):
+            begin = h * tokens.query_head + (start + i) * tokens.query_token
+            _copy(tokens.queries[begin : begin + width], queries[h * chunk + i])
+    shares, whole = np.empty((asked, met), lines.dtype), np.empty(met, np.int32)
+    if count:
+        of_keys, length = lines[0, key_at:], lines.shape[1]
+        product(queries, width, False, of_keys, length, True, (asked, count, width), reading.scale, False, shares, met)
+    of_window = shares[0, count:]
+    sizes = (asked, window, width)
+    product(queries, width, False, keys, tokens.key_token, True, sizes, reading.scale, False, of_window, met)
+    for q in range(asked):
+        sees, row = count + older + q % chunk + 1, shares[q]
+        if biased:
+            for j in range(count):
+                row[j] += slots.bias[0, j]
+        softmax(row[:sees], whole)
+        for j in range(sees, met):
+            row[j] = 0
+    if count:
+        product(shares, met, False, slots.values, wide, False, (asked, wide, count), 1.0, False, outputs, wide)
+    sizes = (asked, wide, window)
+    product(of_window, met, False, values, tokens.value_token, False, sizes, 1.0, count > 0, outputs, wide)
+    for h in range(heads):
+        for i in range(chunk):
+            begin = h * tokens.output_head + (start + i) * tokens.output_token
+            _copy(outputs[h * chunk + i], tokens.outputs[begin : begin + wide])
+    _tell(shares, outputs, slots, lines, count, tokens, first, older, values, at, reading)
+
+
+@loop
+def _tell(shares, outputs, slots, lines, count, tokens, first, older, values, at, reading):
+    """OBSERVE: what a chunk's observed queries tell of slots and window, from the shares [r·c, n] and outputs [r·c, v]
+    of all: `pieces/evidence.py`."""
+    observed, met, wide, chunk = reading.observed.shape[0], shares.shape[1], outputs.shape[1], reading.chunk
+    squares, twice = np.empty((observed, met), shares.dtype), np.empty((observed, wide), shares.dtype)
+    share, square, size = np.zeros(met, shares.dtype), np.zeros(met, shares.dtype), np.zeros(met, shares.dtype)
+    for i in range(observed):
+        q, squared, length = reading.observed[i], squares[i], shares.dtype.type(0)
+        row, output = shares[q], outputs[q]
+        for j in range(wide):
+            length += output[j] * output[j]
+            twice[i, j] = -2 * output[j]
+        tells = met
+        if reading.apart:  # of tokens that stand too near before it a query tells nothing
+            tells = count + max(0, older + q % chunk + 1 - reading.apart)
+        for j in range(met):
+            squared[j] = row[j] * row[j]
+            share[j] += row[j]
+        for j in range(tells, met):
+            squared[j] = 0
+        for j in range(met):
+            square[j] += squared[j]
+            size[j] += squared[j] * length
+    products = np.empty((met, wide), shares.dtype)
+    product(squares, met, True, twice, wide, False, (met, wide, observed), 1.0, False, products, wide)
+    for j in range(met):
+        if j < count:
+            value, sums = slots.values[0, j], lines[j, at.evidence : at.evidence + at.told]
+        else:
+            told = (first + j - count) * tokens.evidence_token
+            value = values[(j - count) * tokens.value_token : (j - count) * tokens.value_token + wide]
+            sums = tokens.evidence[told : told + at.told]
+        error = size[j]
+        for i in range(wide):
+            error += value[i] * (value[i] * square[j] + products[j, i])
+        _add(sums, (shares.dtype.type(0) if error < 0 else error) / observed, share[j] / observed, reading)
+
+
+@loop
+def _add(sums, error, share, reading):
+    """Add to a row's evidence what one more chunk told: `Observation.added`."""
+    judged = reading.decay * sums[2] + 1
+    if reading.maximal:
+        before = reading.decay * (sums[0] / max(sums[2], sums.dtype.type(1)))
+        sums[0] = (before if before > error or np.isnan(before) else error) * judged
+    else:
+        sums[0] = reading.decay * sums[0] + error
+    sums[1] = reading.decay * sums[1] + share
+    sums[2] = judged
