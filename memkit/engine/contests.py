@@ -20,7 +20,7 @@ from memkit.memory.contest import Contest
 from memkit.memory.replacing import SHARE_EPS, Line, replace
 from memkit.memory.rows import Chunk, SlotRules, SlotView
 from memkit.memory.slots import SlotStore
-from memkit.pieces.admission import Attention, OutputError
+from memkit.pieces.admission import Attention, ExpectedAttention, OutputError
 from memkit.pieces.merging import Drop, WeightedMean
 from memkit.pieces.readout import TINY, Readout
 from memkit.pieces.routing import Nearest
@@ -77,7 +77,9 @@ def scoring(policy: Policy) -> Any:
     admission, of = policy.admission, loops.compiled().Scoring
     if type(admission) is OutputError:
         return of(True, admission.pool, False, float(admission.difference), False)
-    return of(False, admission.pool, True, 0.0, admission.value_norm) if type(admission) is Attention else None
+    if type(admission) is Attention or type(admission) is ExpectedAttention:
+        return of(False, admission.pool, True, 0.0, admission.value_norm)
+    return None
 
 
 @functools.lru_cache(maxsize=64)

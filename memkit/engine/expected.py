@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from memkit.pieces.admission import Expectation
 from memkit.pieces.rotary import Rotation
 
-__all__ = ["expected_shares"]
+__all__ = ["expected_shares", "mean_rotation"]
 
 
 def expected_shares(
@@ -45,7 +45,7 @@ def expected_shares(
     grouped = queries.unflatten(1, (keys.shape[1], -1))  # [b, g, r, n, d]
     if isinstance(scale, Tensor):
         scale = scale[:, sinks:].unflatten(0, grouped.shape[1:3])
-    smear, mean = _mean_rotation(rotation, expects.future, queries), grouped.mean(3)
+    smear, mean = mean_rotation(rotation, expects.future, queries), grouped.mean(3)
     scores = scale * ((mean @ smear) @ keys.mT)  # [b, g, r, m]
     if expects.covariance:
         centred = (grouped - mean.unsqueeze(3)) @ smear
@@ -57,7 +57,7 @@ def expected_shares(
     return pad(scores.softmax(-1).mean(2), (sinks, 0))
 
 
-def _mean_rotation(rotation: Rotation, places: int, like: Tensor) -> Tensor:
+def mean_rotation(rotation: Rotation, places: int, like: Tensor) -> Tensor:
     """The mean of the rotations by 0 … places − 1 positions, for vectors as rows: [d, d]."""
     cos, sin = rotation.angles(torch.arange(places, device=like.device))
     unit = torch.eye(like.shape[-1], device=like.device, dtype=like.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from memkit import loops
 from memkit.engine.contests import Layout, has_loops, layout, merging, scoring
+from memkit.engine.expected import mean_rotation
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries
 from memkit.engine.leaving import AHEAD, LeavingTokens
@@ -69,9 +70,8 @@ def known(policy: Policy) -> bool:
     """Whether loops know all that a whole chunk takes under this policy."""
     if not has_loops(policy) or not loops.with_products() or policy.takes_boundaries or scoring(policy) is None:
         return False
-    asks_nothing = policy.missed is output_errors and policy.expects is None
     founds_alike = policy.merging.by_share or not policy.weighted
-    return asks_nothing and founds_alike and policy.readout.spec.bias != "count"
+    return policy.missed is output_errors and founds_alike and policy.readout.spec.bias != "count"
 
 
 def usable(policy: Policy, keys: Tensor) -> bool:
@@ -160,6 +160,7 @@ class Lanes:
         held = max(int(plan[0, BEFORE]) for plan in plans)
         slots = lines_of_slots(store, self.rules, held, of.line) if held else None
         founders, begin = self._founders(steps, store)
+        readers = self._readers(steps, queries)
         asked, keys, values = (_along(each) for each in (queries.windowed, self.timeline.keys, self.timeline.values))
         evidence, run, lanes = self.timeline.streams["evidence"], loops.of_lanes(), list[Lane]()
         for row, plan in enumerate(plans):
@@ -178,22 +179,41 @@ class Lanes:
                     *flat(output[row, group_of_head]),
                     *(each[row, head].numpy() for each in founders),
                     begin,
+                    readers[row, group_of_head].numpy(),
+                    steps[0].start,
                 )
                 which = np.zeros(1, dtype=np.int64)
                 lanes.append(Lane(plan, run.Slots(lines.numpy(), which, *(each.numpy() for each in read)), tokens))
         return lanes
 
     def _plan(self, steps: Sequence[Step], row: int) -> np.ndarray:
-        """What the steps are for a row of the batch, as loops want to know it, [steps, 8]."""
-        plan = np.zeros((len(steps), 8), dtype=np.int64)
+        """What the steps are for a row of the batch, as loops want to know it, [steps, 9]."""
+        plan = np.zeros((len(steps), 9), dtype=np.int64)
         for step, numbers in zip(steps, plan, strict=True):
             numbers[:4] = step.start, self.schedule.old + step.start, step.first[row], -1
             numbers[BEFORE] = numbers[AFTER] = step.slots[row]
+            numbers[8] = max(0, self.policy.sinks - int(self.schedule.seen[row]) - step.start)
             for each in step.leaving:
                 before, column = int(each.slots_before[row]), self._column(each.begin)
                 kept, after = min(before, self.policy.sinks), before + int(each.new_slots[row])
-                numbers[3:] = -1 if column is None else column, before, after, kept, int(each.sink_tokens[row])
+                numbers[3:8] = -1 if column is None else column, before, after, kept, int(each.sink_tokens[row])
         return plan
+
+    def _readers(self, steps: Sequence[Step], queries: Queries) -> Tensor:
+        """Who is expected to read behind each chunk, [b, h, n, d]: its queries, turned there; none where nobody is.
+
+        By how far they are turned a chunk's queries differ, and by which mean rotation then (`expected.py`) none do.
+        """
+        expects, rotation, positions = self.policy.expects, self.inputs.rotation, self.timeline.get("positions")
+        span = slice(steps[0].start, steps[-1].stop)
+        if expects is None:
+            return queries.windowed[:, :, :0].contiguous()
+        assert rotation is not None and positions is not None
+        asked = queries.windowed[:, :, span]
+        columns = slice(self.schedule.old + span.start, self.schedule.old + span.stop)
+        of_chunks = positions[:, :, columns].unflatten(2, (-1, self.chunk))
+        ahead = (of_chunks[..., -1:] + 1 - of_chunks).flatten(2)
+        return (rotation.apply(asked, ahead) @ mean_rotation(rotation, expects.future, asked)).contiguous()
 
     def _founders(self, steps: Sequence[Step], store: SlotStore) -> tuple[Contributions, int]:
         """What the tokens that leave found slots with, and the column of the first of them."""
@@ -211,8 +231,10 @@ class Lanes:
         observed = (np.arange(group)[:, None] * self.chunk + offsets).flatten()
         key_at = line.founders_keys.start if line.turned else 0
         facts = (float(self.inputs.checked_scale), key_at, float(observation.decay), observation.maximal)
+        expects = self.policy.expects
+        of_expected = expects is not None and expects.covariance, self.policy.sinks
         return loops.of_lanes().Reading(
-            group, self.chunk, width, line.values.stop - width, *facts, observation.apart, observed
+            group, self.chunk, width, line.values.stop - width, *facts, observation.apart, observed, *of_expected
         )
 
     def _hand_back(self, lanes: list[Lane], store: SlotStore, line: Line) -> None:

@@ -24,7 +24,9 @@ __all__ = ["Reading", "Slots", "Tokens", "steps"]
 class Tokens(NamedTuple):
     """A lane's tokens, by column of the timeline; queries and outputs by token of the call.
 
-    rows [n, d + v], numbers [n, s]: what those that leave found slots with, the first of column `begin`.
+    rows [n, d + v], numbers [n, s]: what those that leave found slots with, the first of column `begin`; readers
+    [r, n, d], contiguous: who is expected to read behind each chunk, made of its queries, from query `readers_begin`
+    on; none where nobody is expected.
     """
 
     queries: Any
@@ -42,6 +44,8 @@ class Tokens(NamedTuple):
     rows: Any
     numbers: Any
     begin: int
+    readers: Any
+    readers_begin: int
 
 
 class Slots(NamedTuple):
@@ -69,6 +73,8 @@ class Reading(NamedTuple):
     maximal: bool
     apart: int
     observed: Any
+    covariance: bool
+    sinks: int
 
 
 @loop
@@ -77,14 +83,14 @@ def steps(plan, slots, tokens, at, scoring, merging, tiny, reading):
 
     plan [steps, 7]: the first query, among the call's tokens; its column; the first column that it sees; the column at
     which the chunk begins that leaves, −1 for none; slots before and after, and how many of those, the first ones, are
-    no candidates; how many tokens of the chunk found in any case.
+    no candidates; how many tokens of the chunk found in any case; how many of the chunk's first queries are sinks'.
     """
     for step in range(plan.shape[0]):
-        start, column, first, leaving, before, after, kept, sink_tokens = plan[step]
+        start, column, first, leaving, before, after, kept, sink_tokens, of_sinks = plan[step]
         if leaving >= 0:
             chunk = _lines_of_tokens(tokens, leaving, at, reading)
             _compete(slots, chunk, before, after, kept, sink_tokens, at, scoring, merging, tiny)
-        _meet(slots, after, tokens, start, column, first, at, merging.by_mass, reading)
+        _meet(slots, after, tokens, start, column, first, of_sinks, at, merging.by_mass, reading)
 
 
 @loop
@@ -140,7 +146,7 @@ def _compete(slots, tokens, before, after, kept, sink_tokens, at, scoring, mergi
 
 
 @loop
-def _meet(slots, count, tokens, start, column, first, at, biased, reading):
+def _meet(slots, count, tokens, start, column, first, of_sinks, at, biased, reading):
     """READ and OBSERVE: a chunk's queries, the first at `column`, meet `count` slots and the window from `first` on."""
     heads, chunk, width, wide = reading.heads, reading.chunk, reading.width, reading.value_width
     lines, key_at = slots.lines[slots.which[0]], reading.key_at
@@ -175,16 +181,73 @@ def _meet(slots, count, tokens, start, column, first, at, biased, reading):
         for i in range(chunk):
             begin = h * tokens.output_head + (start + i) * tokens.output_token
             _copy(outputs[h * chunk + i], tokens.outputs[begin : begin + wide])
-    _tell(shares, outputs, slots, lines, count, tokens, first, older, values, at, reading)
+    told = _mean_shares(shares, reading)
+    if tokens.readers.shape[1]:
+        told = _expected(slots, lines, count, tokens, start, keys, window, of_sinks, biased, reading)
+    _tell(shares, told, outputs, slots, lines, count, tokens, first, older, values, at, reading)
 
 
 @loop
-def _tell(shares, outputs, slots, lines, count, tokens, first, older, values, at, reading):
+def _mean_shares(shares, reading):
+    """What the observed queries pay each row, on average, [n], of the shares [r·c, n] of all."""
+    told, observed = np.zeros(shares.shape[1], shares.dtype), reading.observed.shape[0]
+    for i in range(observed):
+        row = shares[reading.observed[i]]
+        for j in range(told.shape[0]):
+            told[j] += row[j]
+    for j in range(told.shape[0]):
+        told[j] /= observed
+    return told
+
+
+@loop
+def _expected(slots, lines, count, tokens, start, keys, window, of_sinks, biased, reading):
+    """What readers to come are expected to pay each row, [n]: `engine/expected.py`."""
+    heads, chunk, width, dtype = reading.heads, reading.chunk, reading.width, lines.dtype
+    met, each = count + window, reading.observed.shape[0] // heads
+    share, row, whole = np.zeros(met, dtype), np.empty(met, dtype), np.empty(met, np.int32)
+    for h in range(heads):
+        some = reading.observed[h * each : (h + 1) * each] - h * chunk
+        if some[each - 1] >= of_sinks:
+            some = some[some >= of_sinks]
+        readers = np.empty((len(some) + 1, width), dtype)  # and their mean in front
+        for i in range(width):
+            total = dtype.type(0)
+            for n in range(len(some)):
+                readers[n + 1, i] = tokens.readers[h, start - tokens.readers_begin + some[n], i]
+                total += readers[n + 1, i]
+            readers[0, i] = total / len(some)
+            for n in range(len(some)):
+                readers[n + 1, i] -= readers[0, i]
+        asking = len(some) + 1 if reading.covariance else 1
+        scores = np.empty((asking, met), dtype)
+        if count:
+            sizes = (asking, count, width)
+            of_keys = lines[0, reading.key_at :]
+            product(readers, width, False, of_keys, lines.shape[1], True, sizes, reading.scale, False, scores, met)
+        sizes = (asking, window, width)
+        of_window = scores[0, count:]
+        product(readers, width, False, keys, tokens.key_token, True, sizes, reading.scale, False, of_window, met)
+        _copy(scores[0], row)
+        for n in range(1, asking):
+            for j in range(met):
+                row[j] += scores[n, j] * scores[n, j] / (2 * len(some))
+        if biased:
+            for j in range(count):
+                row[j] += slots.bias[0, j]
+        softmax(row[reading.sinks :], whole)
+        for j in range(reading.sinks, met):
+            share[j] += row[j] / heads
+    return share
+
+
+@loop
+def _tell(shares, told, outputs, slots, lines, count, tokens, first, older, values, at, reading):
     """OBSERVE: what a chunk's observed queries tell of slots and window, from the shares [r·c, n] and outputs [r·c, v]
-    of all: `pieces/evidence.py`."""
+    of all, and what is told of shares [n]: `pieces/evidence.py`."""
     observed, met, wide, chunk = reading.observed.shape[0], shares.shape[1], outputs.shape[1], reading.chunk
     squares, twice = np.empty((observed, met), shares.dtype), np.empty((observed, wide), shares.dtype)
-    share, square, size = np.zeros(met, shares.dtype), np.zeros(met, shares.dtype), np.zeros(met, shares.dtype)
+    square, size = np.zeros(met, shares.dtype), np.zeros(met, shares.dtype)
     for i in range(observed):
         q, squared, length = reading.observed[i], squares[i], shares.dtype.type(0)
         row, output = shares[q], outputs[q]
@@ -196,7 +259,6 @@ def _tell(shares, outputs, slots, lines, count, tokens, first, older, values, at
             tells = count + max(0, older + q % chunk + 1 - reading.apart)
         for j in range(met):
             squared[j] = row[j] * row[j]
-            share[j] += row[j]
         for j in range(tells, met):
             squared[j] = 0
         for j in range(met):
@@ -208,13 +270,13 @@ def _tell(shares, outputs, slots, lines, count, tokens, first, older, values, at
         if j < count:
             value, sums = slots.values[0, j], lines[j, at.evidence : at.evidence + at.told]
         else:
-            told = (first + j - count) * tokens.evidence_token
+            place = (first + j - count) * tokens.evidence_token
             value = values[(j - count) * tokens.value_token : (j - count) * tokens.value_token + wide]
-            sums = tokens.evidence[told : told + at.told]
+            sums = tokens.evidence[place : place + at.told]
         error = size[j]
         for i in range(wide):
             error += value[i] * (value[i] * square[j] + products[j, i])
-        _add(sums, (shares.dtype.type(0) if error < 0 else error) / observed, share[j] / observed, reading)
+        _add(sums, (shares.dtype.type(0) if error < 0 else error) / observed, told[j], reading)
 
 
 @loop

@@ -49,8 +49,17 @@ COMPETING: dict[str, tuple[str, dict[str, Any]]] = {
     "dropping": ("caote-512", {}),
     "dropping, by shares": ("snapkv-512", {}),
     "dropping, by expected shares": ("expected-attention-512", {}),
+    "by expected shares of mean readers": ("expected-attention-512", {"admission.covariance": False, "sinks": 2}),
+    "merging, by expected shares": (
+        "untrained-observed",
+        {
+            "admission": {"kind": "expected-attention", "future": 20, "value_norm": False},
+            "observe.queries": 3,
+            "sinks": 5,
+        },
+    ),
 }
-STEP_BY_STEP = {"bias by count", "dropping, by expected shares"}
+STEP_BY_STEP = {"bias by count"}
 """What loops know of a contest, but not of a whole chunk."""
 
 OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
