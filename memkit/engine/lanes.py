@@ -86,7 +86,7 @@ class Lanes:
         self, inputs: AttendInputs, schedule: Schedule, rules: SlotRules, timeline: Timeline, leaving: LeavingTokens
     ) -> None:
         self.inputs, self.schedule, self.rules, self.timeline, self.leaving = inputs, schedule, rules, timeline, leaving
-        self.policy, self.chunk = rules.policy, rules.policy.chunk
+        self.policy, self.chunk, self.lock = rules.policy, rules.policy.chunk, threading.Lock()
         # Of whom no query scale has been learned, for whom slots and window meet one query.
         plain = inputs.parameters is None and not rules.policy.rotary.turns_queries
         self.known = plain and usable(rules.policy, inputs.keys)
@@ -126,24 +126,11 @@ class Lanes:
         lanes, rule = self._lanes(steps, queries, store, output, of), merging(self.policy, of)
         for lane in lanes:
             loops.compiled().read(lane.slots.lines[:1], of.at, rule, lane.slots.values, lane.slots.bias)
-        tiny = float(np.finfo(lanes[0].slots.bias.dtype).tiny)
-        facts = (
-            of.at,
-            scoring(self.policy),
-            rule,
-            tiny,
-            self._reading(of.line, output.shape[1] // self.inputs.keys.shape[1]),
-        )
-        lock = threading.Lock()
+        reading = self._reading(of.line, output.shape[1] // self.inputs.keys.shape[1])
+        facts = (of.at, scoring(self.policy), rule, torch.finfo(store.sums.dtype).tiny, reading)
 
         def go_on() -> None:
-            while True:
-                with lock:
-                    free = [lane for lane in lanes if lane.left and not lane.taken]
-                    if not free:
-                        return
-                    lane = max(free, key=lambda one: one.left)
-                    lane.taken = True
+            while (lane := self._taken(lanes)) is not None:
                 run.steps(lane.plan[lane.done : lane.done + PIECE], lane.slots, lane.tokens, *facts)
                 lane.done += PIECE
                 lane.taken = False
@@ -151,39 +138,43 @@ class Lanes:
         in_threads(go_on, min(torch.get_num_threads(), len(lanes)))
         self._hand_back(lanes, store, of.line)
 
+    def _taken(self, lanes: list[Lane]) -> Lane | None:
+        """The lane with most left to do of those that no thread is at, taken; None where there is none."""
+        with self.lock:
+            lane = max((one for one in lanes if one.left and not one.taken), key=lambda one: one.left, default=None)
+            if lane is not None:
+                lane.taken = True
+            return lane
+
     def _lanes(
         self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor, of: Layout
     ) -> list[Lane]:
         """The lanes, row after row of the batch."""
-        heads, group = self.inputs.keys.shape[1], output.shape[1] // self.inputs.keys.shape[1]
+        run, heads, group = loops.of_lanes(), self.inputs.keys.shape[1], output.shape[1] // self.inputs.keys.shape[1]
         plans = [self._plan(steps, row) for row in range(len(output))]
         held = max(int(plan[0, BEFORE]) for plan in plans)
         slots = lines_of_slots(store, self.rules, held, of.line) if held else None
-        founders, begin = self._founders(steps, store)
-        readers = self._readers(steps, queries)
+        (rows, numbers), begin = self._founders(steps, store)
+        readers, evidence = self._readers(steps, queries), self.timeline.streams["evidence"]
         asked, keys, values = (_along(each) for each in (queries.windowed, self.timeline.keys, self.timeline.values))
-        evidence, run, lanes = self.timeline.streams["evidence"], loops.of_lanes(), list[Lane]()
-        for row, plan in enumerate(plans):
+        lanes = list[Lane]()
+        for row, head in np.ndindex(len(output), heads):
+            plan, asking = plans[row], slice(head * group, (head + 1) * group)
             live, room = int(plan[0, BEFORE]), max(1, int(plan[:, BEFORE : AFTER + 1].max()))
-            for head in range(heads):
-                group_of_head = slice(head * group, (head + 1) * group)
-                lines = store.sums.new_zeros(2, room, len(of.line.own))
-                if slots is not None:
-                    lines[0, :live] = slots[row, head, :live]
-                read = store.sums.new_zeros(1, room, output.shape[-1]), store.sums.new_zeros(1, room)
-                tokens = run.Tokens(
-                    *flat(asked[row, group_of_head]),
-                    *flat(keys[row, head]),
-                    *flat(values[row, head]),
-                    *flat(evidence[row, head]),
-                    *flat(output[row, group_of_head]),
-                    *(each[row, head].numpy() for each in founders),
-                    begin,
-                    readers[row, group_of_head].numpy(),
-                    steps[0].start,
-                )
-                which = np.zeros(1, dtype=np.int64)
-                lanes.append(Lane(plan, run.Slots(lines.numpy(), which, *(each.numpy() for each in read)), tokens))
+            lines = store.sums.new_zeros(2, room, len(of.line.own))
+            if slots is not None:
+                lines[0, :live] = slots[row, head, :live]
+            read = (store.sums.new_zeros(1, room, output.shape[-1]).numpy(), store.sums.new_zeros(1, room).numpy())
+            tokens = run.Tokens(
+                *flat(asked[row, asking]),
+                *flat(keys[row, head]),
+                *flat(values[row, head]),
+                *flat(evidence[row, head]),
+                *flat(output[row, asking]),
+                *(rows[row, head].numpy(), numbers[row, head].numpy(), begin),
+                *(readers[row, asking].numpy(), steps[0].start),
+            )
+            lanes.append(Lane(plan, run.Slots(lines.numpy(), np.zeros(1, dtype=np.int64), *read), tokens))
         return lanes
 
     def _plan(self, steps: Sequence[Step], row: int) -> np.ndarray:
@@ -254,7 +245,6 @@ def _along(tensor: Tensor) -> Tensor:
 
 def flat(tensor: Tensor) -> tuple[Any, ...]:
     """From the first number of [(h,) n, x] to its last, and how far apart its heads and tokens begin."""
-    span = tensor.numel() and 1 + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
     return (tensor.as_strided((span,), (1,)).numpy(), *tensor.stride()[:-1])

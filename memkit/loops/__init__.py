@@ -2,8 +2,9 @@
 what PyTorch does in some twenty operations on small tensors.
 
 They say what PyTorch's operations say, to rounding; without Numba, elsewhere than on the CPU, or where autograd is to
-follow, those are used. Here stands who may use them; `lines.py`, which alone imports Numba, has the loops. They are
-called from `pieces/evidence.py`, `engine/contests.py` and `engine/lanes.py`.
+follow, those are used. Here stands who may use them. `lines.py` has single contests and what queries tell, for
+`engine/contests.py` and `pieces/evidence.py`; `lanes.py` and `folding.py` take one head through whole chunks, for the
+modules of these names in `engine`. How they are compiled is `compiling.py`; `blas.py` and `softmax.py` they share.
 """
 
 from __future__ import annotations
