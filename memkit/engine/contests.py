@@ -117,11 +117,9 @@ def _contend_by_loops(rules: SlotRules, chunk: Chunk, store: SlotStore, contest:
     shape, heads = (*tokens.shape[:2], max(store.room, max(contest.after))), tokens.shape[1]
     before, after = (np.repeat(np.array(each), heads) for each in (contest.before, contest.after))
     there, coming = loops.rows(slots), loops.rows(tokens)
-    with np.errstate(all="ignore"):  # what is no number makes none, as in PyTorch
-        falling = -_scores(rules, chunk, store, contest, sink_tokens, (there, coming, before, kept, at))
-    falling[np.isnan(falling)] = -np.inf  # PyTorch sorts so, too
-    falling[:, :sink_tokens] = -np.inf
-    order = np.argsort(falling, axis=-1, kind="stable")
+    scores = _scores(rules, chunk, store, contest, sink_tokens, (there, coming, before, kept, at))
+    order = np.empty(scores.shape, dtype=np.int64)
+    run.rankings(scores, min(sink_tokens, scores.shape[1]), order)
     lines = tokens.new_empty(*shape, tokens.shape[-1])
     losers = tokens.new_empty(len(before), contest.most_left, tokens.shape[-1])
     keys, out = tokens.new_empty(*losers.shape[:2], width), loops.rows(lines)

@@ -30,6 +30,7 @@ from memkit.memory.rows import Contributions, SlotRules
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 from memkit.pieces.evidence import output_errors
+from memkit.pieces.observation import Observation
 from memkit.policy import Policy
 
 __all__ = ["Lanes", "flat", "usable"]
@@ -56,7 +57,7 @@ class Lane:
 
     @property
     def left(self) -> int:
-        """Rows that are still to be read."""
+        """Slots that are still to be read, and steps: what there is left to do; 0 where nothing is."""
         return int(self.plan[self.done :, AFTER].sum()) + max(0, len(self.plan) - self.done)
 
     @property
@@ -71,6 +72,8 @@ def known(policy: Policy) -> bool:
     if not has_loops(policy) or not loops.with_products() or policy.takes_boundaries or scoring(policy) is None:
         return False
     founds_alike = policy.merging.by_share or not policy.weighted
+    if type(policy.observation) is not Observation:
+        return False
     return policy.missed is output_errors and founds_alike and policy.readout.spec.bias != "count"
 
 
@@ -104,7 +107,7 @@ class Lanes:
         return groups
 
     def takes(self, step: Step) -> bool:
-        """Whether lanes go through a step: a chunk of all rows, before which one leaves in all of them, or in none."""
+        """Whether lanes go through a step: a chunk of all rows, before which one chunk leaves all of them, or none."""
         if not self.known:
             return False
         schedule, end = self.schedule, self.schedule.seen + step.stop
@@ -245,6 +248,7 @@ def _along(tensor: Tensor) -> Tensor:
 
 def flat(tensor: Tensor) -> tuple[Any, ...]:
     """From the first number of [(h,) n, x] to its last, and how far apart its heads and tokens begin."""
+    assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     span = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
     return (tensor.as_strided((span,), (1,)).numpy(), *tensor.stride()[:-1])

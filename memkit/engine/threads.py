@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -39,9 +39,16 @@ def in_threads(work: Callable[[], None], count: int) -> None:
     if count < 2:
         work()
         return
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        work()
+
     with one_thread(0, torch.device("cpu")):
-        others = [_helpers(count - 1).submit(work) for _ in range(count - 1)]
+        others = list[Future[None]]()
         try:
+            with suppress(RuntimeError):  # no thread can be had any more, where the interpreter is about to end
+                others.extend(_helpers(count - 1).submit(alone) for _ in range(count - 1))
             work()
         finally:
             wait(others)
@@ -52,7 +59,7 @@ def in_threads(work: Callable[[], None], count: int) -> None:
 @functools.cache
 def _helpers(count: int) -> ThreadPoolExecutor:
     """Threads that wait for work, for as long as the process lives."""
-    return ThreadPoolExecutor(count, "memkit", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(count, "memkit")
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads

@@ -38,10 +38,13 @@ def installed() -> bool:
 @functools.cache
 def compiled() -> Any:
     """The module of loops; None where Numba is not there, or does not run here, which is said once."""
-    if not installed():
-        return None
+    return _imported("lines") if installed() else None
+
+
+def _imported(name: str) -> Any:
+    """A module of loops; None where Numba does not run here, which is said."""
     try:
-        return importlib.import_module("memkit.loops.lines")
+        return importlib.import_module(f"memkit.loops.{name}")
     except Exception as error:  # whatever an installation has that does not fit
         warn(f"Numba does not run here, so that PyTorch does its work, slower: {error}", SlowPathWarning)
         return None
@@ -50,7 +53,8 @@ def compiled() -> Any:
 @functools.cache
 def with_products() -> bool:
     """Whether loops find PyTorch's matrix products, which `of_lanes` and `of_folding` need."""
-    return compiled() is not None and importlib.import_module("memkit.loops.blas").FOUND
+    blas = None if compiled() is None else _imported("blas")
+    return blas is not None and blas.FOUND
 
 
 def of_lanes() -> Any:

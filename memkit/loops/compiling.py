@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,6 @@ REORDERED = {"reassoc", "contract", "nsz"}
 
 IN_ORDER = {"fastmath": {"contract"}, "error_model": "numpy"}
 """Options of a loop in which every operation is as it stands there."""
-
-
-def _forget_the_old() -> None:
-    """Loops call each other across files, and Numba asks only of the file of each whether it is as it was."""
-    folder = Path(__file__).parent
-    changed = max(source.stat().st_mtime for source in folder.glob("*.py"))
-    for index in folder.glob("__pycache__/*.nbi"):
-        try:
-            if index.stat().st_mtime < changed:
-                index.unlink()
-        except OSError:  # somebody else does, or we may not
-            continue
-
-
-_forget_the_old()
 
 
 def loop(function: Any) -> Any:
@@ -57,6 +44,19 @@ def numbers(function: Any) -> Any:
 def _compiled(function: Any, fast: set[str] | bool) -> Any:
     options = {"nogil": True, "fastmath": fast, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        compiled = njit(cache=True, **options)(function)
+        _forget_the_old(compiled.stats.cache_path)
+        return compiled
     except RuntimeError:  # no folder to keep it in: compiled anew in each process
         return njit(**options)(function)
+
+
+@functools.cache
+def _forget_the_old(folder: str) -> None:
+    """Loops call each other across files, and of a loop that it has kept Numba asks only whether its own file is as it
+    was: forget what is older than any of the files."""
+    changed = max(source.stat().st_mtime for source in Path(__file__).parent.glob("*.py"))
+    for index in Path(folder).glob("*.nbi"):
+        with suppress(OSError):  # somebody else does, or we may not
+            if index.stat().st_mtime < changed:
+                index.unlink()

@@ -13,6 +13,7 @@ import numpy as np
 
 from memkit.loops.blas import product
 from memkit.loops.compiling import loop, no_nan
+from memkit.loops.lines import ranking
 
 __all__ = ["Notes", "Reading", "Slots", "Tokens", "fold"]
 
@@ -124,6 +125,7 @@ def _take_in(slots, tokens, row, before, new, sure, reading):
         if founded[i]:
             slot[i] = place
             place += 1
+        slot[i] = max(slot[i], 0)  # −1 where no similarity is a number: anybody's
         _add(slots, slot[i], tokens, row + i, founded[i])
         touched[slot[i]] = True
     for j in range(before + new):
@@ -143,7 +145,6 @@ def _nearest(keys, slots, count, sinks, slot, best, novelty):
     """For each key [c, d] the slot most like it that is no sink, the lowest on ties, and minus the highest similarity
     to any."""
     chunk, width, first = keys.shape[0], keys.shape[1], min(sinks, count)
-    plain = _all_finite(keys) and _all_finite(slots[:count])
     alike = np.empty((chunk, min(TILE, count)), keys.dtype)
     for begin in range(0, count, TILE):
         size, room = min(TILE, count - begin), alike.shape[1]
@@ -152,7 +153,7 @@ def _nearest(keys, slots, count, sinks, slot, best, novelty):
             row = alike[i, :size]
             start = max(0, first - begin)
             if start < size:
-                where = _highest(row, start) if plain else _highest_of_any(row, start)
+                where = _highest(row, start) if _finite(row) else _highest_of_any(row, start)
                 if slot[i] < 0 or _above(row[where], best[i]):
                     slot[i], best[i] = begin + where, row[where]
             for j in range(min(start, size)):
@@ -164,12 +165,10 @@ def _nearest(keys, slots, count, sinks, slot, best, novelty):
 
 
 @loop
-def _all_finite(rows):
-    wrong = rows.dtype.type(0)
-    for j in range(rows.shape[0]):
-        row = rows[j]
-        for i in range(row.shape[0]):
-            wrong += row[i] * rows.dtype.type(0)
+def _finite(row):
+    wrong = row.dtype.type(0)
+    for i in range(row.shape[0]):
+        wrong += row[i] * row.dtype.type(0)
     return np.isfinite(wrong)
 
 
@@ -218,11 +217,7 @@ def _found(keys, slots, tokens, row, before, new, sure, reading, novelty, founde
                 alike += keys[i, j] * first[0, j]
             novelty[i] = -alike
         sure = max(sure, 1)
-    falling = -novelty
-    for i in range(chunk):
-        if np.isnan(falling[i]) or i < sure:
-            falling[i] = -np.inf
-    order = np.argsort(falling, kind="mergesort")
+    order = ranking(novelty, sure)
     for i in range(new):
         founded[order[i]] = True
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from memkit.loops.blas import product
 from memkit.loops.compiling import loop
-from memkit.loops.lines import admit, join, read, score
+from memkit.loops.lines import admit, join, ranking, read, score
 from memkit.loops.softmax import softmax
 
 __all__ = ["Reading", "Slots", "Tokens", "steps"]
@@ -81,9 +81,10 @@ class Reading(NamedTuple):
 def steps(plan, slots, tokens, at, scoring, merging, tiny, reading):
     """Chunk after chunk: PLAN and FOLD what leaves, READ, OBSERVE.
 
-    plan [steps, 7]: the first query, among the call's tokens; its column; the first column that it sees; the column at
-    which the chunk begins that leaves, −1 for none; slots before and after, and how many of those, the first ones, are
-    no candidates; how many tokens of the chunk found in any case; how many of the chunk's first queries are sinks'.
+    plan [steps, 9]: the first query, among the call's tokens; its column; the first column that it sees; the column at
+    which the chunk begins that leaves, −1 for none; slots before it, and after it; how many of those before, the first
+    ones, are no candidates; how many tokens of the chunk found in any case; how many of the step's first queries are
+    sinks'.
     """
     for step in range(plan.shape[0]):
         start, column, first, leaving, before, after, kept, sink_tokens, of_sinks = plan[step]
@@ -128,11 +129,7 @@ def _compete(slots, tokens, before, after, kept, sink_tokens, at, scoring, mergi
     scores = np.zeros((1, count), out.dtype)
     if lost:
         score(there, tokens, befores, kept, at, scoring, tiny, scores)
-    falling = -scores[0]
-    for j in range(count):
-        if np.isnan(falling[j]) or j < sink_tokens:
-            falling[j] = -np.inf
-    order = np.argsort(falling, kind="mergesort").reshape(1, count)
+    order = ranking(scores[0], sink_tokens).reshape(1, count)
     losers = np.empty((1, max(lost, 1), out.shape[2]), out.dtype)
     keys = np.empty((1, max(lost, 1), width), out.dtype)
     admit(there, tokens, befores, afters, kept, order, out, losers, keys)
@@ -158,7 +155,7 @@ def _meet(slots, count, tokens, start, column, first, of_sinks, at, biased, read
         for i in range(chunk):
             begin = h * tokens.query_head + (start + i) * tokens.query_token
             _copy(tokens.queries[begin : begin + width], queries[h * chunk + i])
-    shares, whole = np.empty((asked, met), lines.dtype), np.empty(met, np.int32)
+    shares, whole = np.empty((asked, met), lines.dtype), np.empty((2, met), np.int32)
     if count:
         of_keys, length = lines[0, key_at:], lines.shape[1]
         product(queries, width, False, of_keys, length, True, (asked, count, width), reading.scale, False, shares, met)
@@ -205,7 +202,7 @@ def _expected(slots, lines, count, tokens, start, keys, window, of_sinks, biased
     """What readers to come are expected to pay each row, [n]: `engine/expected.py`."""
     heads, chunk, width, dtype = reading.heads, reading.chunk, reading.width, lines.dtype
     met, each = count + window, reading.observed.shape[0] // heads
-    share, row, whole = np.zeros(met, dtype), np.empty(met, dtype), np.empty(met, np.int32)
+    share, row, whole = np.zeros(met, dtype), np.empty(met, dtype), np.empty((2, met), np.int32)
     for h in range(heads):
         some = reading.observed[h * each : (h + 1) * each] - h * chunk
         if some[each - 1] >= of_sinks:

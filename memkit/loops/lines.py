@@ -16,7 +16,19 @@ import numpy as np
 
 from memkit.loops.compiling import loop
 
-__all__ = ["Columns", "Merging", "Scoring", "admit", "join", "read", "score", "told_by", "told_of"]
+__all__ = [
+    "Columns",
+    "Merging",
+    "Scoring",
+    "admit",
+    "join",
+    "ranking",
+    "rankings",
+    "read",
+    "score",
+    "told_by",
+    "told_of",
+]
 
 AT_ONCE = 16
 """Numbers that are compared at once."""
@@ -209,6 +221,37 @@ def _differences(slots, tokens, before, kept, at, tiny, differs):
                 squared += (line[width + i] * per_mass - mean_value[i]) ** 2
             likeness = _dot(line[:width], mean_key) / max(length[j] * mean_length, tiny)
             differs[r, j] = max(1 - likeness, 0) * np.sqrt(squared)
+
+
+@loop
+def ranking(scores, sure):
+    """The order of scores [n], the highest first, the earliest on ties; the first `sure` of them are +inf, and what is
+    no number is higher still, as PyTorch sorts."""
+    falling, wrong = -scores, 0
+    for j in range(sure):
+        falling[j] = -np.inf
+    for j in range(falling.shape[0]):
+        wrong += np.isnan(falling[j])
+    order = np.argsort(falling, kind="mergesort")
+    if not wrong:
+        return order
+    ranked, of_wrong, of_others = np.empty_like(order), 0, wrong
+    for j in range(falling.shape[0]):
+        if np.isnan(falling[j]):
+            ranked[of_wrong] = j
+            of_wrong += 1
+    for j in order:
+        if not np.isnan(falling[j]):
+            ranked[of_others] = j
+            of_others += 1
+    return ranked
+
+
+@loop
+def rankings(scores, sure, order):
+    """The same for each row [R, n], into order [R, n]."""
+    for r in range(scores.shape[0]):
+        order[r] = ranking(scores[r], sure)
 
 
 @loop

@@ -12,8 +12,8 @@ from memkit.loops.compiling import IN_ORDER, exact, loop, numbers
 
 __all__ = ["softmax"]
 
-LOWEST = np.float32(-87.0)
-"""Where exp still is a normal float32."""
+LOWEST = np.float32(-104.0)
+"""Where exp rounds to 0 in float32."""
 
 PER_LOG2 = np.float32(1.4426950408889634)
 LOG2_FIRST, LOG2_REST = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -28,7 +28,9 @@ TERMS = tuple(np.float32(1 / np.prod(np.arange(1.0, n + 1))) for n in range(8))
 
 @loop
 def softmax(row, wholes):
-    """The softmax of scores [n], in their place; all NaN where one is NaN or +inf. wholes [n]: int32, for its use."""
+    """The softmax of scores [n], in their place; NaN where one is NaN or +inf. wholes [2, n]: int32, for its use."""
+    if not row.shape[0]:
+        return
     wrong = row.dtype.type(0)
     for i in range(row.shape[0]):
         wrong += row[i] * row.dtype.type(0)
@@ -86,13 +88,16 @@ def _of_others(row, highest, wholes):
 
 
 def _of_float32(row, highest, wholes):
-    # exp(x) = 2ⁿ·exp(r), n = round(x / log 2), r = x − n·log 2; times 2ⁿ is n more in the exponent's bits.
-    bits = row.view(np.int32)
+    # exp(x) = 2ⁿ·exp(r), n = round(x / log 2), r = x − n·log 2. A power of 2 is a number whose exponent's bits say so,
+    # and 2ⁿ is two of them, for the smallest numbers have no exponent of their own.
+    one, other = wholes[0], wholes[1]
     for i in range(row.shape[0]):
         x = max(row[i] - highest, LOWEST)
         whole = (x * PER_LOG2 + ROUNDS) - ROUNDS
         r = (x - whole * LOG2_FIRST) - whole * LOG2_REST
-        wholes[i] = np.int32(whole)
+        half = np.int32(whole) >> np.int32(1)
+        one[i] = (half + np.int32(127)) << np.int32(23)
+        other[i] = (np.int32(whole) - half + np.int32(127)) << np.int32(23)
         series = TERMS[7]
         series = series * r + TERMS[6]
         series = series * r + TERMS[5]
@@ -101,5 +106,6 @@ def _of_float32(row, highest, wholes):
         series = series * r + TERMS[2]
         series = series * r + TERMS[1]
         row[i] = series * r + TERMS[0]
+    powers = wholes.view(np.float32)
     for i in range(row.shape[0]):
-        bits[i] += wholes[i] << np.int32(23)
+        row[i] = row[i] * powers[0, i] * powers[1, i]

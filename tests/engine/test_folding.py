@@ -186,6 +186,27 @@ def test_what_is_no_number_stays_none(what: str, number: float, monkeypatch):
     assert not output.isfinite().all()
 
 
+@pytest.mark.parametrize("spoiled", [slice(1, CHUNK), slice(2, 6)])
+def test_a_first_chunk_with_hardly_a_number(spoiled: slice, taken: list[int], monkeypatch):
+    """Tokens whose similarity to every founder is no number, and more of them than places."""
+    changes = {
+        "chunker.size": CHUNK,
+        "window": {"kind": "block", "chunks": 1},
+        "growth": {"kind": "sqrt", "factor": 2, "floor": 4},
+        "admission": {"kind": "novelty"},
+        "routing": {"kind": "nearest"},
+        "merging": {"kind": "mean"},
+        "sinks": 2,
+    }
+    case = make_case(memkit.load_policy("full", changes), TOKENS)
+    case.tensors["keys"][0, 0, spoiled] = torch.nan
+    output, memory = read(case, monkeypatch, by_loops=True)
+    assert taken
+    expected, by_operations = read(case, monkeypatch, by_loops=False)
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    assert torch.equal(memory.counts, by_operations.counts)
+
+
 def test_threads_change_nothing(taken: list[int], monkeypatch):
     threads, outputs = torch.get_num_threads(), list[Tensor]()
     try:

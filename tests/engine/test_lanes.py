@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 import memkit
 from memkit import loops
-from memkit.engine import lanes
+from memkit.engine import lanes, threads
 from memkit.engine.threads import in_threads
 from memkit.memory import Memory
+from memkit.pieces.observation import Observation, ObservationSpec
 from tests.engine.cases import CHUNK, Case, assert_close, make_case, small, tolerance
 
 if not loops.installed() or not loops.with_products():
@@ -64,14 +66,14 @@ def test_stretches_end_where_tokens_are_taken_ahead(chunks: list[int], monkeypat
 
 @pytest.mark.parametrize("heads", [{}, {"ratios": (0.5, 1.0, 1.0, 1.5)}], ids=["even", "uneven"])
 def test_threads_change_nothing(heads: dict[str, object], chunks: list[int]):
-    case, threads, outputs = case_of(heads=heads), torch.get_num_threads(), list[Tensor]()
+    case, before, outputs = case_of(heads=heads), torch.get_num_threads(), list[Tensor]()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             outputs.append(read(case)[0])
             assert torch.get_num_threads() == count
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert len(chunks) == 2
     assert torch.equal(*outputs)
 
@@ -119,6 +121,53 @@ def test_what_is_no_number_stays_none(what: str, number: float, monkeypatch: pyt
     assert not by_lanes[1, -1, at].isfinite().all()
     assert by_lanes[:1].isfinite().all()
     assert torch.equal(by_lanes[1, :, at].isnan(), expected[1, :, at].isnan())
+
+
+@pytest.mark.parametrize("name", ["h2o-512", "snapkv-512"])
+def test_shares_that_are_next_to_nothing_still_have_an_order(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Scores a hundred apart: shares below what is a normal number in float32."""
+    case = make_case(memkit.load_policy(small(name)), TOKENS).to(torch.float32)
+    case = with_tensors(case, lambda name, tensor: 1000 * tensor if name == "keys" else tensor)
+    by_lanes, _ = read(case)
+    monkeypatch.setattr(loops, "ENABLED", False)
+    assert_close(by_lanes, read(case)[0], tolerance(torch.float32, 2**13), "outputs")
+
+
+def test_more_sinks_than_a_chunk_has_tokens(chunks: list[int], monkeypatch: pytest.MonkeyPatch):
+    changes = {"chunker.size": 2, "sinks": 3, "growth.slots": 6, "admission.future": 5, "observe.queries": 2}
+    case = make_case(memkit.load_policy("expected-attention-512", changes), 20)
+    by_lanes, _ = read(case)
+    assert chunks
+    monkeypatch.setattr(loops, "ENABLED", False)
+    assert_close(by_lanes, read(case)[0], tolerance(torch.float64, 2048), "outputs")
+
+
+class Asked(Observation):
+    def added(self, evidence: Tensor, told: Tensor) -> Tensor:
+        raise InterruptedError
+
+    def add_(self, evidence: Tensor, told: Tensor) -> None:
+        raise InterruptedError
+
+
+class AskedSpec(ObservationSpec):
+    def build(self, chunk: int, given: bool = False) -> Asked:
+        return Asked(self, chunk, given)
+
+
+def test_an_observation_of_ones_own_is_asked():
+    spec = memkit.load_policy(small("caote-512")).model_copy(update={"observe": AskedSpec(queries=8)})
+    with pytest.raises(InterruptedError):
+        read(make_case(spec, TOKENS))
+
+
+def test_where_no_thread_can_be_had_one_does_all(monkeypatch: pytest.MonkeyPatch):
+    """As in a thread that outlives the interpreter's main one."""
+    pool, done = ThreadPoolExecutor(1), list[int]()
+    pool.shutdown()
+    monkeypatch.setattr(threads, "_helpers", lambda count: pool)
+    in_threads(lambda: done.append(1), 3)
+    assert done == [1]
 
 
 def test_an_error_in_a_thread_is_raised():
