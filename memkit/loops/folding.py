@@ -153,7 +153,7 @@ def _nearest(keys, slots, count, sinks, slot, best, novelty):
             row = alike[i, :size]
             start = max(0, first - begin)
             if start < size:
-                where = _highest(row, start) if _finite(row) else _highest_of_any(row, start)
+                where = _best(row, start) if _finite(row) else _best_of_any(row, start)
                 if slot[i] < 0 or _above(row[where], best[i]):
                     slot[i], best[i] = begin + where, row[where]
             for j in range(min(start, size)):
@@ -179,7 +179,7 @@ def _above(number, other):
 
 
 @no_nan
-def _highest(row, first):
+def _best(row, first):
     """Where the highest number from `first` on stands first."""
     best, run = row[first], first
     for begin in range(first, row.shape[0], RUN):
@@ -195,7 +195,7 @@ def _highest(row, first):
 
 
 @loop
-def _highest_of_any(row, first):
+def _best_of_any(row, first):
     """The same, where NaN is the highest of all."""
     where = first
     for i in range(first, row.shape[0]):

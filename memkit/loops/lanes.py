@@ -15,7 +15,7 @@ import numpy as np
 
 from memkit.loops.blas import product
 from memkit.loops.compiling import loop
-from memkit.loops.lines import admit, join, ranking, read, score
+from memkit.loops.lines import admit, copy, join, ranking, read, score
 from memkit.loops.softmax import softmax
 
 __all__ = ["Reading", "Slots", "Tokens", "steps"]
@@ -102,20 +102,14 @@ def _lines_of_tokens(tokens, column, at, reading):
     lines = np.empty((1, reading.chunk, line_width), tokens.rows.dtype)
     for i in range(reading.chunk):
         line = lines[0, i]
-        _copy(tokens.rows[row + i], line[:sums])
+        copy(tokens.rows[row + i], line[:sums])
         for j in range(tokens.numbers.shape[1]):
             line[sums + j] = tokens.numbers[row + i, j]
         told, key = (column + i) * tokens.evidence_token, (column + i) * tokens.key_token
-        _copy(tokens.evidence[told : told + at.told], line[at.evidence : at.evidence + at.told])
+        copy(tokens.evidence[told : told + at.told], line[at.evidence : at.evidence + at.told])
         if reading.key_at:
-            _copy(tokens.keys[key : key + reading.width], line[reading.key_at :])
+            copy(tokens.keys[key : key + reading.width], line[reading.key_at :])
     return lines
-
-
-@loop
-def _copy(one, to):
-    for i in range(to.shape[0]):
-        to[i] = one[i]
 
 
 @loop
@@ -154,7 +148,7 @@ def _meet(slots, count, tokens, start, column, first, of_sinks, at, biased, read
     for h in range(heads):
         for i in range(chunk):
             begin = h * tokens.query_head + (start + i) * tokens.query_token
-            _copy(tokens.queries[begin : begin + width], queries[h * chunk + i])
+            copy(tokens.queries[begin : begin + width], queries[h * chunk + i])
     shares, whole = np.empty((asked, met), lines.dtype), np.empty((2, met), np.int32)
     if count:
         of_keys, length = lines[0, key_at:], lines.shape[1]
@@ -177,7 +171,7 @@ def _meet(slots, count, tokens, start, column, first, of_sinks, at, biased, read
     for h in range(heads):
         for i in range(chunk):
             begin = h * tokens.output_head + (start + i) * tokens.output_token
-            _copy(outputs[h * chunk + i], tokens.outputs[begin : begin + wide])
+            copy(outputs[h * chunk + i], tokens.outputs[begin : begin + wide])
     told = _mean_shares(shares, reading)
     if tokens.readers.shape[1]:
         told = _expected(slots, lines, count, tokens, start, keys, window, of_sinks, biased, reading)
@@ -225,7 +219,7 @@ def _expected(slots, lines, count, tokens, start, keys, window, of_sinks, biased
         sizes = (asking, window, width)
         of_window = scores[0, count:]
         product(readers, width, False, keys, tokens.key_token, True, sizes, reading.scale, False, of_window, met)
-        _copy(scores[0], row)
+        copy(scores[0], row)
         for n in range(1, asking):
             for j in range(met):
                 row[j] += scores[n, j] * scores[n, j] / (2 * len(some))

@@ -21,6 +21,7 @@ __all__ = [
     "Merging",
     "Scoring",
     "admit",
+    "copy",
     "join",
     "ranking",
     "rankings",
@@ -96,7 +97,8 @@ def _mass(line, at):
 
 
 @loop
-def _copy(line, to):
+def copy(line, to):
+    """As many numbers of the one as the other takes."""
     for i in range(to.shape[0]):
         to[i] = line[i]
 
@@ -271,16 +273,16 @@ def admit(slots, tokens, before, after, kept, order, out, losers, keys):
                 stays[j] = True
                 places -= 1
         for j in range(kept):
-            _copy(slots[r, j], out[r, j])
+            copy(slots[r, j], out[r, j])
         stay, lose = kept, 0
         for j in range(count):
             line = _candidate(slots, tokens, r, kept, of_slots, j)
             if stays[j]:
-                _copy(line, out[r, stay])
+                copy(line, out[r, stay])
                 stay += 1
             else:
-                _copy(line, losers[r, lose])
-                _copy(line, keys[r, lose])
+                copy(line, losers[r, lose])
+                copy(line, keys[r, lose])
                 lose += 1
         out[r, stay:] = 0
         keys[r, lose:] = 0

@@ -37,7 +37,7 @@ def softmax(row, wholes):
     if not np.isfinite(wrong):
         _of_any(row)
         return
-    exponentials(row, _highest(row), wholes)
+    exponentials(row, _top(row), wholes)
     total = row.dtype.type(0)
     for i in range(row.shape[0]):
         total += row[i]
@@ -65,7 +65,7 @@ def _of_any(row):
 
 
 @numbers
-def _highest(row):
+def _top(row):
     highest = row[0]
     for i in range(row.shape[0]):
         highest = max(highest, row[i])
