@@ -18,7 +18,7 @@ from torch import Tensor
 from memkit import loops
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Snapshots
-from memkit.engine.lanes import flat
+from memkit.engine.lanes import strided
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.schedule import LeavingChunk, Schedule, Step, common
 from memkit.engine.threads import in_threads
@@ -58,8 +58,8 @@ class FoldsByLanes:
     ) -> None:
         self.schedule, self.rules, self.leaving, self.chunk = schedule, rules, leaving, rules.policy.chunk
         asked = ENABLED and inputs.plan is None and rules.valued and store.in_place and store.undo is None
-        self.known = asked and rules.dtype == store.sums.dtype and loops.usable(store.sums)
-        self.known = self.known and not torch.is_grad_enabled() and known(rules.policy)
+        asked = asked and rules.dtype == store.sums.dtype and store.sums.device.type == "cpu"
+        self.known = asked and not torch.is_grad_enabled() and known(rules.policy) and loops.usable(store.sums)
 
     def takes(self, steps: Sequence[Step]) -> bool:
         """Whether loops fold the chunks that leave before these steps: some, each of all rows."""
@@ -168,4 +168,4 @@ def _notes(noted: Snapshots | None, view: SlotView, lanes: int) -> Iterator[tupl
     for row in range(lanes // view.keys.shape[1]):
         for head in range(view.keys.shape[1]):
             places = [view.keys.new_zeros(0, 0) if each is None else each[row, :, head] for each in noted.notes]
-            yield tuple(part for each in places for part in flat(each)[:2])
+            yield tuple(part for each in places for part in strided(each)[:2])

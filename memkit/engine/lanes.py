@@ -33,7 +33,7 @@ from memkit.pieces.evidence import output_errors
 from memkit.pieces.observation import Observation
 from memkit.policy import Policy
 
-__all__ = ["Lanes", "flat", "usable"]
+__all__ = ["Lanes", "strided", "usable"]
 
 ENABLED = True
 """Whether there are lanes. Off, steps go one by one: for who wonders what is wrong."""
@@ -79,7 +79,8 @@ def known(policy: Policy) -> bool:
 
 def usable(policy: Policy, keys: Tensor) -> bool:
     """Whether lanes go through whole chunks of such keys under this policy."""
-    return ENABLED and not torch.is_grad_enabled() and loops.usable(keys) and known(policy)
+    asked = ENABLED and keys.device.type == "cpu" and not torch.is_grad_enabled()
+    return asked and known(policy) and loops.usable(keys)  # in this order: who has no use for Numba does not import it
 
 
 class Lanes:
@@ -169,11 +170,11 @@ class Lanes:
                 lines[0, :live] = slots[row, head, :live]
             read = (store.sums.new_zeros(1, room, output.shape[-1]).numpy(), store.sums.new_zeros(1, room).numpy())
             tokens = run.Tokens(
-                *flat(asked[row, asking]),
-                *flat(keys[row, head]),
-                *flat(values[row, head]),
-                *flat(evidence[row, head]),
-                *flat(output[row, asking]),
+                *strided(asked[row, asking]),
+                *strided(keys[row, head]),
+                *strided(values[row, head]),
+                *strided(evidence[row, head]),
+                *strided(output[row, asking]),
                 *(rows[row, head].numpy(), numbers[row, head].numpy(), begin),
                 *(readers[row, asking].numpy(), steps[0].start),
             )
@@ -246,7 +247,7 @@ def _along(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) >= tensor.shape[-1] else tensor.contiguous()
 
 
-def flat(tensor: Tensor) -> tuple[Any, ...]:
+def strided(tensor: Tensor) -> tuple[Any, ...]:
     """From the first number of [(h,) n, x] to its last, and how far apart its heads and tokens begin."""
     assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
     steps = zip(tensor.shape, tensor.stride(), strict=True)

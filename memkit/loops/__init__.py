@@ -50,10 +50,14 @@ def _imported(name: str) -> Any:
         return None
 
 
-@functools.cache
 def with_products() -> bool:
     """Whether loops find PyTorch's matrix products, which `of_lanes` and `of_folding` need."""
-    blas = None if compiled() is None else _imported("blas")
+    return compiled() is not None and _products_found()
+
+
+@functools.cache
+def _products_found() -> bool:
+    blas = _imported("blas")
     return blas is not None and blas.FOUND
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -168,6 +170,18 @@ def test_where_no_thread_can_be_had_one_does_all(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(threads, "_helpers", lambda count: pool)
     in_threads(lambda: done.append(1), 3)
     assert done == [1]
+
+
+@pytest.mark.parametrize(("policy", "imports"), [("full", False), ("streaming-4-512", False), ("h2o-512", True)])
+def test_who_has_no_use_for_numba_does_not_import_it(policy: str, imports: bool):
+    code = f"""
+import sys, torch, memkit
+with torch.no_grad():
+    memkit.attend({policy!r}, *(torch.randn(1, 2, 600, 8) for _ in range(3)))
+print("numba" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(imports)
 
 
 def test_an_error_in_a_thread_is_raised():
