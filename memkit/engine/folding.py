@@ -1,39 +1,30 @@
-"""Slots that are sums of the tokens nearest to them, folded on the CPU by lanes: a head of a row of the batch each.
-
-PLAN and FOLD of some steps are one call of a compiled loop for each lane (`memkit/loops/folding.py`), and threads take
-lanes. READ is `forward`'s. What loops do not know goes through `forward` chunk by chunk.
-"""
+"""Lanes whose slots are sums of the tokens nearest to them: PLAN, FOLD and READ by `memkit/loops/folding.py`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from memkit import loops
 from memkit.engine.inputs import AttendInputs
-from memkit.engine.keysets import Snapshots
-from memkit.engine.lanes import strided
+from memkit.engine.keysets import Queries
+from memkit.engine.lanes import Lane, Lanes, askable
 from memkit.engine.leaving import LeavingTokens
-from memkit.engine.schedule import LeavingChunk, Schedule, Step, common
-from memkit.engine.threads import in_threads
+from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.memory.rows import SlotRules, SlotView
 from memkit.memory.slots import SlotStore
+from memkit.memory.window import Timeline
 from memkit.pieces.admission import Novelty
 from memkit.pieces.readout import LAYER_NORM_EPS, SHORTEST, TINY, Readout
 from memkit.pieces.routing import Nearest
 from memkit.pieces.statistics import COUNT, FOUNDER_MASS, MASS, RADIUS
 from memkit.policy import Policy
 
-__all__ = ["FoldsByLanes"]
-
-ENABLED = True
-"""Whether there are such folds. Off, chunks are folded by operations: for who wonders what is wrong."""
+__all__ = ["FoldingLanes"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -50,84 +41,55 @@ def known(policy: Policy) -> bool:
     return places and reads and not policy.rotary.rotates_slots and loops.with_products()
 
 
-class FoldsByLanes:
-    """The folds of one call."""
+class FoldingLanes(Lanes):
+    """The lanes of one call whose slots are sums."""
 
     def __init__(
-        self, inputs: AttendInputs, schedule: Schedule, rules: SlotRules, leaving: LeavingTokens, store: SlotStore
+        self, inputs: AttendInputs, schedule: Schedule, rules: SlotRules, timeline: Timeline, leaving: LeavingTokens
     ) -> None:
-        self.schedule, self.rules, self.leaving, self.chunk = schedule, rules, leaving, rules.policy.chunk
-        asked = ENABLED and inputs.plan is None and rules.valued and store.in_place and store.undo is None
-        asked = asked and rules.dtype == store.sums.dtype and store.sums.device.type == "cpu"
-        self.known = asked and not torch.is_grad_enabled() and known(rules.policy) and loops.usable(store.sums)
+        super().__init__(inputs, schedule, rules, timeline, leaving)
+        asked = askable(inputs.keys) and inputs.plan is None and rules.valued and schedule.most_leaving > 0
+        self.known = asked and known(rules.policy) and loops.usable(inputs.keys)
 
-    def takes(self, steps: Sequence[Step]) -> bool:
-        """Whether loops fold the chunks that leave before these steps: some, each of all rows."""
-        return self.known and any(step.leaving for step in steps) and all(map(self._takes, steps))
-
-    def _takes(self, step: Step) -> bool:
-        return all(
-            each.leaves.all() and each.size == self.chunk and self._column(each) >= 0 and self._all_have_targets(each)
-            for each in step.leaving
-        )
+    def knows(self, step: Step) -> bool:
+        """Whether there is a slot to join for each token of the chunk that leaves, in all rows."""
+        return self.known and all(map(self._all_have_targets, step.leaving))
 
     def _all_have_targets(self, leaving: LeavingChunk) -> bool:
-        """Whether there is a slot to join for each token of the chunk, in all rows."""
-        routing, before, new = self.rules.policy.routing, leaving.slots_before, leaving.new_slots
+        routing, before, new = self.policy.routing, leaving.slots_before, leaving.new_slots
         assert isinstance(routing, Nearest)
         founded = (new > leaving.sink_tokens) & (routing.new_slots | ((before == 0) & (leaving.sink_tokens == 0)))
-        return bool(((before > self.rules.policy.sinks) | founded | (new == leaving.size)).all())
+        return bool(((before > self.policy.sinks) | founded | (new == leaving.size)).all())
 
-    def _column(self, leaving: LeavingChunk) -> int:
-        """The column at which the chunk begins in all rows; −1 where they differ."""
-        column = common(leaving.begin + self.schedule.shift, leaving.leaves)
-        return -1 if column is None else column
-
-    def snapshots(self, steps: Sequence[Step], store: SlotStore) -> Snapshots | SlotView | None:
-        """PLAN and FOLD; the slots as these steps read them."""
+    def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
+        """PLAN, FOLD and READ."""
         store.about_to_write()
-        run, heads, view = loops.of_folding(), store.sums.shape[1], _standing_alone(store, self.rules)
-        columns = [self._column(each) for step in steps for each in step.leaving]
-        plans = [self._plan(steps, row) for row in range(len(store.sums))]
-        slots = [run.Slots(*each) for each in _of_lanes(store.sums, store.numbers, view.keys, view.values, view.bias)]
-        tokens = [run.Tokens(*each) for each in self._tokens(slice(columns[0], columns[-1] + self.chunk))]
-        noted = Snapshots.empty(view, len(steps), steps[-1].most_slots) if len(steps) > 1 else None
-        notes = [run.Notes(*each) for each in _notes(noted, view, len(slots))]
-        lanes, reading = SimpleQueue[int](), self._reading
-        for lane in range(len(slots)):
-            lanes.put(lane)
+        run, view = loops.of_folding(), _standing_alone(store, self.rules)
+        slots = _of_lanes(store.sums, store.numbers, view.keys, view.values, view.bias)
+        plans = [self._plan(steps, row) for row in range(len(output))]
+        lanes = [
+            Lane(plans[row], (run.Slots(*of_slots), run.Tokens(*of_tokens), asked, heads))
+            for (row, _, asked, heads), of_slots, of_tokens in zip(
+                self._asked(queries, output), slots, self._tokens(steps, store), strict=True
+            )
+        ]
+        self._go_through(lanes, run.steps, self._reading)
 
-        def fold() -> None:
-            while True:
-                try:
-                    lane = lanes.get_nowait()
-                except Empty:
-                    return
-                run.fold(plans[lane // heads], slots[lane], tokens[lane], notes[lane], reading)
-
-        in_threads(fold, min(torch.get_num_threads(), len(slots)))
-        return noted if noted is not None else view if steps[0].most_slots else None
-
-    def _plan(self, steps: Sequence[Step], row: int) -> np.ndarray:
-        """What leaves before each step in a row of the batch, as the loop wants to know it, [steps, 5]."""
-        plan = np.full((len(steps), 5), -1, dtype=np.int64)
-        for step, numbers in zip(steps, plan, strict=True):
-            for each in step.leaving:
-                before, sure = int(each.slots_before[row]), int(each.sink_tokens[row])
-                numbers[:4] = self._column(each), before, before + int(each.new_slots[row]), sure
-            numbers[4] = step.most_slots
-        return plan
-
-    def _tokens(self, where: slice) -> Iterator[tuple[Any, ...]]:
-        """What each lane's tokens at these columns, and at others around them, add to slots."""
-        (keys, alone, joining), begin = self.leaving.made(where)
+    def _tokens(self, steps: Sequence[Step], store: SlotStore) -> Iterator[tuple[Any, ...]]:
+        """What each lane's tokens that leave before these steps, and others around them, add to slots."""
+        columns = self._columns(steps)
+        if columns is None:
+            nothing = store.sums[:, :, :0], store.numbers[:, :, :0]
+            (keys, alone, joining), begin = (store.sums[:, :, :0, : self.rules.width], nothing, nothing), 0
+        else:
+            (keys, alone, joining), begin = self.leaving.made(columns)
         for each in _of_lanes(keys, *alone, *joining):
             yield (*each, begin)
 
     @functools.cached_property
     def _reading(self) -> Any:
         """How tokens are placed and slots read, as the loop wants to know it."""
-        rules, policy = self.rules, self.rules.policy
+        rules, policy = self.rules, self.policy
         spec, routing = policy.readout.spec, policy.routing
         assert isinstance(routing, Nearest)
         at = {each: place for place, each in enumerate(policy.statistics)}
@@ -158,14 +120,3 @@ def _of_lanes(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     some = next(each for each in arrays if each is not None)
     for lane in range(len(some)):
         yield tuple(some[lane, :0, 0] if each is None else each[lane] for each in arrays)
-
-
-def _notes(noted: Snapshots | None, view: SlotView, lanes: int) -> Iterator[tuple[Any, ...]]:
-    """Where each lane notes how its slots are read, and how far apart one step's stand from the next one's."""
-    if noted is None:
-        yield from [(view.keys.new_zeros(0).numpy(), 0) * 3] * lanes
-        return
-    for row in range(lanes // view.keys.shape[1]):
-        for head in range(view.keys.shape[1]):
-            places = [view.keys.new_zeros(0, 0) if each is None else each[row, :, head] for each in noted.notes]
-            yield tuple(part for each in places for part in strided(each)[:2])

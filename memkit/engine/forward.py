@@ -11,12 +11,12 @@ from torch import Tensor
 
 from memkit.engine.backward import Inputs, Passed, attend_as_one_node
 from memkit.engine.carry import close, open_store, open_timeline, without_padding
+from memkit.engine.competing import CompetingLanes
 from memkit.engine.contests import contend
 from memkit.engine.decode import decode
-from memkit.engine.folding import FoldsByLanes
+from memkit.engine.folding import FoldingLanes
 from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
-from memkit.engine.lanes import Lanes
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.observe import Observer, alike_rows
 from memkit.engine.plan import chunk_columns, follow, in_common, place, record
@@ -93,8 +93,9 @@ class Pass:
         self.observer = Observer(inputs, self.schedule) if inputs.policy.observes else None
         self.given_plan = None if inputs.plan is None else inputs.plan.to(self.device)
         self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
-        self.folds = FoldsByLanes(inputs, self.schedule, self.rules, self.leaving, self.store)
-        self.lanes = Lanes(inputs, self.schedule, self.rules, self.timeline, self.leaving)
+        facts = (inputs, self.schedule, self.rules, self.timeline, self.leaving)
+        lanes = (kind(*facts) for kind in (CompetingLanes, FoldingLanes))
+        self.lanes = next((each for each in lanes if each.known), None)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
         self.together: FoldsTogether | None = None
         if inputs.values is not None and foldable_together(inputs, self.schedule, self.rules, self.store.sums):
@@ -116,7 +117,7 @@ class Pass:
         output = key_sets.values.new_empty(rows, tokens, heads, key_sets.values.shape[-1]).transpose(1, 2)
         lse = output.new_empty(output.shape[:3], dtype=torch.promote_types(output.dtype, torch.float32))
         for steps in self._groups():
-            if self.lanes.takes(steps[0]):
+            if self.lanes is not None and self.lanes.takes(steps[0]):
                 self.lanes.read(steps, queries, self.store, output)
                 continue
             with self._one_thread(steps[-1], heads if self.policy.observes else key_sets.keys.shape[1]):
@@ -148,8 +149,6 @@ class Pass:
         # Where nothing leaves and nobody goes back, slots may be there only as they are read.
         if self.together is not None and (self.inputs.differentiable or any(step.leaving for step in steps)):
             return self.together.snapshots(steps, self.store)
-        if self.together is None and self.folds.takes(steps):
-            return self.folds.snapshots(steps, self.store)
         if len(steps) == 1:
             self.absorb(steps[0])
             return self.slots(steps[0])
@@ -225,10 +224,10 @@ class Pass:
 
     def _groups(self) -> list[list[Step]]:
         """The steps, those together that are read together: consecutive ones that are alike."""
-        if self.policy.observes:
+        if self.lanes is not None:
             return self.lanes.stretches()
         steps, together = self.schedule.steps, TOGETHER.get(self.device.type, 0)
-        if not together or not self.inputs.equal_lengths or self.policy.window.band is not None:
+        if not together or self.policy.observes or not self.inputs.equal_lengths or self.policy.window.band is not None:
             return [[step] for step in steps]
         groups, of_one = list[list[Step]](), max(1, self.store.sums[:, :, :1].nbytes)
         for step in steps:

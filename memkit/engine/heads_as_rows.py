@@ -16,10 +16,10 @@ from torch import Tensor
 
 from memkit.engine.carry import close, without_padding
 from memkit.engine.checks import check
+from memkit.engine.competing import usable
 from memkit.engine.forward import Pass
 from memkit.engine.heads import by_heads
 from memkit.engine.inputs import AttendInputs
-from memkit.engine.lanes import usable
 from memkit.engine.schedule import Schedule
 from memkit.memory import HeadsMemory, Memory
 from memkit.memory.heads import side_by_side

@@ -105,16 +105,6 @@ class Snapshots:
         made.notes = [None if each is None else each.unflatten(0, (-1, steps)) for each in read]
         return made
 
-    @classmethod
-    def empty(cls, view: SlotView, steps: int, most: int) -> Snapshots:
-        """Room for as many slots as `most` of such a view, which the caller fills."""
-        made = cls(steps, most)
-        for number, read in enumerate((view.keys, view.values, view.bias)):
-            if read is not None:
-                rows, heads, _, *width = read.shape
-                made.notes[number] = read.new_empty(rows, steps, heads, most, *width)
-        return made
-
     def take(self, step: int, view: SlotView) -> None:
         """Note how the slots are read at a step."""
         for number, read in enumerate((view.keys, view.values, view.bias)):

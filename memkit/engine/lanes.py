@@ -1,15 +1,15 @@
-"""Stretches of whole chunks on the CPU, by lanes: a key/value head of a row of the batch each, with its query heads.
+"""Stretches of chunks on the CPU, by lanes: a key/value head of a row of the batch each, with its query heads.
 
-Lanes have nothing to do with each other where slots compete and readers are observed, so that threads take them: each
-goes through PLAN, FOLD, READ and OBSERVE of some chunks in one compiled loop (`memkit/loops/lanes.py`), with as many
-slots as it has. What loops do not know, and what is no whole chunk, goes through `forward.py` step by step.
+Lanes have nothing to do with each other, so that threads take them: each goes through all stages of some chunks in one
+compiled loop, with as many slots as it has. There are two kinds: `competing.py`, whose slots are made anew and
+observed, and `folding.py`, whose slots are sums. What loops do not know goes through `forward.py` step by step.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,28 +18,27 @@ import torch
 from torch import Tensor
 
 from memkit import loops
-from memkit.engine.contests import Layout, has_loops, layout, merging, scoring
-from memkit.engine.expected import mean_rotation
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries
 from memkit.engine.leaving import AHEAD, LeavingTokens
 from memkit.engine.schedule import Schedule, Step, common
 from memkit.engine.threads import in_threads
-from memkit.memory.replacing import Line, lines_of_slots
-from memkit.memory.rows import Contributions, SlotRules
+from memkit.memory.rows import SlotRules
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
-from memkit.pieces.evidence import output_errors
-from memkit.pieces.observation import Observation
-from memkit.policy import Policy
 
-__all__ = ["Lanes", "strided", "usable"]
+__all__ = ["AFTER", "BEFORE", "Lane", "Lanes", "askable", "strided"]
 
 ENABLED = True
 """Whether there are lanes. Off, steps go one by one: for who wonders what is wrong."""
 
-BEFORE, AFTER = 4, 5
-"""Where a step's numbers have how many slots there are before and after it."""
+STEP = ("start", "stop", "column", "first", "leaving", "before", "after", "kept", "sink_tokens", "of_sinks")
+"""What loops are told of a step: its queries, among the call's tokens; the column of the first one, and the first
+column that it sees; the column at which the chunk begins that leaves, −1 for none; slots before it, and after it; how
+many of those before, the first ones, always stay; how many tokens of the chunk found in any case; how many of the
+step's first queries are sinks'."""
+
+BEFORE, AFTER = STEP.index("before"), STEP.index("after")
 
 PIECE = 4
 """Chunks that a thread takes of a lane before it asks again which lane has most left to do."""
@@ -47,11 +46,10 @@ PIECE = 4
 
 @dataclass
 class Lane:
-    """One lane of a stretch: what its steps are about (`loops/lanes.py`), and how many of them are done."""
+    """One lane of a stretch: its steps [steps, 10], what a loop has of it, and how many of the steps are done."""
 
     plan: np.ndarray
-    slots: Any
-    tokens: Any
+    given: tuple[Any, ...]
     done: int = 0
     taken: bool = False
 
@@ -60,87 +58,108 @@ class Lane:
         """Slots that are still to be read, and steps: what there is left to do; 0 where nothing is."""
         return int(self.plan[self.done :, AFTER].sum()) + max(0, len(self.plan) - self.done)
 
-    @property
-    def lines(self) -> np.ndarray:
-        """The slots' lines as they stand, [m, L]."""
-        return self.slots.lines[self.slots.which[0], : self.plan[-1, AFTER]]
+
+def askable(keys: Tensor) -> bool:
+    """Whether there may be lanes for such keys: whether policies are worth a look."""
+    return ENABLED and keys.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-@functools.lru_cache(maxsize=64)
-def known(policy: Policy) -> bool:
-    """Whether loops know all that a whole chunk takes under this policy."""
-    if not has_loops(policy) or not loops.with_products() or policy.takes_boundaries or scoring(policy) is None:
-        return False
-    founds_alike = policy.merging.by_share or not policy.weighted
-    if type(policy.observation) is not Observation:
-        return False
-    return policy.missed is output_errors and founds_alike and policy.readout.spec.bias != "count"
+class Lanes(ABC):
+    """The lanes of one call.
 
+    known: whether loops know this call's policy and tensors.
+    """
 
-def usable(policy: Policy, keys: Tensor) -> bool:
-    """Whether lanes go through whole chunks of such keys under this policy."""
-    asked = ENABLED and keys.device.type == "cpu" and not torch.is_grad_enabled()
-    return asked and known(policy) and loops.usable(keys)  # in this order: who has no use for Numba does not import it
-
-
-class Lanes:
-    """The lanes of one call."""
+    known: bool
 
     def __init__(
         self, inputs: AttendInputs, schedule: Schedule, rules: SlotRules, timeline: Timeline, leaving: LeavingTokens
     ) -> None:
         self.inputs, self.schedule, self.rules, self.timeline, self.leaving = inputs, schedule, rules, timeline, leaving
         self.policy, self.chunk, self.lock = rules.policy, rules.policy.chunk, threading.Lock()
-        # Of whom no query scale has been learned, for whom slots and window meet one query.
-        plain = inputs.parameters is None and not rules.policy.rotary.turns_queries
-        self.known = plain and usable(rules.policy, inputs.keys)
+
+    @abstractmethod
+    def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
+        """All stages of these steps; the outputs go into `output` [b, h, t, v], of all tokens of the call."""
+
+    @abstractmethod
+    def knows(self, step: Step) -> bool:
+        """Whether loops know a step of all rows, before which one chunk leaves all of them, or none."""
+
+    def takes(self, step: Step) -> bool:
+        """Whether lanes go through a step."""
+        everyone = bool(step.active.all()) and bool((self.schedule.lengths >= step.stop).all())
+        if not everyone or common(step.first, step.active) is None:
+            return False
+        leaves = all(
+            each.leaves.all() and each.size == self.chunk and self._column(each.begin) is not None
+            for each in step.leaving
+        )
+        return leaves and self.knows(step)
 
     def stretches(self) -> list[list[Step]]:
         """The steps, those together that lanes go through at once."""
         groups, most, together = list[list[Step]](), max(1, AHEAD // self.chunk), False
         for step in self.schedule.steps:
-            whole = self.takes(step)
-            if whole and together and len(groups[-1]) < most:
+            taken = self.takes(step)
+            if taken and together and len(groups[-1]) < most:
                 groups[-1].append(step)
             else:
                 groups.append([step])
-            together = whole
+            together = taken
         return groups
-
-    def takes(self, step: Step) -> bool:
-        """Whether lanes go through a step: a chunk of all rows, before which one chunk leaves all of them, or none."""
-        if not self.known:
-            return False
-        schedule, end = self.schedule, self.schedule.seen + step.stop
-        if step.stop - step.start != self.chunk or not step.active.all() or (schedule.lengths < step.stop).any():
-            return False
-        ended, begin = schedule.course.ends(end)
-        if not ended.all() or (end - begin != self.chunk).any() or common(step.first, step.active) is None:
-            return False
-        return all(each.leaves.all() and self._column(each.begin) is not None for each in step.leaving)
 
     def _column(self, begin: np.ndarray) -> int | None:
         """The column of these positions, if it is one and the same."""
         return common(begin + self.schedule.shift, np.ones(len(begin), dtype=bool))
 
-    def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
-        """PLAN, FOLD, READ and OBSERVE; the outputs go into `output` [b, h, t, v], of all tokens of the call."""
-        store.about_to_write()
-        of, run = layout(self.policy, self.rules.width, output.shape[-1]), loops.of_lanes()
-        lanes, rule = self._lanes(steps, queries, store, output, of), merging(self.policy, of)
-        for lane in lanes:
-            loops.compiled().read(lane.slots.lines[:1], of.at, rule, lane.slots.values, lane.slots.bias)
-        reading = self._reading(of.line, output.shape[1] // self.inputs.keys.shape[1])
-        facts = (of.at, scoring(self.policy), rule, torch.finfo(store.sums.dtype).tiny, reading)
+    def _columns(self, steps: Sequence[Step]) -> slice | None:
+        """From the first column of which a token leaves to the last; None where none does."""
+        columns = [self._column(each.begin) for step in steps for each in step.leaving]
+        if not columns or columns[0] is None or columns[-1] is None:
+            return None
+        return slice(columns[0], columns[-1] + self.chunk)
+
+    def _plan(self, steps: Sequence[Step], row: int) -> np.ndarray:
+        """What the steps are for a row of the batch, as loops want to know it: `STEP`, [steps, 10]."""
+        plan = np.zeros((len(steps), len(STEP)), dtype=np.int64)
+        for step, numbers in zip(steps, plan, strict=True):
+            numbers[:5] = step.start, step.stop, self.schedule.old + step.start, step.first[row], -1
+            numbers[BEFORE] = numbers[AFTER] = step.slots[row]
+            numbers[-1] = max(0, self.policy.sinks - int(self.schedule.seen[row]) - step.start)
+            for each in step.leaving:
+                before, column = int(each.slots_before[row]), self._column(each.begin)
+                kept, after = min(before, self.policy.sinks), before + int(each.new_slots[row])
+                numbers[4:9] = -1 if column is None else column, before, after, kept, int(each.sink_tokens[row])
+        return plan
+
+    def _asked(self, queries: Queries, output: Tensor) -> Iterator[tuple[int, int, Any, Any]]:
+        """Each lane, row after row of the batch: row, key/value head, queries and what they meet, query heads."""
+        run, heads = loops.of_reading(), self.inputs.keys.shape[1]
+        group = output.shape[1] // heads
+        windowed = _along(queries.windowed)
+        remembering = windowed if queries.alike else _along(queries.remembering)
+        keys, values = _along(self.timeline.keys), _along(self.timeline.values)
+        ones, learned = keys.new_ones(output.shape[1]), (queries.window_scale, queries.memory_scale)
+        scales = [(ones if each is None else each.detach().to(keys.dtype)).numpy() for each in learned]
+        alike = queries.alike and queries.window_scale is queries.memory_scale
+        facts = (alike, keys.shape[-1], values.shape[-1], float(self.inputs.checked_scale))
+        for row, head in np.ndindex(len(output), heads):
+            some = slice(head * group, (head + 1) * group)
+            tensors = (windowed[row, some], remembering[row, some], keys[row, head], values[row, head])
+            asked = run.Asked(*(part for each in (*tensors, output[row, some]) for part in strided(each)))
+            yield row, head, asked, run.Heads(*(each[some] for each in scales), *facts)
+
+    def _go_through(self, lanes: list[Lane], run: Callable[..., None], *facts: Any) -> None:
+        """Have threads go through the lanes, by a loop that takes some steps, what a lane has, and these facts."""
 
         def go_on() -> None:
             while (lane := self._taken(lanes)) is not None:
-                run.steps(lane.plan[lane.done : lane.done + PIECE], lane.slots, lane.tokens, *facts)
+                run(lane.plan[lane.done : lane.done + PIECE], *lane.given, *facts)
                 lane.done += PIECE
                 lane.taken = False
 
         in_threads(go_on, min(torch.get_num_threads(), len(lanes)))
-        self._hand_back(lanes, store, of.line)
 
     def _taken(self, lanes: list[Lane]) -> Lane | None:
         """The lane with most left to do of those that no thread is at, taken; None where there is none."""
@@ -149,97 +168,6 @@ class Lanes:
             if lane is not None:
                 lane.taken = True
             return lane
-
-    def _lanes(
-        self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor, of: Layout
-    ) -> list[Lane]:
-        """The lanes, row after row of the batch."""
-        run, heads, group = loops.of_lanes(), self.inputs.keys.shape[1], output.shape[1] // self.inputs.keys.shape[1]
-        plans = [self._plan(steps, row) for row in range(len(output))]
-        held = max(int(plan[0, BEFORE]) for plan in plans)
-        slots = lines_of_slots(store, self.rules, held, of.line) if held else None
-        (rows, numbers), begin = self._founders(steps, store)
-        readers, evidence = self._readers(steps, queries), self.timeline.streams["evidence"]
-        asked, keys, values = (_along(each) for each in (queries.windowed, self.timeline.keys, self.timeline.values))
-        lanes = list[Lane]()
-        for row, head in np.ndindex(len(output), heads):
-            plan, asking = plans[row], slice(head * group, (head + 1) * group)
-            live, room = int(plan[0, BEFORE]), max(1, int(plan[:, BEFORE : AFTER + 1].max()))
-            lines = store.sums.new_zeros(2, room, len(of.line.own))
-            if slots is not None:
-                lines[0, :live] = slots[row, head, :live]
-            read = (store.sums.new_zeros(1, room, output.shape[-1]).numpy(), store.sums.new_zeros(1, room).numpy())
-            tokens = run.Tokens(
-                *strided(asked[row, asking]),
-                *strided(keys[row, head]),
-                *strided(values[row, head]),
-                *strided(evidence[row, head]),
-                *strided(output[row, asking]),
-                *(rows[row, head].numpy(), numbers[row, head].numpy(), begin),
-                *(readers[row, asking].numpy(), steps[0].start),
-            )
-            lanes.append(Lane(plan, run.Slots(lines.numpy(), np.zeros(1, dtype=np.int64), *read), tokens))
-        return lanes
-
-    def _plan(self, steps: Sequence[Step], row: int) -> np.ndarray:
-        """What the steps are for a row of the batch, as loops want to know it, [steps, 9]."""
-        plan = np.zeros((len(steps), 9), dtype=np.int64)
-        for step, numbers in zip(steps, plan, strict=True):
-            numbers[:4] = step.start, self.schedule.old + step.start, step.first[row], -1
-            numbers[BEFORE] = numbers[AFTER] = step.slots[row]
-            numbers[8] = max(0, self.policy.sinks - int(self.schedule.seen[row]) - step.start)
-            for each in step.leaving:
-                before, column = int(each.slots_before[row]), self._column(each.begin)
-                kept, after = min(before, self.policy.sinks), before + int(each.new_slots[row])
-                numbers[3:8] = -1 if column is None else column, before, after, kept, int(each.sink_tokens[row])
-        return plan
-
-    def _readers(self, steps: Sequence[Step], queries: Queries) -> Tensor:
-        """Who is expected to read behind each chunk, [b, h, n, d]: its queries, turned there; none where nobody is.
-
-        By how far they are turned a chunk's queries differ, and by which mean rotation then (`expected.py`) none do.
-        """
-        expects, rotation, positions = self.policy.expects, self.inputs.rotation, self.timeline.get("positions")
-        span = slice(steps[0].start, steps[-1].stop)
-        if expects is None:
-            return queries.windowed[:, :, :0].contiguous()
-        assert rotation is not None and positions is not None
-        asked = queries.windowed[:, :, span]
-        columns = slice(self.schedule.old + span.start, self.schedule.old + span.stop)
-        of_chunks = positions[:, :, columns].unflatten(2, (-1, self.chunk))
-        ahead = (of_chunks[..., -1:] + 1 - of_chunks).flatten(2)
-        return (rotation.apply(asked, ahead) @ mean_rotation(rotation, expects.future, asked)).contiguous()
-
-    def _founders(self, steps: Sequence[Step], store: SlotStore) -> tuple[Contributions, int]:
-        """What the tokens that leave found slots with, and the column of the first of them."""
-        columns = [self._column(each.begin) for step in steps for each in step.leaving]
-        if not columns or columns[0] is None or columns[-1] is None:
-            sums, numbers = store.sums[:, :, :0], store.numbers[:, :, :0].double()
-            return (sums.contiguous(), numbers.contiguous()), 0
-        made, begin = self.leaving.made(slice(columns[0], columns[-1] + self.chunk))
-        return made[1], begin
-
-    def _reading(self, line: Line, group: int) -> Any:
-        """How queries read and tell, as loops want to know it."""
-        observation, width = self.policy.observation, self.rules.width
-        offsets = np.array(observation.offsets_in(self.chunk), dtype=np.int64)
-        observed = (np.arange(group)[:, None] * self.chunk + offsets).flatten()
-        key_at = line.founders_keys.start if line.turned else 0
-        facts = (float(self.inputs.checked_scale), key_at, float(observation.decay), observation.maximal)
-        expects = self.policy.expects
-        of_expected = expects is not None and expects.covariance, self.policy.sinks
-        return loops.of_lanes().Reading(
-            group, self.chunk, width, line.values.stop - width, *facts, observation.apart, observed, *of_expected
-        )
-
-    def _hand_back(self, lanes: list[Lane], store: SlotStore, line: Line) -> None:
-        """The slots, where a store has them."""
-        shape = (*store.sums.shape[:2], store.room, len(line.own))
-        lines = store.sums.new_zeros(shape)
-        for place, lane in zip(lines.flatten(0, 1), lanes, strict=True):
-            place[: len(lane.lines)] = torch.from_numpy(lane.lines)
-        founders_keys = line.founders_keys if line.turned else None
-        store.take_lines(lines, line.values.stop, line.numbers, line.evidence, founders_keys)
 
 
 def _along(tensor: Tensor) -> Tensor:

@@ -3,8 +3,9 @@ what PyTorch does in some twenty operations on small tensors.
 
 They say what PyTorch's operations say, to rounding; without Numba, elsewhere than on the CPU, or where autograd is to
 follow, those are used. Here stands who may use them. `lines.py` has single contests and what queries tell, for
-`engine/contests.py` and `pieces/evidence.py`; `lanes.py` and `folding.py` take one head through whole chunks, for the
-modules of these names in `engine`. How they are compiled is `compiling.py`; `blas.py` and `softmax.py` they share.
+`engine/contests.py` and `pieces/evidence.py`. A *lane* is one key/value head of one row of the batch, with the query
+heads that share it: `competing.py` and `folding.py` take one through whole chunks, for the modules of these names in
+`engine`, and it reads by `reading.py`. How loops are compiled is `compiling.py`; `blas.py` and `softmax.py` they share.
 """
 
 from __future__ import annotations
@@ -21,7 +22,18 @@ from torch import Tensor
 
 from memkit.errors import SlowPathWarning, warn
 
-__all__ = ["ENABLED", "compiled", "flat", "installed", "of_folding", "of_lanes", "rows", "usable", "with_products"]
+__all__ = [
+    "ENABLED",
+    "compiled",
+    "flat",
+    "installed",
+    "of_competing",
+    "of_folding",
+    "of_reading",
+    "rows",
+    "usable",
+    "with_products",
+]
 
 ENABLED = True
 """Whether loops are used where they can be. Off, PyTorch does all: for who wonders what is wrong."""
@@ -51,7 +63,7 @@ def _imported(name: str) -> Any:
 
 
 def with_products() -> bool:
-    """Whether loops find PyTorch's matrix products, which `of_lanes` and `of_folding` need."""
+    """Whether loops find PyTorch's matrix products, which lanes need."""
     return compiled() is not None and _products_found()
 
 
@@ -61,14 +73,19 @@ def _products_found() -> bool:
     return blas is not None and blas.FOUND
 
 
-def of_lanes() -> Any:
+def of_competing() -> Any:
     """The module of loops over whole chunks where slots compete and readers are observed."""
-    return importlib.import_module("memkit.loops.lanes")
+    return importlib.import_module("memkit.loops.competing")
 
 
 def of_folding() -> Any:
     """The module of loops over whole chunks whose tokens are summed by the nearest slot."""
     return importlib.import_module("memkit.loops.folding")
+
+
+def of_reading() -> Any:
+    """The module of loops by which queries of a lane meet slots and window."""
+    return importlib.import_module("memkit.loops.reading")
 
 
 def usable(*tensors: Tensor) -> bool:

@@ -1,6 +1,6 @@
-"""PLAN and FOLD of a lane whose slots are sums of the tokens nearest to them: chunk after chunk, one call of a loop.
+"""A lane whose slots are sums of the tokens nearest to them: PLAN, FOLD and READ of a whole stretch is one call.
 
-The slots are the store's own, written into; how they are read after each chunk is noted where the caller wants it.
+The slots are the store's own, written into.
 """
 
 # pyright: basic, reportMissingImports=false
@@ -14,8 +14,12 @@ import numpy as np
 from memkit.loops.blas import product
 from memkit.loops.compiling import loop, no_nan
 from memkit.loops.lines import ranking
+from memkit.loops.reading import Met, meet
 
-__all__ = ["Notes", "Reading", "Slots", "Tokens", "fold"]
+__all__ = ["Reading", "Slots", "Tokens", "steps"]
+
+QUERIES = 64
+"""Queries, of all heads together, that meet slots and window at once: what they pay stays near the core."""
 
 
 class Slots(NamedTuple):
@@ -38,17 +42,6 @@ class Tokens(NamedTuple):
     joining: Any
     joining_numbers: Any
     begin: int
-
-
-class Notes(NamedTuple):
-    """Where it is noted how slots are read after each step: flat, so far apart from step to step; none where empty."""
-
-    keys: Any
-    keys_step: int
-    values: Any
-    values_step: int
-    bias: Any
-    bias_step: int
 
 
 class Reading(NamedTuple):
@@ -76,31 +69,29 @@ class Reading(NamedTuple):
 
 
 @loop
-def fold(plan, slots, tokens, notes, reading):
-    """Chunk after chunk.
+def steps(plan, slots, tokens, asked, heads, reading):
+    """Step after step: PLAN and FOLD the chunk that leaves, READ.
 
-    plan [steps, 5]: the column at which the chunk begins that leaves, −1 for none; slots before and after; how many of
-    its tokens found in any case; how many slots are noted.
+    plan [steps, 10]: `engine/lanes.py` says of what.
     """
+    most, group = 0, heads.of_window.shape[0]
     for step in range(plan.shape[0]):
-        column, before, after, sure, noted = plan[step]
-        if column >= 0:
-            _take_in(slots, tokens, column - tokens.begin, before, after - before, sure, reading)
-        _note(slots.keys, notes.keys, step * notes.keys_step, noted)
-        _note(slots.values, notes.values, step * notes.values_step, noted)
-        if notes.bias.shape[0]:
-            for j in range(noted):
-                notes.bias[step * notes.bias_step + j] = slots.bias[j]
-
-
-@loop
-def _note(rows, flat, begin, count):
-    if flat.shape[0]:
-        width = rows.shape[1]
-        for j in range(count):
-            place = flat[begin + j * width : begin + (j + 1) * width]
-            for i in range(width):
-                place[i] = rows[j, i]
+        start, stop, column, first, _, _, after, _, _, _ = plan[step]
+        most = max(most, after + column - first + stop - start)
+    span = max(1, QUERIES // group)
+    room, wholes = np.empty(group * span * most, slots.sums.dtype), np.empty((2, most), np.int32)
+    outputs = np.empty((group * span, heads.value_width), slots.sums.dtype)
+    for step in range(plan.shape[0]):
+        start, stop, column, first, leaving, before, after, _, sure, _ = plan[step]
+        if leaving >= 0:
+            _take_in(slots, tokens, leaving - tokens.begin, before, after - before, sure, reading)
+        bias = slots.bias[: min(after, slots.bias.shape[0])]
+        met = Met(after, slots.keys, slots.keys.shape[1], slots.values, slots.values.shape[1], bias)
+        for begin in range(start, stop, span):
+            some, ahead = min(span, stop - begin), begin - start
+            rows, all_met = group * some, after + column + ahead + some - first
+            shares = room[: rows * all_met].reshape(rows, all_met)
+            meet(asked, heads, begin, some, column + ahead, first, met, shares, wholes, outputs[:rows])
 
 
 @loop

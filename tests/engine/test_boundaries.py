@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import memkit
-from memkit.engine import decode, folding, lanes
+from memkit.engine import decode, lanes
 from memkit.pieces.chunking import BoundariesChunkerSpec
 from memkit.testing import Case
 from memkit.testing.cases import Inputs
@@ -76,8 +76,7 @@ def in_pieces(policy: memkit.Policy, inputs: Inputs, case: Case, **options: Any)
 def test_boundaries_at_every_chunk_equal_chunks_of_one_length(
     name: str, most: int, ends: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ):
-    for loops_of_whole_chunks in (lanes, folding):  # which do not take boundaries, and sum in another order
-        monkeypatch.setattr(loops_of_whole_chunks, "ENABLED", False)
+    monkeypatch.setattr(lanes, "ENABLED", False)  # which do not take boundaries, and sum in another order
     fixed = small(name)
     if fixed.heads.profile is not None:
         fixed = fixed.model_copy(update={"heads": memkit.PolicySpec().heads})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import memkit
-from memkit.engine import forward, keysets, read, together
+from memkit.engine import forward, keysets, lanes, read, together
 from memkit.engine.keysets import KeySets
 from memkit.memory import slots
 from memkit.pieces import Need
@@ -23,6 +23,12 @@ PLANNED = [name for name in memkit.policy_names() if memkit.load_policy(name).bu
 
 HEADS, WIDTH = 4, 8
 EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def operations_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which lanes are not for."""
+    monkeypatch.setattr(lanes, "ENABLED", False)
 
 
 def _small(name: str) -> memkit.PolicySpec:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from memkit import loops
+from memkit.engine import competing, heads_as_rows, lanes
 from memkit.engine import heads as by_runs
-from memkit.engine import heads_as_rows, lanes
 from memkit.engine.observe import Observer
 from memkit.memory.contest import Contest
 from tests.engine.test_heads import test_each_head_is_as_it_would_be_alone as notices
@@ -56,8 +56,10 @@ def test_slots_that_only_fill_up_are_noticed_where_they_are_read(monkeypatch: py
 
 @pytest.mark.skipif(not loops.installed() or not loops.with_products(), reason="needs loops with products")
 def test_a_lane_that_takes_anothers_place_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    hand_back = lanes.Lanes._hand_back
-    monkeypatch.setattr(lanes.Lanes, "_hand_back", lambda self, each, *rest: hand_back(self, each[::-1], *rest))
+    hand_back = competing.CompetingLanes._hand_back
+    monkeypatch.setattr(
+        competing.CompetingLanes, "_hand_back", lambda self, each, *rest: hand_back(self, each[::-1], *rest)
+    )
     with pytest.raises((AssertionError, RuntimeError)), torch.no_grad():
         notices("untrained-observed", "torch")
 

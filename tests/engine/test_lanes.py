@@ -13,7 +13,7 @@ from torch import Tensor
 
 import memkit
 from memkit import loops
-from memkit.engine import lanes, threads
+from memkit.engine import competing, lanes, threads
 from memkit.engine.threads import in_threads
 from memkit.memory import Memory
 from memkit.pieces.observation import Observation, ObservationSpec
@@ -28,13 +28,13 @@ TOKENS = 9 * CHUNK
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many chunks each stretch had that went by lanes."""
-    taken, read = list[int](), lanes.Lanes.read
+    taken, read = list[int](), competing.CompetingLanes.read
 
-    def noted(self: lanes.Lanes, steps, *args) -> None:
+    def noted(self: competing.CompetingLanes, steps, *args) -> None:
         taken.append(len(steps))
         read(self, steps, *args)
 
-    monkeypatch.setattr(lanes.Lanes, "read", noted)
+    monkeypatch.setattr(competing.CompetingLanes, "read", noted)
     return taken
 
 

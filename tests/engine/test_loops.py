@@ -18,7 +18,7 @@ from torch import Tensor
 
 import memkit
 from memkit import loops
-from memkit.engine import contests, lanes
+from memkit.engine import competing, contests, lanes
 from memkit.engine.schedule import Step
 from memkit.memory import HeadsMemory, Memory
 from memkit.pieces import Admission, AdmissionSpec, ChunkContext, MergingSpec, Readout, ReadoutSpec
@@ -80,13 +80,13 @@ def case_of(name: str) -> Case:
 def folds(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many contests were folded by lanes, how many by loops step by step, and how many by operations."""
     counted = Counter[str]()
-    by_lanes = lanes.Lanes.read
+    by_lanes = competing.CompetingLanes.read
 
-    def noted(self: lanes.Lanes, steps: Sequence[Step], *args: Any) -> None:
+    def noted(self: competing.CompetingLanes, steps: Sequence[Step], *args: Any) -> None:
         counted["lanes"] += sum(len(step.leaving) for step in steps)
         by_lanes(self, steps, *args)
 
-    monkeypatch.setattr(lanes.Lanes, "read", noted)
+    monkeypatch.setattr(competing.CompetingLanes, "read", noted)
     for name in ("_contend_by_loops", "replace"):
         monkeypatch.setattr(contests, name, _noting(counted, name, getattr(contests, name)))
     return counted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import memkit
-from memkit.engine import folding
+from memkit.engine import lanes
 from memkit.memory import Memory
 from memkit.reference.rules import Rules
 from tests.engine.cases import (
@@ -203,7 +203,7 @@ def test_a_plan_reads_the_memory_and_leaves_it_alone(name: str):
 @pytest.mark.parametrize("by_loops", [True, False])
 def test_attend_follows_the_plan_it_would_make(name: str, by_loops: bool, monkeypatch: pytest.MonkeyPatch):
     """To the last bit, but where loops fold, which sum in another order."""
-    monkeypatch.setattr(folding, "ENABLED", by_loops)
+    monkeypatch.setattr(lanes, "ENABLED", by_loops)
     case = make_case(small(name), 70)
     (own, memory), (given, other) = case.attend(), case.attend(plan=case.plan())
     assert torch.equal(memory.counts, other.counts)

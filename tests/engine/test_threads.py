@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memkit
-from memkit.engine import folding
+from memkit.engine import lanes
 from memkit.engine.threads import SMALL, one_thread
 from memkit.memory.slots import SlotStore
 
@@ -39,7 +39,7 @@ def test_an_error_leaves_the_threads_as_they_were() -> None:
 
 @pytest.mark.parametrize(("heads", "threads"), [(1, 1), (64, 2)])
 def test_small_folds_take_one_thread(heads: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folding, "ENABLED", False)
+    monkeypatch.setattr(lanes, "ENABLED", False)
     seen: list[int] = []
     add = SlotStore.add
     monkeypatch.setattr(SlotStore, "add", lambda *given: (seen.append(torch.get_num_threads()), add(*given))[1])

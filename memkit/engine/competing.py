@@ -1,0 +1,148 @@
+"""Lanes whose slots compete with the tokens of whole chunks, and whose readers are observed: PLAN, FOLD, READ and
+OBSERVE by `memkit/loops/competing.py`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkit import loops
+from memkit.engine.contests import Layout, has_loops, layout, merging, scoring
+from memkit.engine.expected import mean_rotation
+from memkit.engine.inputs import AttendInputs
+from memkit.engine.keysets import Queries
+from memkit.engine.lanes import AFTER, BEFORE, Lane, Lanes, askable, strided
+from memkit.engine.leaving import LeavingTokens
+from memkit.engine.schedule import Schedule, Step
+from memkit.memory.replacing import Line, lines_of_slots
+from memkit.memory.rows import Contributions, SlotRules
+from memkit.memory.slots import SlotStore
+from memkit.memory.window import Timeline
+from memkit.pieces.evidence import output_errors
+from memkit.pieces.observation import Observation
+from memkit.policy import Policy
+
+__all__ = ["CompetingLanes", "usable"]
+
+
+@functools.lru_cache(maxsize=64)
+def known(policy: Policy) -> bool:
+    """Whether loops know all that a whole chunk takes under this policy."""
+    if not has_loops(policy) or not loops.with_products() or policy.takes_boundaries or scoring(policy) is None:
+        return False
+    founds_alike = policy.merging.by_share or not policy.weighted
+    if type(policy.observation) is not Observation:
+        return False
+    return policy.missed is output_errors and founds_alike and policy.readout.spec.bias != "count"
+
+
+def usable(policy: Policy, keys: Tensor) -> bool:
+    """Whether lanes go through whole chunks of such keys under this policy."""
+    return askable(keys) and known(policy) and loops.usable(keys)  # who has no use for Numba does not import it
+
+
+class CompetingLanes(Lanes):
+    """The lanes of one call whose slots compete and are observed."""
+
+    def __init__(
+        self, inputs: AttendInputs, schedule: Schedule, rules: SlotRules, timeline: Timeline, leaving: LeavingTokens
+    ) -> None:
+        super().__init__(inputs, schedule, rules, timeline, leaving)
+        # Of whom no query scale has been learned, for whom slots and window meet one query.
+        plain = inputs.parameters is None and not rules.policy.rotary.turns_queries
+        self.known = plain and usable(rules.policy, inputs.keys)
+
+    def knows(self, step: Step) -> bool:
+        """Whether the step's queries are a whole chunk."""
+        ended, begin = self.schedule.course.ends(end := self.schedule.seen + step.stop)
+        whole = bool(ended.all()) and not (end - begin != self.chunk).any()
+        return self.known and whole and step.stop - step.start == self.chunk
+
+    def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
+        """PLAN, FOLD, READ and OBSERVE."""
+        store.about_to_write()
+        of, run = layout(self.policy, self.rules.width, output.shape[-1]), loops.of_competing()
+        lanes, rule = self._lanes(steps, queries, store, output, of), merging(self.policy, of)
+        for lane in lanes:
+            slots = lane.given[0]
+            loops.compiled().read(slots.lines[:1], of.at, rule, slots.values, slots.bias)
+        told = self._telling(of.line, output.shape[1] // self.inputs.keys.shape[1])
+        self._go_through(lanes, run.steps, of.at, scoring(self.policy), rule, torch.finfo(store.sums.dtype).tiny, told)
+        self._hand_back(lanes, store, of.line)
+
+    def _lanes(
+        self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor, of: Layout
+    ) -> list[Lane]:
+        """The lanes, row after row of the batch."""
+        run, group = loops.of_competing(), output.shape[1] // self.inputs.keys.shape[1]
+        plans = [self._plan(steps, row) for row in range(len(output))]
+        held = max(int(plan[0, BEFORE]) for plan in plans)
+        slots = lines_of_slots(store, self.rules, held, of.line) if held else None
+        (rows, numbers), begin = self._founders(steps, store)
+        readers, evidence = self._readers(steps, queries), self.timeline.streams["evidence"]
+        lanes = list[Lane]()
+        for row, head, asked, heads in self._asked(queries, output):
+            plan, asking = plans[row], slice(head * group, (head + 1) * group)
+            live, room = int(plan[0, BEFORE]), max(1, int(plan[:, BEFORE : AFTER + 1].max()))
+            lines = store.sums.new_zeros(2, room, len(of.line.own))
+            if slots is not None:
+                lines[0, :live] = slots[row, head, :live]
+            read = (store.sums.new_zeros(1, room, output.shape[-1]).numpy(), store.sums.new_zeros(1, room).numpy())
+            tokens = run.Tokens(
+                *strided(evidence[row, head]),
+                *(rows[row, head].numpy(), numbers[row, head].numpy(), begin),
+                *(readers[row, asking].numpy(), steps[0].start),
+            )
+            of_slots = run.Slots(lines.numpy(), np.zeros(1, dtype=np.int64), *read)
+            lanes.append(Lane(plan, (of_slots, tokens, asked, heads)))
+        return lanes
+
+    def _readers(self, steps: Sequence[Step], queries: Queries) -> Tensor:
+        """Who is expected to read behind each chunk, [b, h, n, d]: its queries, turned there; none where nobody is.
+
+        By how far they are turned a chunk's queries differ, and by which mean rotation then (`expected.py`) none do.
+        """
+        expects, rotation, positions = self.policy.expects, self.inputs.rotation, self.timeline.get("positions")
+        span = slice(steps[0].start, steps[-1].stop)
+        if expects is None:
+            return queries.windowed[:, :, :0].contiguous()
+        assert rotation is not None and positions is not None
+        asked = queries.windowed[:, :, span]
+        columns = slice(self.schedule.old + span.start, self.schedule.old + span.stop)
+        of_chunks = positions[:, :, columns].unflatten(2, (-1, self.chunk))
+        ahead = (of_chunks[..., -1:] + 1 - of_chunks).flatten(2)
+        return (rotation.apply(asked, ahead) @ mean_rotation(rotation, expects.future, asked)).contiguous()
+
+    def _founders(self, steps: Sequence[Step], store: SlotStore) -> tuple[Contributions, int]:
+        """What the tokens that leave found slots with, and the column of the first of them."""
+        if (columns := self._columns(steps)) is None:
+            sums, numbers = store.sums[:, :, :0], store.numbers[:, :, :0].double()
+            return (sums.contiguous(), numbers.contiguous()), 0
+        made, begin = self.leaving.made(columns)
+        return made[1], begin
+
+    def _telling(self, line: Line, group: int) -> Any:
+        """How queries tell, as loops want to know it."""
+        observation, expects = self.policy.observation, self.policy.expects
+        offsets = np.array(observation.offsets_in(self.chunk), dtype=np.int64)
+        observed = (np.arange(group)[:, None] * self.chunk + offsets).flatten()
+        key_at = line.founders_keys.start if line.turned else 0
+        return loops.of_competing().Telling(
+            *(self.chunk, key_at, float(observation.decay), observation.maximal, observation.apart, observed),
+            *(expects is not None and expects.covariance, self.policy.sinks),
+        )
+
+    def _hand_back(self, lanes: list[Lane], store: SlotStore, line: Line) -> None:
+        """The slots, where a store has them."""
+        shape = (*store.sums.shape[:2], store.room, len(line.own))
+        lines = store.sums.new_zeros(shape)
+        for place, lane in zip(lines.flatten(0, 1), lanes, strict=True):
+            slots, count = lane.given[0], int(lane.plan[-1, AFTER])
+            place[:count] = torch.from_numpy(slots.lines[slots.which[0], :count])
+        founders_keys = line.founders_keys if line.turned else None
+        store.take_lines(lines, line.values.stop, line.numbers, line.evidence, founders_keys)
