@@ -145,8 +145,8 @@ def close(
     if buffer is not None and policy.holds_once:
         slots = slots_at_rest()
         before.about_to_write()
-        if not _still_fits(buffer, slots) or not (cuts is None or cuts.alike):  # the window then stands for itself
-            window.streams = {name: stream.clone() for name, stream in window.streams.items()}
+        if not _still_fits(buffer, slots, made_with) or not (cuts is None or cuts.alike):
+            window = timeline.window(keep, window.room, None)  # it then stands for itself
             return Memory(policy, seen, window, slots, next_positions, cuts=cuts)
         if slots is not before.store:
             slots = _written_over(buffer, slots)
@@ -167,18 +167,19 @@ def close(
     return Memory(policy, seen, window, compact, next_positions, cuts=cuts)
 
 
-def _still_fits(buffer: DecodeBuffer, slots: HeldSlots) -> bool:
-    """Whether the slots may take the place of those at the buffer's front: as many, and read by the same queries."""
-    return buffer.slots == slots.room > 0 and buffer.query_scale is None
+def _still_fits(buffer: DecodeBuffer, slots: HeldSlots, made_with: tuple[int, ...]) -> bool:
+    """Whether the slots may take the place of those at the buffer's front: as many, and scaled by the same numbers."""
+    return buffer.slots == slots.room > 0 and (buffer.key_scale is None or buffer.made_with == made_with)
 
 
 def _written_over(buffer: DecodeBuffer, slots: HeldSlots) -> HeldSlots:
     """The slots, written over those at the buffer's front."""
     keys, values = (whole.narrow(2, 0, slots.room) for whole in (buffer.keys, buffer.values))
-    view = slots.view
+    view, scale = slots.view, buffer.key_scale
     if buffer.bias is not None and view.bias is not None:
         buffer.bias.narrow(3, 0, slots.room).copy_(view.bias.unsqueeze(2))
-    return slots.standing_at(keys.copy_(view.keys), values.copy_(view.values))
+    keys.copy_(view.keys if scale is None else view.keys * scale)
+    return slots.standing_at(keys, values.copy_(view.values), scaled=scale is not None)
 
 
 def decodes_until(policy: Policy, begun: int, window: Window) -> int:

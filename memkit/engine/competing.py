@@ -16,7 +16,7 @@ from memkit.engine.contests import Layout, has_loops, layout, merging, scoring
 from memkit.engine.expected import mean_rotation
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries
-from memkit.engine.lanes import AFTER, BEFORE, Lane, Lanes, askable, strided
+from memkit.engine.lanes import AFTER, BEFORE, Laid, Lane, Lanes, askable
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.schedule import Schedule, Step
 from memkit.memory.replacing import Line, lines_of_slots
@@ -84,7 +84,7 @@ class CompetingLanes(Lanes):
         held = max(int(plan[0, BEFORE]) for plan in plans)
         slots = lines_of_slots(store, self.rules, held, of.line) if held else None
         (rows, numbers), begin = self._founders(steps, store)
-        readers, evidence = self._readers(steps, queries), self.timeline.streams["evidence"]
+        readers, evidence = self._readers(steps, queries), Laid.of(self.timeline.streams["evidence"])
         lanes = list[Lane]()
         for row, head, asked, heads in self._asked(queries, output):
             plan, asking = plans[row], slice(head * group, (head + 1) * group)
@@ -94,7 +94,7 @@ class CompetingLanes(Lanes):
                 lines[0, :live] = slots[row, head, :live]
             read = (store.sums.new_zeros(1, room, output.shape[-1]).numpy(), store.sums.new_zeros(1, room).numpy())
             tokens = run.Tokens(
-                *strided(evidence[row, head]),
+                *evidence.of_head(row, head),
                 *(rows[row, head].numpy(), numbers[row, head].numpy(), begin),
                 *(readers[row, asking].numpy(), steps[0].start),
             )

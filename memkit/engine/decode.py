@@ -197,7 +197,7 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
     """The memory with its window moved directly behind a copy of the slots as they are read."""
     policy, slots, held = inputs.policy, int(memory.live_rows[0]), int(memory.held_rows[0])
     seen, band, room = int(memory.seen_rows[0]), policy.window.band, memory.window.room
-    moved, keys, values, bias, sinks = memory, memory.keys, memory.values, None, None
+    moved, keys, values, bias, sinks, ratio = memory, memory.keys, memory.values, None, None, None
     if slots:
         store = _held(inputs, memory, slots, made_with)
         view, newest, ratio = store.view, memory.window.last(held), _scale_ratio(inputs)
@@ -234,6 +234,7 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
         values=values,
         bias=bias,
         query_scale=None if scale is None else scale.detach().to(inputs.keys.dtype)[:, None, None],
+        key_scale=ratio,
         made_with=made_with,
         policy=policy,
         parameters=inputs.parameters,

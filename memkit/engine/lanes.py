@@ -27,7 +27,7 @@ from memkit.memory.rows import SlotRules
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 
-__all__ = ["AFTER", "BEFORE", "Lane", "Lanes", "askable", "strided"]
+__all__ = ["AFTER", "BEFORE", "Laid", "Lane", "Lanes", "askable"]
 
 ENABLED = True
 """Whether there are lanes. Off, steps go one by one: for who wonders what is wrong."""
@@ -57,6 +57,33 @@ class Lane:
     def left(self) -> int:
         """Slots that are still to be read, and steps: what there is left to do; 0 where nothing is."""
         return int(self.plan[self.done :, AFTER].sum()) + max(0, len(self.plan) - self.done)
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A tensor [b, h, n, x] as loops take it: flat, and how far apart its rows, heads and tokens stand."""
+
+    flat: np.ndarray
+    row: int
+    head: int
+    token: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Laid:
+        """The tensor, of the same memory where its tokens stand behind each other, without gaps within."""
+        if tensor.stride(-1) != 1 or tensor.stride(-2) < tensor.shape[-1]:
+            tensor = tensor.contiguous()
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
+        return cls(tensor.as_strided((span,), (1,)).numpy(), *tensor.stride()[:-1])
+
+    def of_heads(self, row: int, head: int) -> tuple[np.ndarray, int, int]:
+        """A row's numbers from a head on, and how far apart heads and tokens stand."""
+        return self.flat[row * self.row + head * self.head :], self.head, self.token
+
+    def of_head(self, row: int, head: int) -> tuple[np.ndarray, int]:
+        """A head's numbers, and whatever stands behind them, and how far apart tokens stand."""
+        return self.flat[row * self.row + head * self.head :], self.token
 
 
 def askable(keys: Tensor) -> bool:
@@ -137,17 +164,20 @@ class Lanes(ABC):
         """Each lane, row after row of the batch: row, key/value head, queries and what they meet, query heads."""
         run, heads = loops.of_reading(), self.inputs.keys.shape[1]
         group = output.shape[1] // heads
-        windowed = _along(queries.windowed)
-        remembering = windowed if queries.alike else _along(queries.remembering)
-        keys, values = _along(self.timeline.keys), _along(self.timeline.values)
-        ones, learned = keys.new_ones(output.shape[1]), (queries.window_scale, queries.memory_scale)
-        scales = [(ones if each is None else each.detach().to(keys.dtype)).numpy() for each in learned]
+        windowed, keys, values, outputs = map(
+            Laid.of, (queries.windowed, self.timeline.keys, self.timeline.values, output)
+        )
+        remembering = windowed if queries.alike else Laid.of(queries.remembering)
+        ones, learned = output.new_ones(output.shape[1]), (queries.window_scale, queries.memory_scale)
+        scales = [(ones if each is None else each.detach().to(output.dtype)).numpy() for each in learned]
         alike = queries.alike and queries.window_scale is queries.memory_scale
-        facts = (alike, keys.shape[-1], values.shape[-1], float(self.inputs.checked_scale))
+        facts = (alike, self.rules.width, output.shape[-1], float(self.inputs.checked_scale))
         for row, head in np.ndindex(len(output), heads):
             some = slice(head * group, (head + 1) * group)
-            tensors = (windowed[row, some], remembering[row, some], keys[row, head], values[row, head])
-            asked = run.Asked(*(part for each in (*tensors, output[row, some]) for part in strided(each)))
+            asked = run.Asked(
+                *(*windowed.of_heads(row, some.start), *remembering.of_heads(row, some.start)),
+                *(*keys.of_head(row, head), *values.of_head(row, head), *outputs.of_heads(row, some.start)),
+            )
             yield row, head, asked, run.Heads(*(each[some] for each in scales), *facts)
 
     def _go_through(self, lanes: list[Lane], run: Callable[..., None], *facts: Any) -> None:
@@ -168,16 +198,3 @@ class Lanes(ABC):
             if lane is not None:
                 lane.taken = True
             return lane
-
-
-def _along(tensor: Tensor) -> Tensor:
-    """[b, h, n, x] whose tokens stand behind each other, without gaps within."""
-    return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) >= tensor.shape[-1] else tensor.contiguous()
-
-
-def strided(tensor: Tensor) -> tuple[Any, ...]:
-    """From the first number of [(h,) n, x] to its last, and how far apart its heads and tokens begin."""
-    assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    span = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
-    return (tensor.as_strided((span,), (1,)).numpy(), *tensor.stride()[:-1])

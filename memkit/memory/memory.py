@@ -36,7 +36,7 @@ class DecodeBuffer:
 
     keys [b, g, slots + room, d], values [b, g, slots + room, v]: the window's streams are the end of them;
     bias [b, g, 1, slots + room], or None;
-    query_scale [h, 1, 1]: what queries are multiplied by, None for 1;
+    query_scale [h, 1, 1], key_scale [g, 1, 1]: what queries, and slots' keys, are multiplied by, None for 1;
     begin: the first column to read;
     band: tokens of a sliding window that is full and moves on at each step, else 0;
     sinks: keys and values of the slots that move with it;
@@ -54,6 +54,7 @@ class DecodeBuffer:
     values: Tensor
     bias: Tensor | None
     query_scale: Tensor | None
+    key_scale: Tensor | None
     made_with: tuple[int, ...]
     policy: Policy
     parameters: PolicyParameters | None
@@ -63,7 +64,7 @@ class DecodeBuffer:
     def tensors(self) -> list[Tensor]:
         """All tensors held."""
         always = [self.keys, self.values, *(self.sinks or ())]
-        return always + [tensor for tensor in (self.bias, self.query_scale) if tensor is not None]
+        return always + [each for each in (self.bias, self.query_scale, self.key_scale) if each is not None]
 
 
 @dataclass(eq=False)

@@ -103,6 +103,37 @@ def test_changed_parameters_are_read_anew(lengths: list[int]) -> None:
     assert torch.allclose(output, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_slots_are_written_over_in_the_buffer_as_its_queries_meet_them(changed: bool, monkeypatch) -> None:
+    torch.manual_seed(0)
+    spec = memkit.load_policy("kvm-fixed-256", {"chunker.size": 8, "growth.slots": 8})
+    keys = torch.randn(2, 2, 50, WIDTH, dtype=torch.float64)
+    kept: list[object] = []
+
+    def decoded() -> torch.Tensor:
+        outputs, parameters = list[torch.Tensor](), memkit.PolicyParameters(spec.build(), 2, WIDTH).double()
+        with torch.no_grad():
+            for scale, factor in ((parameters.query_scale_window, 0.7), (parameters.query_scale_memory, 1.3)):
+                assert scale is not None
+                scale.fill_(factor)
+            _, memory = memkit.attend(spec, keys[:, :, :33], keys[:, :, :33], keys[:, :, :33], parameters=parameters)
+            for position in range(33, 50):  # chunks leave before 40 and 48
+                if changed and position == 40:
+                    for tensor in parameters.parameters():
+                        tensor.mul_(1.5)
+                one, before = keys[:, :, position : position + 1], memory.buffer
+                output, memory = memkit.attend(spec, one, one, one, parameters=parameters, memory=memory)
+                outputs.append(output)
+                if position in (40, 48) and before is not None:
+                    kept.append(memory.buffer is not None and memory.buffer.keys is before.keys)
+        return torch.cat(outputs, 2)
+
+    output = decoded()
+    assert kept == [not changed, True]
+    monkeypatch.setattr(decode, "ENABLED", False)
+    assert_close(output, decoded(), tolerance(torch.float64), "outputs")
+
+
 def test_a_call_unlike_the_last_one_is_checked() -> None:
     """A call that looks like the one before it is not checked again; every other one is."""
     torch.manual_seed(0)
