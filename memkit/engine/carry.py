@@ -155,6 +155,9 @@ def close(
         begun = int(schedule.course.newest()[0])
         buffer = dataclasses.replace(buffer, until=decodes_until(policy, int(schedule.after[0]) - begun, window))
         return Memory(policy, seen, window, slots, next_positions, buffer=buffer, cuts=cuts)
+    if not window.fits(1) and window.end > keep:  # as the next call would begin
+        before.about_to_write()
+        window.move_to_front(keep)
     if once:
         return Memory(policy, seen, window, slots_at_rest(), next_positions, cuts=cuts)
     compact = store.compact()

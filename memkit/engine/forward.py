@@ -92,7 +92,8 @@ class Pass:
         self.store = open_store(inputs, self.schedule, self.timeline)
         self.observer = Observer(inputs, self.schedule) if inputs.policy.observes else None
         self.given_plan = None if inputs.plan is None else inputs.plan.to(self.device)
-        self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule)
+        founds = inputs.plan is not None or inputs.policy.replaces
+        self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule, founds)
         facts = (inputs, self.schedule, self.rules, self.timeline, self.leaving)
         lanes = (kind(*facts) for kind in (CompetingLanes, FoldingLanes))
         self.lanes = next((each for each in lanes if each.known), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,13 @@ class LeavingTokens:
 
     Memory keys, and what each token adds to a slot that it founds or joins, depend on the token alone. With a graph
     they are made chunk by chunk: the backward pass of a slice of many is as large as they all are.
+
+    founds: whether any token may found a slot; False: those of which the schedule says so, and what others would add if
+    they did is not made.
     """
 
-    def __init__(self, rules: SlotRules, timeline: Timeline, schedule: Schedule) -> None:
-        self.rules, self.timeline, self.schedule = rules, timeline, schedule
+    def __init__(self, rules: SlotRules, timeline: Timeline, schedule: Schedule, founds: bool) -> None:
+        self.rules, self.timeline, self.schedule, self.founds = rules, timeline, schedule, founds
         self.end = int((schedule.left_after + schedule.shift).max(initial=0))  # columns that leave in this call
         self.begin = self.stop = 0
         self.ahead: Ahead | None = None
@@ -59,14 +64,25 @@ class LeavingTokens:
             block = slice(self.begin, self.stop)
             tokens = Chunk.of(self.timeline.streams, block, self._first(block))
             tokens.memory_keys = memory_keys(self.rules, tokens)
+            founding = self._alike or self._found(block)
             everyone = torch.ones(tokens.keys.shape[:3], dtype=torch.bool, device=tokens.keys.device)
-            alone = joining = contributions(self.rules, tokens, everyone)
-            if not self._alike:
+            alone = joining = contributions(self.rules, tokens, everyone if founding else None)
+            if founding and not self._alike:
                 joining = contributions(self.rules, tokens, None)
                 if not self.rules.policy.weighted and self.rules.policy.merging.of == "both":
                     joining = alone[0], joining[1]
             self.ahead = tokens.memory_keys, alone, joining
         return self.ahead
+
+    def _found(self, block: slice) -> bool:
+        """Whether any of these columns may found a slot."""
+        return self.founds or block.start < self._founded_until
+
+    @functools.cached_property
+    def _founded_until(self) -> int:
+        """The column from which on no token founds any more."""
+        chunks = [each for step in self.schedule.steps for each in step.leaving if each.new_slots[each.leaves].any()]
+        return max((int((each.begin + self.schedule.shift).max()) + each.size for each in chunks), default=0)
 
     @property
     def _alike(self) -> bool:
