@@ -16,9 +16,10 @@ With this number little is lost on quiet cores either (docs/benchmarks.md)."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """glibc's numbers of two settings (mallopt(3)): how many bytes at the heap's end may be free before they go back to
 the system; how large a block must be to have a mapping of its own."""
-LARGEST_OF_HEAP = 32 * 2**20
-"""What glibc sets these to by itself (the first to twice of it) once a block of that size has been freed. Before, each
-training step of a small model gets its memory from the system anew, page by page (docs/results.md)."""
+FREE_AT_MOST, LARGEST_OF_HEAP = 2**29, 32 * 2**20
+"""What these are set to. Left alone, each training step of a small model gets its memory from the system anew, page by
+page (docs/results.md): the second is what glibc comes to by itself, once a block of that size has been freed; the first
+would be twice of it then, which is less than such a step frees."""
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def keep_freed_memory() -> None:
     set_option = _mallopt()
     if set_option is not None:
         set_option(MMAP_THRESHOLD, LARGEST_OF_HEAP)
-        set_option(TRIM_THRESHOLD, 2 * LARGEST_OF_HEAP)
+        set_option(TRIM_THRESHOLD, FREE_AT_MOST)
 
 
 def _mallopt() -> Callable[[int, int], int] | None:

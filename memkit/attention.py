@@ -95,7 +95,7 @@ class RotaryEmbedding(nn.Module):
         self.rotation = Rotation(spec.pairing, width, spec.frequencies(head_width)) if width else None
 
     def forward(self, positions: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-        """Each of `vectors` [b, h, t, d] at positions [b, t]."""
+        """Each of `vectors` [b, h, t, d] at positions [b, t], or [1, t] where all rows have the same."""
         rotation = self.rotation
         if rotation is None:
             return vectors
@@ -258,9 +258,9 @@ class MemoryAttention(nn.Module):
 
     @staticmethod
     def _positions(keys: Tensor, memory: Memory | None) -> Tensor:
-        """Positions of this call's tokens, [b, t]: they continue from the memory. What is none of these rows is refused
-        by `attend`, which says why."""
-        positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], -1)
+        """Positions of this call's tokens, [b, t], or [1, t]: they continue from the memory. What is none of these rows
+        is refused by `attend`, which says why."""
+        positions = torch.arange(keys.shape[2], device=keys.device)[None]
         if not isinstance(memory, Memory) or len(memory.seen_rows) != keys.shape[0]:
             return positions
         return positions + memory.seen.to(keys.device)[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -145,6 +145,21 @@ class ValueResidual(nn.Module):
             self.share.fill_(0.5)
 
 
+class _SquaredReLU(torch.autograd.Function):
+    """ReLU(x)², with half as many passes over what is the largest tensor of a block as autograd takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        positive = x.relu()
+        return positive.mul_(positive)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        return torch.addcmul(grads[0].new_zeros(()), grads[0], x.relu(), value=2)
+
+
 class MlpSpec(Spec):
     """The block's MLP: W₂ · ReLU(W₁ x)²."""
 
@@ -176,7 +191,7 @@ class Mlp(nn.Module):
             last = tensor(state, "mlp")
             carried["mlp"] = span.last(x, last)
             x = self.shift(x, span.previous(x, last, "zero"))
-        return self.down(self.up(x).relu().square()), carried
+        return self.down(_SquaredReLU.apply(self.up(x))), carried
 
     @torch.no_grad()
     def initialise(self, layer: int, depth: int) -> None:

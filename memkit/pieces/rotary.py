@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -68,14 +68,42 @@ class Rotation:
     def turn(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn the pairs of vectors [..., d] by angles given as cos and sin [..., width/2]."""
         cos, sin = cos.to(vectors.dtype), sin.to(vectors.dtype)
-        turning, rest = vectors[..., : self.width], vectors[..., self.width :]
+        vectors = vectors.expand(*torch.broadcast_shapes(vectors.shape[:-1], cos.shape[:-1]), -1)
+        return _Turn.apply(vectors, cos, sin, self)
+
+    def pairs(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second channel of each pair, views [..., width/2]."""
         if self.pairing == "adjacent":
-            x, y = turning[..., 0::2], turning[..., 1::2]
-            turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)
-        else:
-            x, y = turning.chunk(2, dim=-1)
-            turned = torch.cat((x * cos - y * sin, y * cos + x * sin), dim=-1)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+            return vectors[..., 0 : self.width : 2], vectors[..., 1 : self.width : 2]
+        return vectors[..., : self.width // 2], vectors[..., self.width // 2 : self.width]
+
+
+class _Turn(torch.autograd.Function):
+    """`Rotation.turn` in one pass over a copy, where autograd would keep and return each product."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
+        ctx.rotation = rotation
+        ctx.save_for_backward(vectors if any(ctx.needs_input_grad[1:3]) else None, cos, sin)
+        return _turned(rotation, vectors, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        vectors, cos, sin = ctx.saved_tensors
+        of_cos = of_sin = None
+        if vectors is not None:
+            (x, y), (of_x, of_y) = ctx.rotation.pairs(vectors), ctx.rotation.pairs(grads[0])
+            of_cos = (of_x * x + of_y * y).sum_to_size(cos.shape)
+            of_sin = (of_y * x - of_x * y).sum_to_size(sin.shape)
+        return _turned(ctx.rotation, grads[0], cos, -sin), of_cos, of_sin, None
+
+
+def _turned(rotation: Rotation, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = vectors.clone(memory_format=torch.contiguous_format)
+    (x, y), (x_turned, y_turned) = rotation.pairs(vectors), rotation.pairs(turned)
+    x_turned.mul_(cos).addcmul_(y, sin, value=-1)
+    y_turned.mul_(cos).addcmul_(x, sin)
+    return turned
 
 
 def _made_of(given: object) -> str:

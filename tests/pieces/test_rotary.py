@@ -109,3 +109,21 @@ def test_rerotated_slots_stand_at_their_mean_position(keys):
 def test_rotation_checks_itself(arguments, message):
     with pytest.raises(memkit.InputError, match=message):
         Rotation(*arguments)
+
+
+@pytest.mark.parametrize("pairing", ["adjacent", "half-split"])
+@pytest.mark.parametrize("of_angles", [False, True])
+def test_gradients_flow_through_turning_twice_if_need_be(pairing, of_angles):
+    torch.manual_seed(0)
+    rotation = Rotation(pairing, 4, torch.ones(2))
+    vectors = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = (torch.randn(2, 1, 5, 2, dtype=torch.float64, requires_grad=of_angles) for _ in range(2))
+    assert torch.autograd.gradcheck(rotation.turn, (vectors, cos, sin))
+    assert torch.autograd.gradgradcheck(rotation.turn, (vectors, cos, sin))
+
+
+def test_vectors_of_one_row_turn_to_the_angles_of_several():
+    rotation = Rotation("half-split", 4, torch.ones(2))
+    vectors, positions = torch.randn(1, 3, 5, 4), torch.arange(10.0).view(2, 1, 5)
+    turned = rotation.apply(vectors, positions)
+    assert torch.equal(turned, rotation.apply(vectors.expand(2, -1, -1, -1), positions))
