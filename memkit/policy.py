@@ -418,8 +418,9 @@ class Policy:
 
     @functools.cached_property
     def holds_once(self) -> bool:
-        """Whether slots are held as they are read. Sinks without growth are few, and plain sums of one token."""
-        return self.storage.once and not self.sinks_only
+        """Whether slots are held as they are read, for that tells their sums. Sinks without growth are few, and plain
+        sums of one token."""
+        return self.storage.once and not self.sinks_only and not self.readout.own
 
     def holds_once_in(self, dtype: torch.dtype) -> bool:
         """Whether slots are held so from the first call on, for keys of this dtype; else once a token is decoded."""
@@ -430,7 +431,8 @@ class Policy:
         """Whether a slot's key is its founder's, just as that token brought it."""
         merging = self.merging
         founders = merging.of == "values" or not merging.joins
-        return founders and merging.additive and self.readout.means_keys and self.rotary.reversible
+        reads = self.readout.means_keys and not self.readout.own
+        return founders and merging.additive and reads and self.rotary.reversible
 
     @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:

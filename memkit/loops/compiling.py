@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event
 
 __all__ = ["IN_ORDER", "exact", "loop", "no_nan", "numbers"]
 
@@ -49,6 +51,25 @@ def _compiled(function: Any, fast: set[str] | bool) -> Any:
         return compiled
     except RuntimeError:  # no folder to keep it in: compiled anew in each process
         return njit(**options)(function)
+
+
+class _Notice(event.Listener):
+    """Says once in a process that loops are compiled, before which nothing seems to go on for a while."""
+
+    said = False
+
+    def on_start(self, event: event.Event) -> None:
+        assert event.data is not None
+        ours = event.data["dispatcher"].py_func.__module__.startswith("memkit.loops.")
+        if ours and not self.said:
+            self.said = True
+            logging.getLogger("memkit").warning("memkit compiles its loops for this machine, once: up to half a minute")
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", _Notice())
 
 
 @functools.cache

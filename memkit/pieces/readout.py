@@ -79,6 +79,11 @@ class Readout:
         self.divides_by_mass = self.divides_by_mass or spec.bias == "mass"
 
     @property
+    def own(self) -> bool:
+        """Whether somebody else's class says how slots are read, of which nothing but its methods is known."""
+        return type(self) is not Readout
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What it needs besides a slot's sums."""
         wanted = {Need.KEY_NORM: self.layer_norm, Need.QUERY_SCALES: self.spec.temperatures}

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from memkit.pieces.statistics import MASS, Numbers
 from memkit.reference.treatment import Treatment
 from memkit.reference.words import direction, ratio, stacked
 
@@ -67,9 +68,17 @@ class Slot:
         """By what key and position are divided: the mass, or 1 where they are the founder's alone."""
         return self.mass if self.treatment.policy.merging.of == "both" else self.count.clamp(max=1)
 
+    @property
+    def numbers(self) -> Numbers:
+        """What a user's readout is told of a slot, [1] each."""
+        return {each: getattr(self, each.name)[None] for each in (*self.treatment.policy.statistics, MASS)}
+
     @cached_property
     def compared(self) -> Tensor:
         """The key as routing compares it: as it is read, but not rotated."""
+        readout = self.treatment.policy.readout
+        if readout.own:
+            return readout.key(self.key[None], self.numbers, self.treatment.norm)[0]
         match self.treatment.spec.readout.key:
             case "layer-norm":
                 return self.treatment.layer_norm(self.key)
@@ -97,6 +106,9 @@ class Slot:
     @cached_property
     def answer(self) -> Tensor:
         """The value as it is read."""
+        readout = self.treatment.policy.readout
+        if readout.own:
+            return readout.value(self.value[None], self.numbers)[0]
         match self.treatment.spec.readout.value:
             case "birth-radius":
                 return direction(self.value) * self.radius
@@ -110,6 +122,10 @@ class Slot:
     @property
     def bias(self) -> Tensor:
         """What is added to its scores."""
+        readout = self.treatment.policy.readout
+        if readout.own:
+            bias = readout.bias(self.numbers)
+            return torch.zeros_like(self.count) if bias is None else bias[0]
         match self.treatment.spec.readout.bias:
             case "count" if self.count > 1:
                 return self.count.log()
@@ -135,7 +151,9 @@ class Token:
     @cached_property
     def memory_key(self) -> Tensor:
         """k̄: the key after the rotary treatment, then after the LayerNorm where slots are read with one."""
-        key = self.treatment.treated(self.key, self.place)
+        key, readout = self.treatment.treated(self.key, self.place), self.treatment.policy.readout
+        if readout.own and readout.layer_norm:
+            return readout.key(key[None], {}, self.treatment.norm)[0]
         return self.treatment.layer_norm(key) if self.treatment.spec.readout.key == "layer-norm" else key
 
 

@@ -28,6 +28,13 @@ class Treatment:
         self.policy, self.spec, self.rotation = policy, policy.spec, rotation
         self.norm_weight, self.norm_bias = norm_weight, norm_bias
 
+    @property
+    def norm(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of the LayerNorm, as a user's readout is told; None for 1 and 0."""
+        if self.norm_weight is None or self.norm_bias is None:
+            return None
+        return self.norm_weight, self.norm_bias
+
     def treated(self, key: Tensor, place: Tensor | None) -> Tensor:
         """A key as the rotary treatment leaves it."""
         rotary = self.spec.rotary

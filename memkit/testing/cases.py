@@ -18,6 +18,7 @@ from torch import Tensor
 
 import memkit
 from memkit.engine.inputs import Plan
+from memkit.errors import InputError, shown
 from memkit.memory import Memory
 from memkit.parameters import PolicyParameters
 from memkit.pieces.needs import Need
@@ -65,6 +66,15 @@ class Case:
     ends: tuple[int, ...] = ()
     gradients: bool = False
     strided: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 0:
+            raise InputError(f"a case's lengths must be at least 0, of one row at least, got {shown(self.lengths)}")
+        if not self.pieces or min(*self.pieces, *self.ends, 1) < 1:
+            raise InputError(
+                "a case's pieces and ends must be of at least one token each, and there must be a piece, "
+                f"got pieces {shown(self.pieces)} and ends {shown(self.ends)}"
+            )
 
     @property
     def tokens(self) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
@@ -428,3 +431,28 @@ def test_without_a_folder_to_keep_them_loops_are_compiled_anew(monkeypatch):
     assert asked == [True, False]
     assert compiled.function is len
     assert compiled.nogil
+
+
+def test_that_loops_are_compiled_is_said_once_and_of_ours_alone(tmp_path: Path):
+    code = """
+import logging, numba, numpy
+from memkit import loops
+logging.basicConfig(format="%(name)s: %(message)s")
+numba.njit(lambda x: x + 1)(1)
+for _ in range(2):
+    loops.compiled().ranking(numpy.zeros(3, numpy.float32), 1)
+    loops.compiled().ranking(numpy.zeros(3), 1)
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        for _ in range(2)
+    ]
+    assert said[0].startswith("memkit: memkit compiles its loops")
+    assert len(said[0].splitlines()) == 1
+    assert not said[1]

@@ -20,6 +20,8 @@ from memkit.pieces import (
     Merging,
     MergingSpec,
     Need,
+    Readout,
+    ReadoutSpec,
     Rotary,
     RotarySpec,
     Routing,
@@ -27,6 +29,7 @@ from memkit.pieces import (
     registry,
 )
 from memkit.pieces.admission import mean_of_neighbours
+from memkit.pieces.statistics import COUNT, Numbers
 from tests.engine.cases import CHUNK, Case, assert_close, assert_same_plan, make_case, small, tolerance
 from tests.engine.test_again import evidence, run
 from tests.engine.test_agreement import assert_agrees
@@ -226,6 +229,42 @@ class AheadSpec(RotarySpec):
 
     def build(self) -> Ahead:
         return Ahead()
+
+
+class Mirrored(Readout):
+    """What is read tells a slot's sums by no number alone."""
+
+    def key(self, sums: Tensor, numbers: Numbers, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+        return super().key(sums, numbers, norm).roll(1, -1)
+
+    def value(self, sums: Tensor, numbers: Numbers) -> Tensor:
+        return super().value(sums, numbers).flip(-1).tanh()
+
+    def bias(self, numbers: Numbers) -> Tensor | None:
+        return numbers[COUNT].clamp(min=1).log() / 2
+
+
+class MirroredSpec(ReadoutSpec):
+    def build(self) -> Mirrored:
+        return Mirrored(self)
+
+
+@pytest.mark.parametrize(
+    "base", ["kvm-sqrt-16", "block-mean-8", "ovq-1024", "untrained-kvm-sqrt", "untrained-observed"]
+)
+def test_a_readout(base: str):
+    spec = memkit.load_policy(small(base))
+    spec = spec.model_copy(update={"readout": MirroredSpec(**spec.readout.model_dump())})
+    case = make_case(spec, 45)
+    assert_agrees(case)
+    with torch.no_grad():
+        (output, memory), outputs = case.part(0, 20).attend(), list[Tensor]()
+        outputs.append(output)
+        for position in range(20, 45):
+            output, memory = case.part(position, position + 1).attend(memory=memory)
+            outputs.append(output)
+        expected, _ = case.attend(backend="reference")
+    assert_close(torch.cat(outputs, 2), expected, tolerance(torch.float64), "decoded")
 
 
 @pytest.mark.parametrize(

@@ -189,3 +189,9 @@ def test_policies_in_small_have_as_many_slots_per_chunk(name):
         ratio = large.slots_after_chunk(chunks) / large.chunk
         slack = (spec.sinks + 2) / little.chunk
         assert little.slots_after_chunk(chunks) / little.chunk == pytest.approx(ratio, rel=0.25, abs=slack)
+
+
+@pytest.mark.parametrize("fields", [{"pieces": ()}, {"pieces": (2, 0)}, {"ends": (0,)}, {"lengths": ()}])
+def test_a_case_that_would_never_end_is_none(fields: dict[str, tuple[int, ...]]):
+    with pytest.raises(memkit.InputError, match="a case's"):
+        Case(**fields)
