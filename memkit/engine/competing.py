@@ -4,7 +4,6 @@ OBSERVE by `memkit/loops/competing.py`."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from memkit.engine.contests import Layout, has_loops, layout, merging, scoring
 from memkit.engine.expected import mean_rotation
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries
-from memkit.engine.lanes import AFTER, BEFORE, Laid, Lane, Lanes, askable
+from memkit.engine.lanes import AFTER, BEFORE, Laid, Lane, Lanes, Part, askable
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.schedule import Schedule, Step
 from memkit.memory.replacing import Line, lines_of_slots
@@ -31,9 +30,9 @@ __all__ = ["CompetingLanes", "usable"]
 
 
 @functools.lru_cache(maxsize=64)
-def known(policy: Policy) -> bool:
-    """Whether loops know all that a whole chunk takes under this policy."""
-    if not has_loops(policy) or not loops.with_products() or policy.takes_boundaries or scoring(policy) is None:
+def known(policy: Policy, dtype: torch.dtype) -> bool:
+    """Whether loops know all that a whole chunk takes under this policy, of queries, keys and values of this dtype."""
+    if not has_loops(policy) or not loops.with_products() or policy.takes_boundaries or scoring(policy, dtype) is None:
         return False
     founds_alike = policy.merging.by_share or not policy.weighted
     if type(policy.observation) is not Observation:
@@ -43,7 +42,7 @@ def known(policy: Policy) -> bool:
 
 def usable(policy: Policy, keys: Tensor) -> bool:
     """Whether lanes go through whole chunks of such keys under this policy."""
-    return askable(keys) and known(policy) and loops.usable(keys)  # who has no use for Numba does not import it
+    return askable(keys) and known(policy, keys.dtype)  # in this order: who has no use for Numba does not import it
 
 
 class CompetingLanes(Lanes):
@@ -63,68 +62,65 @@ class CompetingLanes(Lanes):
         whole = bool(ended.all()) and not (end - begin != self.chunk).any()
         return self.known and whole and step.stop - step.start == self.chunk
 
-    def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
+    def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
         """PLAN, FOLD, READ and OBSERVE."""
-        store.about_to_write()
-        of, run = layout(self.policy, self.rules.width, output.shape[-1]), loops.of_competing()
-        lanes, rule = self._lanes(steps, queries, store, output, of), merging(self.policy, of)
+        of, run = layout(self.policy, self.rules.width, part.outputs.shape[-1]), loops.of_competing()
+        lanes, rule = self._lanes(part, queries, store, of), merging(self.policy, of)
+        told = self._telling(of.line, part.outputs.shape[1] // self._heads)
+        scored = scoring(self.policy, self.rules.dtype)
         for lane in lanes:
             slots = lane.given[0]
-            loops.compiled().read(slots.lines[:1], of.at, rule, slots.values, slots.bias)
-        told = self._telling(of.line, output.shape[1] // self.inputs.keys.shape[1])
-        self._go_through(lanes, run.steps, of.at, scoring(self.policy), rule, torch.finfo(store.sums.dtype).tiny, told)
+            run.see(slots.lines[:1], of.at, rule, slots.values, slots.bias, scored.rounds)
+        self._go_through(lanes, run.steps, of.at, scored, rule, torch.finfo(store.sums.dtype).tiny, told)
         self._hand_back(lanes, store, of.line)
 
-    def _lanes(
-        self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor, of: Layout
-    ) -> list[Lane]:
+    def _lanes(self, part: Part, queries: Queries, store: SlotStore, of: Layout) -> list[Lane]:
         """The lanes, row after row of the batch."""
-        run, group = loops.of_competing(), output.shape[1] // self.inputs.keys.shape[1]
-        plans = [self._plan(steps, row) for row in range(len(output))]
+        run, (batch, query_heads, _, value_width) = loops.of_competing(), part.outputs.shape
+        group, plans = query_heads // self._heads, [self._plan(part, row) for row in range(batch)]
         held = max(int(plan[0, BEFORE]) for plan in plans)
         slots = lines_of_slots(store, self.rules, held, of.line) if held else None
-        (rows, numbers), begin = self._founders(steps, store)
-        readers, evidence = self._readers(steps, queries), Laid.of(self.timeline.streams["evidence"])
+        (rows, numbers), begin = self._founders(part, store)
+        readers = self._readers(part, queries)
+        evidence = Laid.of(self.timeline.streams["evidence"][:, :, part.columns])
         lanes = list[Lane]()
-        for row, head, asked, heads in self._asked(queries, output):
+        for row, head, asked, heads in self._asked(part, queries):
             plan, asking = plans[row], slice(head * group, (head + 1) * group)
             live, room = int(plan[0, BEFORE]), max(1, int(plan[:, BEFORE : AFTER + 1].max()))
             lines = store.sums.new_zeros(2, room, len(of.line.own))
             if slots is not None:
                 lines[0, :live] = slots[row, head, :live]
-            read = (store.sums.new_zeros(1, room, output.shape[-1]).numpy(), store.sums.new_zeros(1, room).numpy())
+            read = (store.sums.new_zeros(1, room, value_width).numpy(), store.sums.new_zeros(1, room).numpy())
             tokens = run.Tokens(
                 *evidence.of_head(row, head),
-                *(rows[row, head].numpy(), numbers[row, head].numpy(), begin),
-                *(readers[row, asking].numpy(), steps[0].start),
+                *(rows[row, head].numpy(), numbers[row, head].numpy(), begin, readers[row, asking].numpy()),
             )
             of_slots = run.Slots(lines.numpy(), np.zeros(1, dtype=np.int64), *read)
             lanes.append(Lane(plan, (of_slots, tokens, asked, heads)))
         return lanes
 
-    def _readers(self, steps: Sequence[Step], queries: Queries) -> Tensor:
+    def _readers(self, part: Part, queries: Queries) -> Tensor:
         """Who is expected to read behind each chunk, [b, h, n, d]: its queries, turned there; none where nobody is.
 
         By how far they are turned a chunk's queries differ, and by which mean rotation then (`expected.py`) none do.
         """
         expects, rotation, positions = self.policy.expects, self.inputs.rotation, self.timeline.get("positions")
-        span = slice(steps[0].start, steps[-1].stop)
+        asked = queries.windowed[:, :, part.tokens].to(part.outputs.dtype)
         if expects is None:
-            return queries.windowed[:, :, :0].contiguous()
+            return asked[:, :, :0].contiguous()
         assert rotation is not None and positions is not None
-        asked = queries.windowed[:, :, span]
-        columns = slice(self.schedule.old + span.start, self.schedule.old + span.stop)
+        columns = slice(self.schedule.old + part.tokens.start, self.schedule.old + part.tokens.stop)
         of_chunks = positions[:, :, columns].unflatten(2, (-1, self.chunk))
         ahead = (of_chunks[..., -1:] + 1 - of_chunks).flatten(2)
         return (rotation.apply(asked, ahead) @ mean_rotation(rotation, expects.future, asked)).contiguous()
 
-    def _founders(self, steps: Sequence[Step], store: SlotStore) -> tuple[Contributions, int]:
+    def _founders(self, part: Part, store: SlotStore) -> tuple[Contributions, int]:
         """What the tokens that leave found slots with, and the column of the first of them."""
-        if (columns := self._columns(steps)) is None:
+        if (columns := self._leaving(part.steps)) is None:
             sums, numbers = store.sums[:, :, :0], store.numbers[:, :, :0].double()
             return (sums.contiguous(), numbers.contiguous()), 0
         made, begin = self.leaving.made(columns)
-        return made[1], begin
+        return made[1], begin - part.columns.start
 
     def _telling(self, line: Line, group: int) -> Any:
         """How queries tell, as loops want to know it."""

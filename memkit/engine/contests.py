@@ -72,13 +72,16 @@ def has_loops(policy: Policy) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def scoring(policy: Policy) -> Any:
-    """What candidates score, as loops want to know it; None where they do not know the admission."""
-    admission, of = policy.admission, loops.compiled().Scoring
+def scoring(policy: Policy, dtype: torch.dtype) -> Any:
+    """What candidates whose values are read in this dtype score, as loops want to know it; None where they do not know
+    the admission, or how to round so."""
+    admission, of, rounds = policy.admission, loops.compiled().Scoring, dtype == torch.bfloat16
+    if dtype == torch.float16:
+        return None
     if type(admission) is OutputError:
-        return of(True, admission.pool, False, float(admission.difference), False)
+        return of(True, admission.pool, False, float(admission.difference), False, rounds)
     if type(admission) is Attention or type(admission) is ExpectedAttention:
-        return of(False, admission.pool, True, 0.0, admission.value_norm)
+        return of(False, admission.pool, True, 0.0, admission.value_norm, rounds)
     return None
 
 
@@ -147,8 +150,8 @@ def _scores(
     score = np.zeros((len(before), max(before - kept + contest.size)), dtype=there.dtype)
     if contest.all_or_none:  # asks no admission, as in `plan.assign`
         return score
-    known = scoring(rules.policy)
-    if known is None or rules.dtype != store.sums.dtype:
+    known = scoring(rules.policy, rules.dtype)
+    if known is None:
         context = candidates(rules, chunk, store, contest, sink_tokens)
         return loops.rows(admission.score(context).expand(context.shape).to(store.sums.dtype), 1)
     loops.compiled().score(*lines, known, np.finfo(score.dtype).tiny, score)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from memkit import loops
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries
-from memkit.engine.lanes import Lane, Lanes, askable
+from memkit.engine.lanes import Lane, Lanes, Part, askable
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.memory.rows import SlotRules, SlotView
@@ -49,7 +50,7 @@ class FoldingLanes(Lanes):
     ) -> None:
         super().__init__(inputs, schedule, rules, timeline, leaving)
         asked = askable(inputs.keys) and inputs.plan is None and rules.valued and schedule.most_leaving > 0
-        self.known = asked and known(rules.policy) and loops.usable(inputs.keys)
+        self.known = asked and known(rules.policy)
 
     def knows(self, step: Step) -> bool:
         """Whether there is a slot to join for each token of the chunk that leaves, in all rows."""
@@ -61,30 +62,43 @@ class FoldingLanes(Lanes):
         founded = (new > leaving.sink_tokens) & (routing.new_slots | ((before == 0) & (leaving.sink_tokens == 0)))
         return bool(((before > self.policy.sinks) | founded | (new == leaving.size)).all())
 
-    def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
+    def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
         """PLAN, FOLD and READ."""
-        store.about_to_write()
-        run, view = loops.of_folding(), _standing_alone(store, self.rules)
+        run, view = loops.of_folding(), self._standing_alone(store)
         slots = _of_lanes(store.sums, store.numbers, view.keys, view.values, view.bias)
-        plans = [self._plan(steps, row) for row in range(len(output))]
+        plans = [self._plan(part, row) for row in range(len(part.outputs))]
         lanes = [
             Lane(plans[row], (run.Slots(*of_slots), run.Tokens(*of_tokens), asked, heads))
             for (row, _, asked, heads), of_slots, of_tokens in zip(
-                self._asked(queries, output), slots, self._tokens(steps, store), strict=True
+                self._asked(part, queries), slots, self._tokens(part, store), strict=True
             )
         ]
         self._go_through(lanes, run.steps, self._reading)
+        if self.rules.dtype != store.sums.dtype:
+            store.view = None
 
-    def _tokens(self, steps: Sequence[Step], store: SlotStore) -> Iterator[tuple[Any, ...]]:
+    def _standing_alone(self, store: SlotStore) -> SlotView:
+        """How the store's slots are read, in its own dtype and in tensors that may be written into, as its sums and
+        numbers may."""
+        store.sums, store.numbers = store.sums.contiguous(), store.numbers.contiguous()
+        if self.rules.dtype != store.sums.dtype:
+            store.view = None
+        view = store.read(dataclasses.replace(self.rules, dtype=store.sums.dtype))
+        keys, values = view.keys.contiguous(), view.values.contiguous()
+        bias = None if view.bias is None else view.bias.contiguous()
+        store.view = SlotView(keys, keys, values, bias, view.made_with)
+        return store.view
+
+    def _tokens(self, part: Part, store: SlotStore) -> Iterator[tuple[Any, ...]]:
         """What each lane's tokens that leave before these steps, and others around them, add to slots."""
-        columns = self._columns(steps)
+        columns = self._leaving(part.steps)
         if columns is None:
             nothing = store.sums[:, :, :0], store.numbers[:, :, :0]
             (keys, alone, joining), begin = (store.sums[:, :, :0, : self.rules.width], nothing, nothing), 0
         else:
             (keys, alone, joining), begin = self.leaving.made(columns)
         for each in _of_lanes(keys, *alone, *joining):
-            yield (*each, begin)
+            yield (*each, begin - part.columns.start)
 
     @functools.cached_property
     def _reading(self) -> Any:
@@ -95,23 +109,14 @@ class FoldingLanes(Lanes):
         at = {each: place for place, each in enumerate(policy.statistics)}
         mass = at.get(MASS, at[COUNT])
         weight, shift = rules.key_norm or (torch.ones(rules.width), torch.zeros(rules.width))
-        norm = (each.detach().to(rules.dtype).contiguous().numpy() for each in (weight, shift))
+        dtype = torch.promote_types(rules.dtype, torch.float32)
+        norm = (each.detach().to(dtype).contiguous().numpy() for each in (weight, shift))
         value_mass = at[COUNT] if spec.value == "count-mean" else mass
         biases = {"none": (-1, -1), "count": (at[COUNT], -1), "mass": (mass, at.get(FOUNDER_MASS, mass))}
         return loops.of_folding().Reading(
             *(self.chunk, policy.sinks, routing.new_slots, spec.key == "layer-norm", *norm, LAYER_NORM_EPS, mass),
             *(at.get(RADIUS, -1), value_mass, SHORTEST, *biases[spec.bias], TINY),
         )
-
-
-def _standing_alone(store: SlotStore, rules: SlotRules) -> SlotView:
-    """How the store's slots are read, in tensors that may be written into, as its sums and numbers may."""
-    store.sums, store.numbers = store.sums.contiguous(), store.numbers.contiguous()
-    view = store.read(rules)
-    keys, values = view.keys.contiguous(), view.values.contiguous()
-    bias = None if view.bias is None else view.bias.contiguous()
-    store.view = SlotView(keys, keys, values, bias, view.made_with)
-    return store.view
 
 
 def _of_lanes(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:

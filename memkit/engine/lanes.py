@@ -27,7 +27,7 @@ from memkit.memory.rows import SlotRules
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 
-__all__ = ["AFTER", "BEFORE", "Laid", "Lane", "Lanes", "askable"]
+__all__ = ["AFTER", "BEFORE", "Laid", "Lane", "Lanes", "Part", "askable"]
 
 ENABLED = True
 """Whether there are lanes. Off, steps go one by one: for who wonders what is wrong."""
@@ -86,9 +86,23 @@ class Laid:
         return self.flat[row * self.row + head * self.head :], self.token
 
 
+@dataclass(frozen=True)
+class Part:
+    """Steps that lanes go through at once: their tokens of the call, and the columns that they see or that leave before
+    them. Loops count both from the first one on.
+
+    outputs [b, h, s, v]: of these tokens, float32 or float64, which is what loops compute in.
+    """
+
+    steps: Sequence[Step]
+    tokens: slice
+    columns: slice
+    outputs: Tensor
+
+
 def askable(keys: Tensor) -> bool:
     """Whether there may be lanes for such keys: whether policies are worth a look."""
-    return ENABLED and keys.device.type == "cpu" and not torch.is_grad_enabled()
+    return ENABLED and loops.ENABLED and keys.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 class Lanes(ABC):
@@ -105,9 +119,21 @@ class Lanes(ABC):
         self.inputs, self.schedule, self.rules, self.timeline, self.leaving = inputs, schedule, rules, timeline, leaving
         self.policy, self.chunk, self.lock = rules.policy, rules.policy.chunk, threading.Lock()
 
-    @abstractmethod
     def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
         """All stages of these steps; the outputs go into `output` [b, h, t, v], of all tokens of the call."""
+        store.about_to_write()
+        tokens, leaving = slice(steps[0].start, steps[-1].stop), self._leaving(steps)
+        first = int(steps[0].first[0])
+        columns = slice(first if leaving is None else min(first, leaving.start), self.schedule.old + tokens.stop)
+        here = output[:, :, tokens]
+        part = Part(steps, tokens, columns, here.to(torch.promote_types(here.dtype, torch.float32)))
+        self.go_through(part, queries, store)
+        if part.outputs is not here:
+            here.copy_(part.outputs)
+
+    @abstractmethod
+    def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
+        """All stages of these steps."""
 
     @abstractmethod
     def knows(self, step: Step) -> bool:
@@ -136,43 +162,53 @@ class Lanes(ABC):
             together = taken
         return groups
 
+    @property
+    def _heads(self) -> int:
+        """Key/value heads."""
+        return self.inputs.keys.shape[1]
+
     def _column(self, begin: np.ndarray) -> int | None:
         """The column of these positions, if it is one and the same."""
         return common(begin + self.schedule.shift, np.ones(len(begin), dtype=bool))
 
-    def _columns(self, steps: Sequence[Step]) -> slice | None:
+    def _leaving(self, steps: Sequence[Step]) -> slice | None:
         """From the first column of which a token leaves to the last; None where none does."""
         columns = [self._column(each.begin) for step in steps for each in step.leaving]
         if not columns or columns[0] is None or columns[-1] is None:
             return None
         return slice(columns[0], columns[-1] + self.chunk)
 
-    def _plan(self, steps: Sequence[Step], row: int) -> np.ndarray:
+    def _plan(self, part: Part, row: int) -> np.ndarray:
         """What the steps are for a row of the batch, as loops want to know it: `STEP`, [steps, 10]."""
-        plan = np.zeros((len(steps), len(STEP)), dtype=np.int64)
-        for step, numbers in zip(steps, plan, strict=True):
-            numbers[:5] = step.start, step.stop, self.schedule.old + step.start, step.first[row], -1
+        plan = np.zeros((len(part.steps), len(STEP)), dtype=np.int64)
+        for step, numbers in zip(part.steps, plan, strict=True):
+            numbers[:2] = step.start - part.tokens.start, step.stop - part.tokens.start
+            numbers[2:5] = self.schedule.old + step.start, step.first[row], -1
+            numbers[2:4] -= part.columns.start
             numbers[BEFORE] = numbers[AFTER] = step.slots[row]
             numbers[-1] = max(0, self.policy.sinks - int(self.schedule.seen[row]) - step.start)
             for each in step.leaving:
                 before, column = int(each.slots_before[row]), self._column(each.begin)
                 kept, after = min(before, self.policy.sinks), before + int(each.new_slots[row])
-                numbers[4:9] = -1 if column is None else column, before, after, kept, int(each.sink_tokens[row])
+                assert column is not None
+                numbers[4:9] = column - part.columns.start, before, after, kept, int(each.sink_tokens[row])
         return plan
 
-    def _asked(self, queries: Queries, output: Tensor) -> Iterator[tuple[int, int, Any, Any]]:
+    def _asked(self, part: Part, queries: Queries) -> Iterator[tuple[int, int, Any, Any]]:
         """Each lane, row after row of the batch: row, key/value head, queries and what they meet, query heads."""
-        run, heads = loops.of_reading(), self.inputs.keys.shape[1]
-        group = output.shape[1] // heads
-        windowed, keys, values, outputs = map(
-            Laid.of, (queries.windowed, self.timeline.keys, self.timeline.values, output)
+        run, heads, (rows, query_heads, _, value_width) = loops.of_reading(), self._heads, part.outputs.shape
+        group, dtype = query_heads // heads, part.outputs.dtype
+        windowed = Laid.of(queries.windowed[:, :, part.tokens].to(dtype))
+        remembering = windowed if queries.alike else Laid.of(queries.remembering[:, :, part.tokens].to(dtype))
+        keys, values = (
+            Laid.of(each[:, :, part.columns].to(dtype)) for each in (self.timeline.keys, self.timeline.values)
         )
-        remembering = windowed if queries.alike else Laid.of(queries.remembering)
-        ones, learned = output.new_ones(output.shape[1]), (queries.window_scale, queries.memory_scale)
-        scales = [(ones if each is None else each.detach().to(output.dtype)).numpy() for each in learned]
+        outputs, learned = Laid.of(part.outputs), (queries.window_scale, queries.memory_scale)
+        ones = part.outputs.new_ones(query_heads)
+        scales = [(ones if each is None else each.detach().to(dtype)).numpy() for each in learned]
         alike = queries.alike and queries.window_scale is queries.memory_scale
-        facts = (alike, self.rules.width, output.shape[-1], float(self.inputs.checked_scale))
-        for row, head in np.ndindex(len(output), heads):
+        facts = (alike, self.rules.width, value_width, float(self.inputs.checked_scale))
+        for row, head in np.ndindex(rows, heads):
             some = slice(head * group, (head + 1) * group)
             asked = run.Asked(
                 *(*windowed.of_heads(row, some.start), *remembering.of_heads(row, some.start)),

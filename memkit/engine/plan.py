@@ -82,7 +82,8 @@ def candidates(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contes
             evidence = contest.behind(store.evidence[:, :, kept:before], evidence, kept)
 
     def values() -> Tensor:
-        return tokens_values if view is None else contest.behind(view.values[:, :, kept:], tokens_values, kept)
+        read = tokens_values if view is None else contest.behind(view.values[:, :, kept:], tokens_values, kept)
+        return read.to(store.sums.dtype)
 
     def alone() -> Tensor:
         if policy.keeps_keys:  # a founder's key is read as it came

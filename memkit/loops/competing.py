@@ -13,17 +13,18 @@ from memkit.loops.blas import product
 from memkit.loops.compiling import loop
 from memkit.loops.lines import admit, copy, join, ranking, read, score
 from memkit.loops.reading import Met, meet
+from memkit.loops.rounding import to_bfloat16
 from memkit.loops.softmax import softmax
 
-__all__ = ["Slots", "Telling", "Tokens", "steps"]
+__all__ = ["Slots", "Telling", "Tokens", "see", "steps"]
 
 
 class Tokens(NamedTuple):
     """A lane's tokens: what is told of each by column of the timeline, flat, with the distance from one to the next.
 
     rows [n, d + v], numbers [n, s]: what those that leave found slots with, the first of column `begin`; readers
-    [r, n, d], contiguous: who is expected to read behind each chunk, made of its queries, from query `readers_begin`
-    on; none where nobody is expected.
+    [r, n, d], contiguous: who is expected to read behind each chunk, made of its queries; none where nobody is
+    expected.
     """
 
     evidence: Any
@@ -32,7 +33,6 @@ class Tokens(NamedTuple):
     numbers: Any
     begin: int
     readers: Any
-    readers_begin: int
 
 
 class Slots(NamedTuple):
@@ -112,8 +112,18 @@ def _compete(slots, tokens, before, after, kept, sink_tokens, at, scoring, mergi
         product(keys, width, False, out, out.shape[2], True, (lost, after, width), 1.0, False, products, after)
         losts = np.full(1, lost, np.int64)
         join(products, losers, losts, afters, kept + sink_tokens, at, merging, out)
-    read(out, at, merging, slots.values, slots.bias)
+    see(out, at, merging, slots.values, slots.bias, scoring.rounds)
     slots.which[0] = 1 - which
+
+
+@loop
+def see(lines, at, merging, values, bias, rounds):
+    """How slots are read, of lines [1, m, L]: values [1, m, v] and bias [1, m], in bfloat16 where it `rounds`."""
+    read(lines, at, merging, values, bias)
+    if rounds:
+        for j in range(bias.shape[1]):
+            to_bfloat16(values[0, j])
+        to_bfloat16(bias[0])
 
 
 @loop
@@ -160,7 +170,7 @@ def _expected(slots, tokens, asked, heads, start, first, window, of_sinks, telli
         for i in range(width):
             total = dtype.type(0)
             for n in range(len(some)):
-                readers[n + 1, i] = tokens.readers[h, start - tokens.readers_begin + some[n], i]
+                readers[n + 1, i] = tokens.readers[h, start + some[n], i]
                 total += readers[n + 1, i]
             readers[0, i] = total / len(some)
             for n in range(len(some)):

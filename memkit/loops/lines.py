@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memkit.loops.compiling import loop
+from memkit.loops.rounding import to_bfloat16
 
 __all__ = [
     "Columns",
@@ -64,13 +65,15 @@ class Merging(NamedTuple):
 class Scoring(NamedTuple):
     """What candidates score: the mean error (`by_error`) or share that evidence says of them, over `pool` neighbours,
     those that are there alone or (`zeros`) with zeros beyond the ends; the root of an error times its difference to a
-    power; a share times its value's norm where `value_norm`. As in `pieces/admission.py`."""
+    power; a share times its value's norm where `value_norm`. As in `pieces/admission.py`. Values are in bfloat16 where
+    it `rounds`."""
 
     by_error: bool
     pool: int
     zeros: bool
     difference: float
     value_norm: bool
+    rounds: bool
 
 
 @loop
@@ -134,12 +137,12 @@ def score(slots, tokens, before, kept, at, scoring, tiny, out):
         _neighbours(out.copy(), before - kept + tokens.shape[1], scoring.pool, scoring.zeros, out)
     if scoring.by_error and scoring.difference != 0:
         differs = np.zeros(out.shape, out.dtype)
-        _differences(slots, tokens, before, kept, at, tiny, differs)
+        _differences(slots, tokens, before, kept, at, tiny, scoring.rounds, differs)
         for r in range(out.shape[0]):
             for j in range(out.shape[1]):
                 out[r, j] *= _power(differs[r, j], scoring.difference)
     if scoring.value_norm:
-        _by_norm(slots, tokens, before, kept, at, out)
+        _by_norm(slots, tokens, before, kept, at, scoring.rounds, out)
 
 
 @loop
@@ -159,13 +162,24 @@ def _shares(slots, tokens, before, kept, at, share):
 
 
 @loop
-def _by_norm(slots, tokens, before, kept, at, out):
+def _by_norm(slots, tokens, before, kept, at, rounds, out):
     """Multiply by the norms of candidates' values, [R, n]."""
+    value = np.empty(at.values - at.keys, out.dtype)
     for r in range(out.shape[0]):
         of_slots = before[r] - kept
         for j in range(of_slots + tokens.shape[1]):
-            line = _candidate(slots, tokens, r, kept, of_slots, j)
-            out[r, j] *= np.sqrt(_dot(line[at.keys : at.values], line[at.keys : at.values])) / _mass(line, at)
+            _value(_candidate(slots, tokens, r, kept, of_slots, j), at, rounds, value)
+            out[r, j] *= np.sqrt(_dot(value, value))
+
+
+@loop
+def _value(line, at, rounds, value):
+    """A line's value, as it is read."""
+    per_mass = 1 / _mass(line, at)
+    for i in range(value.shape[0]):
+        value[i] = line[at.keys + i] * per_mass
+    if rounds:
+        to_bfloat16(value)
 
 
 @loop
@@ -195,22 +209,23 @@ def _neighbours(numbers, counts, pool, zeros, means):
 
 
 @loop
-def _differences(slots, tokens, before, kept, at, tiny, differs):
+def _differences(slots, tokens, before, kept, at, tiny, rounds, differs):
     """(1 − cosine(k, k̄))·‖v − v̄‖ of candidates, [R, n]: `difference` of `pieces/admission.py`."""
     width, wide = at.keys, at.values - at.keys
     for r in range(differs.shape[0]):
         of_slots = before[r] - kept
         count = of_slots + tokens.shape[1]
         mean_key, mean_value = np.zeros(width, slots.dtype), np.zeros(wide, slots.dtype)
-        length = np.empty(count, slots.dtype)
+        length, values = np.empty(count, slots.dtype), np.empty((count, wide), slots.dtype)
         for j in range(count):
             line = _candidate(slots, tokens, r, kept, of_slots, j)
+            _value(line, at, rounds, values[j])
             length[j] = max(np.sqrt(_dot(line[:width], line[:width])), tiny)
-            share, per_mass = 1 / length[j], 1 / _mass(line, at)
+            share = 1 / length[j]
             for i in range(width):
                 mean_key[i] += line[i] * share
             for i in range(wide):
-                mean_value[i] += line[width + i] * per_mass
+                mean_value[i] += values[j, i]
         for i in range(width):
             mean_key[i] /= count
         for i in range(wide):
@@ -218,9 +233,9 @@ def _differences(slots, tokens, before, kept, at, tiny, differs):
         mean_length = np.sqrt(_dot(mean_key, mean_key))
         for j in range(count):
             line = _candidate(slots, tokens, r, kept, of_slots, j)
-            per_mass, squared = 1 / _mass(line, at), slots.dtype.type(0)
+            squared = slots.dtype.type(0)
             for i in range(wide):
-                squared += (line[width + i] * per_mass - mean_value[i]) ** 2
+                squared += (values[j, i] - mean_value[i]) ** 2
             likeness = _dot(line[:width], mean_key) / max(length[j] * mean_length, tiny)
             differs[r, j] = max(1 - likeness, 0) * np.sqrt(squared)
 

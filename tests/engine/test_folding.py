@@ -100,6 +100,18 @@ def test_loops_are_operations(name: str, dtype: torch.dtype, cuts, taken: list[i
     assert_same(memory, by_operations, limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", KNOWN)
+def test_half_precision_is_read_in_float32(name: str, dtype: torch.dtype, taken: list[int], monkeypatch):
+    case = case_of(name, dtype)
+    output, memory = read(case, monkeypatch, by_loops=True, cuts=(5 * CHUNK, 9 * CHUNK + 1))
+    assert taken
+    expected, by_operations = read(case, monkeypatch, by_loops=False, cuts=(5 * CHUNK, 9 * CHUNK + 1))
+    assert output.dtype == dtype
+    assert_close(output, expected, tolerance(torch.bfloat16, 4), "outputs")
+    assert torch.equal(memory.counts, by_operations.counts)
+
+
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_what_loops_do_not_know_is_left_to_operations(name: str, taken: list[int], monkeypatch):
     read(case_of(name), monkeypatch, by_loops=True)

@@ -322,10 +322,14 @@ def test_rows_of_unequal_lengths(folds: Counter[str], monkeypatch):
     assert_same(memory, by_operations, tolerance(torch.float64, 2048))
 
 
-def test_half_precision_scores_as_operations_do(folds: Counter[str], monkeypatch):
-    """What is in bfloat16 outside is rounded there, so that both decide by the same numbers."""
-    case = case_of("uneven heads").to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", COMPETING)
+def test_half_precision_decides_as_operations_do(name: str, dtype: torch.dtype, folds: Counter[str], monkeypatch):
+    """Values that are read in bfloat16 are rounded by loops, too, so that both decide by the same numbers."""
+    case = case_of(name).to(dtype)
     output, memory = read(case, monkeypatch, by_loops=True)
+    known = name not in STEP_BY_STEP and dtype == torch.bfloat16 and loops.with_products()
+    assert bool(folds["lanes"]) == known
     assert folds["_contend_by_loops"]
     expected, by_operations = read(case, monkeypatch, by_loops=False)
     assert_close(output, expected, tolerance(torch.bfloat16, 4), "outputs")
