@@ -1,5 +1,5 @@
-"""Lanes whose slots compete with the tokens of whole chunks, and whose readers are observed: PLAN, FOLD, READ and
-OBSERVE by `memkit/loops/competing.py`."""
+"""Lanes whose slots compete with the tokens that leave, and whose readers are observed: PLAN, FOLD, READ and OBSERVE by
+`memkit/loops/competing.py`."""
 
 from __future__ import annotations
 
@@ -54,13 +54,14 @@ class CompetingLanes(Lanes):
         super().__init__(inputs, schedule, rules, timeline, leaving)
         # Of whom no query scale has been learned, for whom slots and window meet one query.
         plain = inputs.parameters is None and not rules.policy.rotary.turns_queries
-        self.known = plain and usable(rules.policy, inputs.keys)
+        held = inputs.memory is not None and bool(inputs.memory.live_rows.any())
+        # Where nothing leaves, slots are there only as they are read.
+        folds = schedule.most_leaving > 0 or (schedule.tokens >= self.chunk and not held)
+        self.known = plain and folds and usable(rules.policy, inputs.keys)
 
     def knows(self, step: Step) -> bool:
-        """Whether the step's queries are a whole chunk."""
-        ended, begin = self.schedule.course.ends(end := self.schedule.seen + step.stop)
-        whole = bool(ended.all()) and not (end - begin != self.chunk).any()
-        return self.known and whole and step.stop - step.start == self.chunk
+        """Whether the step's queries are a chunk from its first one on, so that all who are observed are there."""
+        return self.known and not ((self.schedule.seen + step.start) % self.chunk)[step.active].any()
 
     def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
         """PLAN, FOLD, READ and OBSERVE."""
@@ -105,11 +106,13 @@ class CompetingLanes(Lanes):
         By how far they are turned a chunk's queries differ, and by which mean rotation then (`expected.py`) none do.
         """
         expects, rotation, positions = self.policy.expects, self.inputs.rotation, self.timeline.get("positions")
-        asked = queries.windowed[:, :, part.tokens].to(part.outputs.dtype)
+        whole = (part.tokens.stop - part.tokens.start) // self.chunk * self.chunk
+        span = slice(part.tokens.start, part.tokens.start + whole)
+        asked = queries.windowed[:, :, span].to(part.outputs.dtype)
         if expects is None:
             return asked[:, :, :0].contiguous()
         assert rotation is not None and positions is not None
-        columns = slice(self.schedule.old + part.tokens.start, self.schedule.old + part.tokens.stop)
+        columns = slice(self.schedule.old + span.start, self.schedule.old + span.stop)
         of_chunks = positions[:, :, columns].unflatten(2, (-1, self.chunk))
         ahead = (of_chunks[..., -1:] + 1 - of_chunks).flatten(2)
         return (rotation.apply(asked, ahead) @ mean_rotation(rotation, expects.future, asked)).contiguous()

@@ -21,7 +21,7 @@ from memkit import loops
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries
 from memkit.engine.leaving import AHEAD, LeavingTokens
-from memkit.engine.schedule import Schedule, Step, common
+from memkit.engine.schedule import LeavingChunk, Schedule, Step, common
 from memkit.engine.threads import in_threads
 from memkit.memory.rows import SlotRules
 from memkit.memory.slots import SlotStore
@@ -33,10 +33,10 @@ ENABLED = True
 """Whether there are lanes. Off, steps go one by one: for who wonders what is wrong."""
 
 STEP = ("start", "stop", "column", "first", "leaving", "before", "after", "kept", "sink_tokens", "of_sinks")
-"""What loops are told of a step: its queries, among the call's tokens; the column of the first one, and the first
-column that it sees; the column at which the chunk begins that leaves, −1 for none; slots before it, and after it; how
-many of those before, the first ones, always stay; how many tokens of the chunk found in any case; how many of the
-step's first queries are sinks'."""
+"""What loops are told of a step of one row: its queries, among the part's tokens, none where the row has ended; the
+column of the first one, and the first column that it sees; the column at which the chunk begins that leaves, −1 for
+none; slots before it, and after it; how many of those before, the first ones, always stay; how many tokens of the chunk
+found in any case; how many of the step's first queries are sinks'."""
 
 BEFORE, AFTER = STEP.index("before"), STEP.index("after")
 
@@ -123,7 +123,8 @@ class Lanes(ABC):
         """All stages of these steps; the outputs go into `output` [b, h, t, v], of all tokens of the call."""
         store.about_to_write()
         tokens, leaving = slice(steps[0].start, steps[-1].stop), self._leaving(steps)
-        first = int(steps[0].first[0])
+        first = common(steps[0].first, steps[0].active)
+        assert first is not None
         columns = slice(first if leaving is None else min(first, leaving.start), self.schedule.old + tokens.stop)
         here = output[:, :, tokens]
         part = Part(steps, tokens, columns, here.to(torch.promote_types(here.dtype, torch.float32)))
@@ -137,15 +138,14 @@ class Lanes(ABC):
 
     @abstractmethod
     def knows(self, step: Step) -> bool:
-        """Whether loops know a step of all rows, before which one chunk leaves all of them, or none."""
+        """Whether loops know a step before which one chunk leaves all rows that have not ended, or none."""
 
     def takes(self, step: Step) -> bool:
-        """Whether lanes go through a step."""
-        everyone = bool(step.active.all()) and bool((self.schedule.lengths >= step.stop).all())
-        if not everyone or common(step.first, step.active) is None:
+        """Whether lanes go through a step: rows that have not ended are in step, though it may be their last one."""
+        if common(step.first, step.active) is None:
             return False
         leaves = all(
-            each.leaves.all() and each.size == self.chunk and self._column(each.begin) is not None
+            each.leaves[step.active].all() and each.size == self.chunk and self._column(each) is not None
             for each in step.leaving
         )
         return leaves and self.knows(step)
@@ -167,28 +167,31 @@ class Lanes(ABC):
         """Key/value heads."""
         return self.inputs.keys.shape[1]
 
-    def _column(self, begin: np.ndarray) -> int | None:
-        """The column of these positions, if it is one and the same."""
-        return common(begin + self.schedule.shift, np.ones(len(begin), dtype=bool))
+    def _column(self, leaving: LeavingChunk) -> int | None:
+        """The column at which the chunk begins, if it is one and the same for all rows that it leaves."""
+        return common(leaving.begin + self.schedule.shift, leaving.leaves)
 
     def _leaving(self, steps: Sequence[Step]) -> slice | None:
         """From the first column of which a token leaves to the last; None where none does."""
-        columns = [self._column(each.begin) for step in steps for each in step.leaving]
+        columns = [self._column(each) for step in steps for each in step.leaving]
         if not columns or columns[0] is None or columns[-1] is None:
             return None
         return slice(columns[0], columns[-1] + self.chunk)
 
     def _plan(self, part: Part, row: int) -> np.ndarray:
         """What the steps are for a row of the batch, as loops want to know it: `STEP`, [steps, 10]."""
-        plan = np.zeros((len(part.steps), len(STEP)), dtype=np.int64)
+        plan, length = np.zeros((len(part.steps), len(STEP)), dtype=np.int64), int(self.schedule.lengths[row])
         for step, numbers in zip(part.steps, plan, strict=True):
-            numbers[:2] = step.start - part.tokens.start, step.stop - part.tokens.start
+            numbers[:2] = step.start, max(step.start, min(step.stop, length))
+            numbers[:2] -= part.tokens.start
             numbers[2:5] = self.schedule.old + step.start, step.first[row], -1
             numbers[2:4] -= part.columns.start
             numbers[BEFORE] = numbers[AFTER] = step.slots[row]
             numbers[-1] = max(0, self.policy.sinks - int(self.schedule.seen[row]) - step.start)
             for each in step.leaving:
-                before, column = int(each.slots_before[row]), self._column(each.begin)
+                if not each.leaves[row]:
+                    continue
+                before, column = int(each.slots_before[row]), self._column(each)
                 kept, after = min(before, self.policy.sinks), before + int(each.new_slots[row])
                 assert column is not None
                 numbers[4:9] = column - part.columns.start, before, after, kept, int(each.sink_tokens[row])

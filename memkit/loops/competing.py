@@ -1,4 +1,4 @@
-"""A lane whose slots compete with the tokens of whole chunks, and are observed: PLAN, FOLD, READ and OBSERVE of a whole
+"""A lane whose slots compete with the tokens that leave, and are observed: PLAN, FOLD, READ and OBSERVE of a whole
 stretch of chunks is one call. It has its slots as lines (`lines.py`)."""
 
 # pyright: basic, reportMissingImports=false
@@ -62,16 +62,18 @@ class Telling(NamedTuple):
 
 @loop
 def steps(plan, slots, tokens, asked, heads, at, scoring, merging, tiny, telling):
-    """Chunk after chunk: PLAN and FOLD what leaves, READ, OBSERVE.
+    """Chunk after chunk: PLAN and FOLD what leaves, READ, and OBSERVE where the chunk is a whole one.
 
     plan [steps, 10]: `engine/lanes.py` says of what.
     """
     for step in range(plan.shape[0]):
-        start, _, column, first, leaving, before, after, kept, sink_tokens, of_sinks = plan[step]
+        start, stop, column, first, leaving, before, after, kept, sink_tokens, of_sinks = plan[step]
         if leaving >= 0:
             chunk = _lines_of_tokens(tokens, asked, heads, leaving, at, telling)
             _compete(slots, chunk, before, after, kept, sink_tokens, at, scoring, merging, tiny)
-        _meet(slots, after, tokens, asked, heads, start, column, first, of_sinks, at, merging.by_mass, telling)
+        if stop > start:
+            span, biased = stop - start, merging.by_mass
+            _meet(slots, after, tokens, asked, heads, start, span, column, first, of_sinks, at, biased, telling)
 
 
 @loop
@@ -127,18 +129,20 @@ def see(lines, at, merging, values, bias, rounds):
 
 
 @loop
-def _meet(slots, count, tokens, asked, heads, start, column, first, of_sinks, at, biased, telling):
+def _meet(slots, count, tokens, asked, heads, start, span, column, first, of_sinks, at, biased, telling):
     """READ and OBSERVE: a chunk's queries, the first at `column`, meet `count` slots and the window from `first` on."""
-    lines, chunk, rows = slots.lines[slots.which[0]], telling.chunk, heads.of_window.shape[0] * telling.chunk
-    older, met = column - first, count + column - first + chunk
+    lines, rows = slots.lines[slots.which[0]], heads.of_window.shape[0] * span
+    older, met = column - first, count + column - first + span
     shares, wholes = np.empty((rows, met), lines.dtype), np.empty((2, met), np.int32)
     outputs = np.empty((rows, heads.value_width), lines.dtype)
     bias = slots.bias[0, : count if biased else 0]
     view = Met(count, lines[0, telling.key_at :], lines.shape[1], slots.values[0], heads.value_width, bias)
-    meet(asked, heads, start, chunk, column, first, view, shares, wholes, outputs)
+    meet(asked, heads, start, span, column, first, view, shares, wholes, outputs)
+    if span < telling.chunk:
+        return
     told = _mean_shares(shares, telling)
     if tokens.readers.shape[1]:
-        told = _expected(view, tokens, asked, heads, start, first, older + chunk, of_sinks, telling)
+        told = _expected(view, tokens, asked, heads, start, first, older + span, of_sinks, telling)
     _tell(shares, told, outputs, slots, lines, count, tokens, asked, first, older, at, telling)
 
 

@@ -112,6 +112,25 @@ def test_half_precision_is_read_in_float32(name: str, dtype: torch.dtype, taken:
     assert torch.equal(memory.counts, by_operations.counts)
 
 
+@pytest.mark.parametrize("lengths", [(TOKENS, 5 * CHUNK + 3), (3, TOKENS - 5), (4 * CHUNK, 0)])
+@pytest.mark.parametrize("name", KNOWN)
+def test_rows_that_end_earlier(name: str, lengths: tuple[int, int], taken: list[int], monkeypatch):
+    case, both = case_of(name), list[Any]()
+    for by_loops in (True, False):
+        monkeypatch.setattr(lanes, "ENABLED", by_loops)
+        with torch.no_grad():
+            output, memory = case.attend(lengths=list(lengths))
+            more, after = case.part(0, 2 * CHUNK + 1).attend(memory=memory.fork())
+        both.append((output, memory, more, after))
+    (output, memory, more, after), (expected, known, further, later) = both
+    most = max(lengths) // CHUNK - memory.policy.window.chunks  # pyright: ignore[reportAttributeAccessIssue]
+    assert sum(taken) >= most
+    assert_close(output, expected, tolerance(torch.float64, 2048), "outputs")
+    assert_close(more, further, tolerance(torch.float64, 2048), "outputs of what comes next")
+    assert_same(memory, known, tolerance(torch.float64, 2048))
+    assert_same(after, later, tolerance(torch.float64, 2048))
+
+
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_what_loops_do_not_know_is_left_to_operations(name: str, taken: list[int], monkeypatch):
     read(case_of(name), monkeypatch, by_loops=True)
@@ -238,6 +257,16 @@ def test_threads_change_nothing(taken: list[int], monkeypatch):
         torch.set_num_threads(threads)
     assert taken
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(("threads", "by_lanes"), [(6, True), (7, False)])
+def test_few_heads_are_left_to_operations_which_share_one_between_threads(
+    threads: int, by_lanes: bool, taken: list[int], monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    read(case_of("growing"), monkeypatch, by_loops=True)  # two rows of two heads
+    assert bool(taken) == by_lanes
 
 
 def test_gradients_and_given_plans_are_for_operations(taken: list[int], monkeypatch):

@@ -200,7 +200,7 @@ def test_a_memory_goes_on_from_lanes_to_steps_and_back(chunks: list[int], monkey
     case = case_of(heads={"ratios": (0.25, 0.75, 1.0, 2.0)})
     _, memory = read(case.part(0, 5 * CHUNK + 3))
     expected, _ = read(case.part(5 * CHUNK + 3, TOKENS), memory=memory.fork())
-    assert chunks == [5, 3]
+    assert chunks == [6, 3]
     monkeypatch.setattr(lanes, "ENABLED", False)
     output, _ = read(case.part(5 * CHUNK + 3, TOKENS), memory=memory)
     assert len(chunks) == 2

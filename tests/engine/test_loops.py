@@ -143,7 +143,7 @@ def test_loops_are_operations(
     case, limit = case_of(name).to(dtype), tolerance(dtype, 2048)
     output, memory = read(case, monkeypatch, by_loops=True, cuts=cuts, by_lanes=by_lanes)
     assert bool(folds["lanes"]) == (by_lanes and name not in STEP_BY_STEP and loops.with_products())
-    assert folds["_contend_by_loops"]
+    assert bool(folds["_contend_by_loops"]) != bool(folds["lanes"])  # a chunk leaves where another one begins
     assert not folds["replace"]
     expected, by_operations = read(case, monkeypatch, by_loops=False, cuts=cuts)
     assert folds["replace"] == folds["lanes"] + folds["_contend_by_loops"]
@@ -330,7 +330,7 @@ def test_half_precision_decides_as_operations_do(name: str, dtype: torch.dtype, 
     output, memory = read(case, monkeypatch, by_loops=True)
     known = name not in STEP_BY_STEP and dtype == torch.bfloat16 and loops.with_products()
     assert bool(folds["lanes"]) == known
-    assert folds["_contend_by_loops"]
+    assert bool(folds["_contend_by_loops"]) != known
     expected, by_operations = read(case, monkeypatch, by_loops=False)
     assert_close(output, expected, tolerance(torch.bfloat16, 4), "outputs")
     assert torch.equal(memory.counts, by_operations.counts)
@@ -460,3 +460,31 @@ for _ in range(2):
     assert said[0].startswith("memkit: memkit compiles its loops")
     assert len(said[0].splitlines()) == 1
     assert not said[1]
+
+
+@pytest.mark.skipif(not loops.with_products(), reason="lanes need PyTorch's BLAS under its name")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(TOKENS, 5 * CHUNK + 3), (3, TOKENS - 5), (4 * CHUNK, 0)])
+@pytest.mark.parametrize("name", [name for name in COMPETING if name not in STEP_BY_STEP])
+def test_rows_that_end_earlier(
+    name: str, lengths: tuple[int, int], dtype: torch.dtype, folds: Counter[str], monkeypatch
+):
+    """All of them go by lanes, each to its end; what comes next goes on from there."""
+    case, both = case_of(name).to(dtype), []
+    for by_lanes in (True, False):
+        folds.clear()
+        monkeypatch.setattr(loops, "ENABLED", by_lanes)
+        with torch.no_grad():
+            output, memory = case.attend(lengths=list(lengths))
+            assert not by_lanes or not folds["_contend_by_loops"]
+            assert bool(folds["lanes"]) == by_lanes
+            more, after = case.part(0, 2 * CHUNK + 1).attend(memory=memory.fork())
+        both.append((output, memory, more, after))
+    (output, memory, more, after), (expected, known, further, later) = both
+    limit = tolerance(dtype, 2048) if dtype == torch.float64 else tolerance(dtype, 4)
+    assert_close(output, expected, limit, "outputs")
+    assert_close(more, further, limit, "outputs of what comes next")
+    for one, other in ((memory, known), (after, later)):
+        if dtype == torch.float64:
+            assert_same(one, other, limit)
+        assert torch.equal(one.counts, other.counts)
