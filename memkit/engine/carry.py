@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,8 @@ def open_timeline(inputs: AttendInputs, schedule: Schedule) -> tuple[Timeline, T
         if not window.fits(tokens) and old + tokens <= window.room:
             memory.about_to_write()
             window.move_to_front(old)
+            if (memory.seen_rows != memory.seen_rows[0]).any():  # its bias hides columns that are others now
+                memory.buffer = None
         in_place = window.fits(tokens)
     return Timeline.of(window, old, new, in_place), following
 
@@ -145,15 +148,17 @@ def close(
     if buffer is not None and policy.holds_once:
         slots = slots_at_rest()
         before.about_to_write()
-        if not _still_fits(buffer, slots, made_with) or not (cuts is None or cuts.alike):
+        alike = bool((schedule.after == schedule.after[:1]).all()) and (cuts is None or cuts.alike)
+        unchanged = slots is before.store and cuts is None  # what hides columns from rows hides the same ones
+        if not unchanged and not (alike and _still_fits(buffer, slots, made_with)):
             window = timeline.window(keep, window.room, None)  # it then stands for itself
             return Memory(policy, seen, window, slots, next_positions, cuts=cuts)
-        if slots is not before.store:
+        if not unchanged:
             slots = _written_over(buffer, slots)
-        if window.end > keep:
+        if alike and window.end > keep:
             window.move_to_front(keep)
-        begun = int(schedule.course.newest()[0])
-        buffer = dataclasses.replace(buffer, until=decodes_until(policy, int(schedule.after[0]) - begun, window))
+        begun = schedule.after - schedule.course.newest()
+        buffer = dataclasses.replace(buffer, until=decodes_until(policy, begun, window))
         return Memory(policy, seen, window, slots, next_positions, buffer=buffer, cuts=cuts)
     if not window.fits(1) and window.end > keep:  # as the next call would begin
         before.about_to_write()
@@ -163,7 +168,7 @@ def close(
     compact = store.compact()
     # Where the next token can take the short cut, slots are held once; where folds read all anew, too.
     uneven = not (schedule.after == schedule.after[0]).all()
-    apart = uneven or policy.rotary.turns_queries
+    apart = policy.rotary.turns_queries or (uneven and (policy.window.band is not None or cuts is not None))
     if store.view is not None and apart and not policy.replaces:
         compact.view = store.view
         compact.view.made_with = made_with
@@ -185,12 +190,13 @@ def _written_over(buffer: DecodeBuffer, slots: HeldSlots) -> HeldSlots:
     return slots.standing_at(keys, values.copy_(view.values), scaled=scale is not None)
 
 
-def decodes_until(policy: Policy, begun: int, window: Window) -> int:
-    """The window's end until which single tokens are decoded with nothing else to do; begun: tokens of their chunk."""
+def decodes_until(policy: Policy, begun: np.ndarray, window: Window) -> int:
+    """The window's end until which single tokens are decoded with nothing else to do; begun [b]: tokens of each row's
+    newest chunk."""
     if not policy.chunk:
         return window.room
     # The first token of a chunk pushes one out; the last, after which its queries are observed, goes the long way.
-    left = -begun % policy.chunk
+    left = int((-begun % policy.chunk).min())
     return min(window.room, window.end + max(0, left - policy.observes))
 
 

@@ -54,9 +54,8 @@ class CompetingLanes(Lanes):
         super().__init__(inputs, schedule, rules, timeline, leaving)
         # Of whom no query scale has been learned, for whom slots and window meet one query.
         plain = inputs.parameters is None and not rules.policy.rotary.turns_queries
-        held = inputs.memory is not None and bool(inputs.memory.live_rows.any())
-        # Where nothing leaves, slots are there only as they are read.
-        folds = schedule.most_leaving > 0 or (schedule.tokens >= self.chunk and not held)
+        # Where nothing leaves, a memory's slots are there only as they are read.
+        folds = schedule.most_leaving > 0 or (schedule.tokens >= self.chunk and inputs.memory is None)
         self.known = plain and folds and usable(rules.policy, inputs.keys)
 
     def knows(self, step: Step) -> bool:

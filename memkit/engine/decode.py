@@ -3,7 +3,8 @@
 Softmax does not mind the order of its keys. So decoding keeps the slots, as they are read, directly before the window
 in one buffer, and appends each token behind; until the next chunk leaves, nothing else moves (under a sliding window
 the sinks do). What differs between slots and window is folded into the slots' keys (query scales, as the ratio of
-the two) or into one bias (counts).
+the two) or into one bias (counts). Rows at unequal positions have unequally many slots and tokens in their windows: the
+bias hides what is not theirs.
 
 This is a shortcut: whatever does not fit it takes the way of every other call, with the same result up to rounding: all
 keys are summed in one softmax instead of in several, and query scales are rounded where they meet the slots' keys.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -137,20 +139,27 @@ def _append(memory: Memory, weights: Tensor | None) -> Tensor | None:
 def _wait(memory: Memory, queries: Tensor) -> None:
     """Keep the token's query if it is one that is observed."""
     policy, observed = memory.policy, memory.observed
-    offset = _begun(memory) % policy.chunk
-    offsets = policy.observation.waits
-    if observed is not None and offset in offsets:
-        observed[:, :, offsets.index(offset)] = queries[:, :, 0]
+    offsets, begun = policy.observation.waits, _begun(memory) % policy.chunk
+    if observed is None:
+        return
+    if (begun == begun[0]).all():
+        if begun[0] in offsets:
+            observed[:, :, offsets.index(begun[0])] = queries[:, :, 0]
+        return
+    for row, offset in enumerate(begun.tolist()):
+        if offset in offsets:
+            observed[row, :, offsets.index(offset)] = queries[row, :, 0]
 
 
 def _applies(inputs: AttendInputs, memory: Memory) -> bool:
-    """One token per row, rows alike, room in the buffer, no chunk that leaves, one query for slots and window; and
-    where query scales are learned, as many key/value heads as query heads and no scale of 0."""
-    policy, position = inputs.policy, int(memory.seen_rows[0])
+    """One token per row, room in the buffer, no chunk that leaves, one query for slots and window, rows alike where a
+    window slides or the caller cuts chunks; and where query scales are learned, as many key/value heads as query heads
+    and no scale of 0."""
+    policy, positions = inputs.policy, memory.seen_rows
     plain = inputs.keys.shape[2] == 1 and inputs.plan is None and not memory.keys.requires_grad
     if not plain or not memory.window.fits(1) or memory.store.requires_grad:
         return False
-    if position == 0 or _leaves(memory, position) or (policy.observes and _ends(inputs, memory, position)):
+    if not positions.all() or _leaves(memory, positions) or (policy.observes and _ends(inputs, memory, positions)):
         return False
     if memory.cuts is not None and not memory.cuts.alike:
         return False
@@ -158,7 +167,7 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
         return False
     if "positions" in policy.streams and (inputs.rotation is None or inputs.rotation.positions is not None):
         return False
-    if len(memory.seen_rows) > 1 and not (memory.seen_rows == position).all():
+    if not _alike(memory) and (memory.cuts is not None or policy.window.band is not None or policy.sinks_only):
         return False
     if not inputs.row_lengths.all():
         return False
@@ -170,32 +179,37 @@ def _applies(inputs: AttendInputs, memory: Memory) -> bool:
     return inputs.queries.shape[1] == inputs.keys.shape[1] and bool(window.detach().all())
 
 
-def _leaves(memory: Memory, position: int) -> bool:
-    """Whether the token at `position` may push a chunk, or a sink, out of the window."""
+def _alike(memory: Memory) -> bool:
+    """Whether all rows are at one position."""
+    return bool((memory.seen_rows == memory.seen_rows[:1]).all())
+
+
+def _leaves(memory: Memory, positions: np.ndarray) -> bool:
+    """Whether the tokens at these positions, [b], may push a chunk, or a sink, out of any row's window."""
     policy, band = memory.policy, memory.policy.window.band
     if band is not None:
-        return band <= position < band + policy.sinks
+        return bool(((positions >= band) & (positions < band + policy.sinks)).any())
     if memory.cuts is not None:
         return bool(memory.cuts.opens(memory.seen_rows, policy.chunk).any())
-    return policy.chunk > 0 and position % policy.chunk == 0
+    return policy.chunk > 0 and bool((positions % policy.chunk == 0).any())
 
 
-def _ends(inputs: AttendInputs, memory: Memory, position: int) -> bool:
-    """Whether the token at `position` is the last of its chunk, in any row."""
+def _ends(inputs: AttendInputs, memory: Memory, positions: np.ndarray) -> bool:
+    """Whether the token at its row's position, [b], is the last of its chunk, in any row."""
     chunk = memory.policy.chunk
     if memory.cuts is None:
-        return (position + 1) % chunk == 0
-    return inputs.row_boundaries is not None or bool((position + 1 - memory.cuts.newest >= chunk).any())
+        return bool(((positions + 1) % chunk == 0).any())
+    return inputs.row_boundaries is not None or bool((positions + 1 - memory.cuts.newest >= chunk).any())
 
 
-def _begun(memory: Memory) -> int:
-    """Tokens since the newest chunk began, for rows alike; or since a chunk of the same length did."""
-    return int(memory.seen_rows[0]) - (0 if memory.cuts is None else int(memory.cuts.newest[0]))
+def _begun(memory: Memory) -> np.ndarray:
+    """Tokens of each row since its newest chunk began, [b]; or since a chunk of the same length did."""
+    return memory.seen_rows if memory.cuts is None else memory.seen_rows - memory.cuts.newest
 
 
 def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ...]) -> Memory:
     """The memory with its window moved directly behind a copy of the slots as they are read."""
-    policy, slots, held = inputs.policy, int(memory.live_rows[0]), int(memory.held_rows[0])
+    policy, slots, held = inputs.policy, int(memory.live_rows.max()), int(memory.held_rows.max())
     seen, band, room = int(memory.seen_rows[0]), policy.window.band, memory.window.room
     moved, keys, values, bias, sinks, ratio = memory, memory.keys, memory.values, None, None, None
     if slots:
@@ -218,6 +232,9 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
             store = dataclasses.replace(store, view=None)
         moved = dataclasses.replace(memory, window=Window(streams, held), store=store)
     end = moved.window.end
+    if not _alike(memory):
+        hidden = _not_theirs(memory, slots, end - held, keys.shape[2])
+        bias = (keys.new_zeros(()) if bias is None else bias).masked_fill(hidden.to(keys.device), -torch.inf)
     until = room
     if band is not None and seen < band:
         until, band = min(room, end + band - seen), 0
@@ -242,6 +259,15 @@ def _side_by_side(inputs: AttendInputs, memory: Memory, made_with: tuple[int, ..
         signature=_signature(inputs),
     )
     return moved
+
+
+def _not_theirs(memory: Memory, slots: int, first: int, columns: int) -> Tensor:
+    """Which of so many columns of a buffer with `slots` slots in front are no slot and no token of a row's window,
+    bool [b, 1, 1, columns]; first: the column behind the slots where the longest window begins."""
+    at, live, held = np.arange(columns), memory.live_rows[:, None], memory.held_rows[:, None]
+    shorter = slots + first + held.max() - held
+    hidden = (at >= live) & (at < shorter) if slots else at < shorter
+    return torch.from_numpy(hidden)[:, None, None]
 
 
 def _held(inputs: AttendInputs, memory: Memory, slots: int, made_with: tuple[int, ...]) -> SlotStore | HeldSlots:

@@ -109,8 +109,8 @@ class Pass:
         """For each step: plan, fold, observe, read. Outputs [b, h, t, v], log-sum-exp [b, h, t]; no graph.
 
         Alike steps are read together: each plans and folds, and how slots are read then is noted, and one READ meets
-        them all. Where a policy observes, steps go one by one, or by lanes, and READ and OBSERVE meet the same rows: a
-        whole chunk's queries do both, and the log-sum-exp, which no backward pass of theirs needs, is then not there.
+        them all. Where a policy observes, steps go one by one, and READ and OBSERVE meet the same rows: a whole chunk's
+        queries do both. Lanes do all of it. Neither tells log-sum-exps, for no backward pass of theirs needs any.
         """
         key_sets = KeySets(self.schedule, self.timeline.keys, self.timeline.values)
         rows, heads, tokens, _ = queries.windowed.shape

@@ -75,7 +75,10 @@ class Laid:
             tensor = tensor.contiguous()
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         span = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
-        return cls(tensor.as_strided((span,), (1,)).numpy(), *tensor.stride()[:-1])
+        row, head, token, _ = tensor.stride()
+        if tensor.shape[-2] == 1:  # whose stride may be anything, even in a contiguous tensor
+            token = tensor.shape[-1]
+        return cls(tensor.as_strided((span,), (1,)).numpy(), row, head, token)
 
     def of_heads(self, row: int, head: int) -> tuple[np.ndarray, int, int]:
         """A row's numbers from a head on, and how far apart heads and tokens stand."""

@@ -13,8 +13,9 @@ from memkit.memory.window import Columns, Timeline
 
 __all__ = ["AHEAD", "LeavingTokens"]
 
-Ahead = tuple[Tensor, Contributions, Contributions]
-"""Of some tokens: memory keys [b, g, n, d], and what each adds to a slot that it founds, and to one that it joins."""
+Ahead = tuple[Tensor, Contributions | None, Contributions]
+"""Of some tokens: memory keys [b, g, n, d], and what each adds to a slot that it founds (None where none does), and to
+one that it joins."""
 
 AHEAD = 2048
 """Tokens whose memory keys and rows are made at once: enough that each chunk's share of the overhead is small, and few
@@ -46,14 +47,19 @@ class LeavingTokens:
         keys, alone, joining = self._made(where)
         here = slice(where.start - self.begin, where.stop - self.begin)
         chunk.memory_keys = keys[:, :, here]
-        some = alone[0][:, :, here], alone[1][:, :, here]
-        rows = some[0] if joining[0] is alone[0] else joining[0][:, :, here]
-        chunk.ahead = some, some if joining is alone else (rows, joining[1][:, :, here])
+        some = joining[0][:, :, here], joining[1][:, :, here]
+        if alone is not None and alone is not joining:
+            rows = some[0] if joining[0] is alone[0] else alone[0][:, :, here]
+            chunk.ahead = (rows, alone[1][:, :, here]), some
+        else:
+            chunk.ahead = None if alone is None else some, some
         return chunk
 
-    def made(self, where: slice) -> tuple[Ahead, int]:
-        """What tokens at these columns, and at others around them, bring; the first column of those."""
-        return self._made(where), self.begin
+    def made(self, where: slice) -> tuple[tuple[Tensor, Contributions, Contributions], int]:
+        """What tokens at these columns, and at others around them, bring, and whatever instead of what they would bring
+        as founders where none founds; the first column of those."""
+        keys, alone, joining = self._made(where)
+        return (keys, joining if alone is None else alone, joining), self.begin
 
     def _made(self, where: slice) -> Ahead:
         """Memory keys, and rows as founders and as joiners, of the columns `begin` … `stop` − 1, these among them."""
@@ -64,13 +70,12 @@ class LeavingTokens:
             block = slice(self.begin, self.stop)
             tokens = Chunk.of(self.timeline.streams, block, self._first(block))
             tokens.memory_keys = memory_keys(self.rules, tokens)
-            founding = self._alike or self._found(block)
-            everyone = torch.ones(tokens.keys.shape[:3], dtype=torch.bool, device=tokens.keys.device)
-            alone = joining = contributions(self.rules, tokens, everyone if founding else None)
-            if founding and not self._alike:
-                joining = contributions(self.rules, tokens, None)
-                if not self.rules.policy.weighted and self.rules.policy.merging.of == "both":
-                    joining = alone[0], joining[1]
+            everyone, alone = torch.ones(tokens.keys.shape[:3], dtype=torch.bool, device=tokens.keys.device), None
+            if self._alike or self._found(block):
+                alone = contributions(self.rules, tokens, everyone)
+            joining = alone if alone is not None and self._alike else contributions(self.rules, tokens, None)
+            if alone is not None and not self.rules.policy.weighted and self.rules.policy.merging.of == "both":
+                joining = alone[0], joining[1]
             self.ahead = tokens.memory_keys, alone, joining
         return self.ahead
 

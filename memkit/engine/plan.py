@@ -11,7 +11,7 @@ from torch import Tensor
 from memkit.engine.inputs import Plan
 from memkit.engine.schedule import LeavingChunk, Schedule, common
 from memkit.memory.contest import Contest
-from memkit.memory.rows import Chunk, SlotRules, on_device, read_tokens
+from memkit.memory.rows import Chunk, SlotRules, on_device, read_tokens, read_values
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Columns, columns
 from memkit.pieces.admission import Admission
@@ -82,7 +82,8 @@ def candidates(rules: SlotRules, chunk: Chunk, store: SlotStore, contest: Contes
             evidence = contest.behind(store.evidence[:, :, kept:before], evidence, kept)
 
     def values() -> Tensor:
-        read = tokens_values if view is None else contest.behind(view.values[:, :, kept:], tokens_values, kept)
+        alone = read_values(rules, chunk) if policy.readout.own else tokens_values
+        read = alone if view is None else contest.behind(view.values[:, :, kept:], alone, kept)
         return read.to(store.sums.dtype)
 
     def alone() -> Tensor:

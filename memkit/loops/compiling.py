@@ -59,8 +59,8 @@ class _Notice(event.Listener):
     said = False
 
     def on_start(self, event: event.Event) -> None:
-        assert event.data is not None
-        ours = event.data["dispatcher"].py_func.__module__.startswith("memkit.loops.")
+        function = getattr((event.data or {}).get("dispatcher"), "py_func", None)
+        ours = (getattr(function, "__module__", None) or "").startswith("memkit.loops.")
         if ours and not self.said:
             self.said = True
             logging.getLogger("memkit").warning("memkit compiles its loops for this machine, once: up to half a minute")

@@ -175,9 +175,9 @@ def _by_norm(slots, tokens, before, kept, at, rounds, out):
 @loop
 def _value(line, at, rounds, value):
     """A line's value, as it is read."""
-    per_mass = 1 / _mass(line, at)
+    mass = _mass(line, at)
     for i in range(value.shape[0]):
-        value[i] = line[at.keys + i] * per_mass
+        value[i] = line[at.keys + i] / mass
     if rounds:
         to_bfloat16(value)
 

@@ -149,12 +149,13 @@ def lines_of_tokens(rules: SlotRules, chunk: Chunk, line: Line, founded: Tensor 
 
     founded [b, g, c]; None: whoever stays founds, and no weight is learned.
     """
-    if founded is None and chunk.ahead is None:
+    alone = None if chunk.ahead is None else chunk.ahead[0]
+    if founded is None and alone is None:
         founded = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=chunk.keys.device)
-    if chunk.ahead is None or (rules.policy.weighted and not rules.policy.merging.by_share):
+    if alone is None or (rules.policy.weighted and not rules.policy.merging.by_share):
         rows, numbers = contributions(rules, chunk, founded)
     else:
-        rows, numbers = chunk.ahead[0]
+        rows, numbers = alone
     parts = [rows, numbers.to(rows.dtype)]
     if rules.policy.observes:
         assert chunk.evidence is not None

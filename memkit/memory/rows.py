@@ -34,6 +34,7 @@ __all__ = [
     "parameter_versions",
     "read_slots",
     "read_tokens",
+    "read_values",
 ]
 
 
@@ -48,8 +49,8 @@ class Chunk:
     keys [b, g, c, d] as they arrived; values [b, g, c, v], None in a plan; weights [b, g, c]; positions [b, 1, c];
     first: whether it is the row's first chunk, or a bool per row [b, 1, 1]; where: its columns of the timeline;
     memory_keys [b, g, c, d]: what slots sum of the keys, None where not taken yet; evidence [b, g, c, e]: what observed
-    queries have told of them; ahead: `contributions` as if every token founded, and as if none did, where these were
-    made for many chunks at once.
+    queries have told of them; ahead: `contributions` as if every token founded (None where none does), and as if
+    none did, where these were made for many chunks at once.
     """
 
     keys: Tensor
@@ -60,7 +61,7 @@ class Chunk:
     where: Columns
     memory_keys: Tensor | None = None
     evidence: Tensor | None = None
-    ahead: tuple[Contributions, Contributions] | None = None
+    ahead: tuple[Contributions | None, Contributions] | None = None
 
     @classmethod
     def of(cls, streams: Streams, where: Columns, first: bool | Tensor) -> Chunk:
@@ -142,9 +143,10 @@ def contributions(rules: SlotRules, chunk: Chunk, founded: Tensor | None) -> Con
         alone, joining = chunk.ahead
         if founded is None or alone is joining:
             return joining
-        chosen = founded.unsqueeze(-1)
-        rows = joining[0] if alone[0] is joining[0] else torch.where(chosen, alone[0], joining[0])
-        return rows, torch.where(chosen, alone[1], joining[1])
+        if alone is not None:
+            chosen = founded.unsqueeze(-1)
+            rows = joining[0] if alone[0] is joining[0] else torch.where(chosen, alone[0], joining[0])
+            return rows, torch.where(chosen, alone[1], joining[1])
     keys = memory_keys(rules, chunk) if chunk.memory_keys is None else chunk.memory_keys
     dtype, ones = keys.dtype, torch.ones_like(keys[..., 0])
     values = keys[..., :0] if chunk.values is None else chunk.values.to(dtype)
@@ -216,7 +218,16 @@ def read_tokens(rules: SlotRules, chunk: Chunk) -> Tensor:
         return chunk.memory_keys
     everyone = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=chunk.keys.device)
     rows, numbers = contributions(rules, chunk, everyone)
-    return rules.policy.readout.key(rows[..., : rules.width], by_statistic(rules.policy, numbers), rules.key_norm)
+    named = by_statistic(rules.policy, numbers)
+    named[MASS] = key_mass(rules.policy, named)
+    return rules.policy.readout.key(rows[..., : rules.width], named, rules.key_norm)
+
+
+def read_values(rules: SlotRules, chunk: Chunk) -> Tensor:
+    """The values of the chunk's tokens as those of slots of their own would be read, [b, g, c, v]."""
+    everyone = torch.ones(chunk.keys.shape[:3], dtype=torch.bool, device=chunk.keys.device)
+    rows, numbers = contributions(rules, chunk, everyone)
+    return rules.policy.readout.value(rows[..., rules.width :], by_statistic(rules.policy, numbers)).to(rules.dtype)
 
 
 def parameter_versions(parameters: PolicyParameters | None) -> tuple[int, ...]:

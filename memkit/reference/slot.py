@@ -78,7 +78,7 @@ class Slot:
         """The key as routing compares it: as it is read, but not rotated."""
         readout = self.treatment.policy.readout
         if readout.own:
-            return readout.key(self.key[None], self.numbers, self.treatment.norm)[0]
+            return readout.key(self.key[None], {**self.numbers, MASS: self.key_mass[None]}, self.treatment.norm)[0]
         match self.treatment.spec.readout.key:
             case "layer-norm":
                 return self.treatment.layer_norm(self.key)

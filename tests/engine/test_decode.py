@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import memkit
 from memkit.engine import decode
@@ -203,3 +205,62 @@ def test_without_the_short_cut_the_same(name: str, monkeypatch: pytest.MonkeyPat
             assert torch.equal(tensor, wanted), stream
     for one, other, what in zip(slots_of(memory), slots_of(plain_memory), ("sums", "numbers"), strict=True):
         assert_close(one, other, tolerance(torch.float64), what)
+
+
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_rows_at_unequal_positions_are_decoded_side_by_side(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(small(name), TOKENS, rows=3, kv_heads=HEADS)
+    policy = case.spec.build()
+
+    def decoded() -> tuple[torch.Tensor, memkit.Memory, int]:
+        with torch.no_grad():
+            _, memory = case.part(0, 41).attend(lengths=[41, 29, 10])
+            outputs, buffers = [], 0
+            for position in range(41, TOKENS):
+                output, memory = case.part(position, position + 1).attend(memory=memory)
+                outputs.append(output)
+                buffers += memory.buffer is not None
+        return torch.cat(outputs, 2), memory, buffers
+
+    output, memory, buffers = decoded()
+    monkeypatch.setattr(decode, "ENABLED", False)
+    plain, plain_memory, without = decoded()
+    assert without == 0
+    one_query = type(policy.rotary).memory_queries is Rotary.memory_queries
+    if policy.window.band is None and one_query and not policy.sinks_only:
+        assert buffers > TOKENS // 6  # not where a chunk leaves a row, or its queries tell
+    assert_close(output, plain, tolerance(torch.float64), "output")
+    assert torch.equal(memory.counts, plain_memory.counts)
+    held = memory.held_rows
+    for stream, tensor in memory.window.last(int(held.max())).items():
+        wanted = plain_memory.window.last(int(held.max()))[stream]
+        for row in range(3):
+            mine, theirs = tensor[row, :, -held[row] :], wanted[row, :, -held[row] :]
+            assert_close(mine, theirs, tolerance(torch.float64), stream)
+    for one, other, what in zip(slots_of(memory), slots_of(plain_memory), ("sums", "numbers"), strict=True):
+        assert_close(one, other, tolerance(torch.float64), what)
+
+
+@given(
+    st.sampled_from(["full", "kvm-sqrt-16", "untrained-kvm-fixed", "block-mean-8", "untrained-observed", "ovq-1024"]),
+    st.lists(st.integers(1, 30), min_size=3, max_size=3),
+    st.lists(st.sampled_from([1] * 9 + [2, 5, 17]), min_size=60, max_size=60),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=25)
+def test_any_calls_on_rows_at_unequal_positions(name: str, lengths: list[int], sizes: list[int], seed: int) -> None:
+    """Whatever else is called in between, and wherever the window is moved by it."""
+    case, both = make_case(small(name), TOKENS, rows=3, kv_heads=HEADS, seed=seed), list[torch.Tensor]()
+    for enabled in (True, False):
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(decode, "ENABLED", enabled)
+            _, memory = case.part(0, 30).attend(lengths=lengths)
+            outputs, begin = list[torch.Tensor](), 30
+            for size in sizes:
+                if begin >= TOKENS:
+                    break
+                output, memory = case.part(begin, min(begin + size, TOKENS)).attend(memory=memory)
+                outputs.append(output)
+                begin += size
+        both.append(torch.cat(outputs, 2))
+    assert_close(*both, tolerance(torch.float64), "outputs")

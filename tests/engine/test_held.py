@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import memkit
+from memkit.engine import decode
 from memkit.memory.held import HeldSlots
 from memkit.pieces.storage import Storage, StorageSpec
 from tests.engine.cases import make_case, small
@@ -87,8 +88,9 @@ def test_nothing_is_held_twice(name: str, dtype: torch.dtype, heads: int, kv_hea
 
 
 @torch.no_grad()
-def test_a_row_that_waits_keeps_its_slots() -> None:
-    """Rows at unequal positions decode the long way: while nothing leaves, slots stay as they are held."""
+def test_a_row_that_waits_keeps_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that decode the long way: while nothing leaves, slots stay as they are held."""
+    monkeypatch.setattr(decode, "ENABLED", False)
     case = make_case(made("turned back"), 40, rows=2, heads=2, kv_heads=2).to(torch.bfloat16)
     _, memory = case.part(0, 21).attend(lengths=torch.tensor([18, 21]))
     before = memory.store

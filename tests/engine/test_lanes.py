@@ -104,6 +104,17 @@ def test_tokens_that_share_their_numbers(chunks: list[int]):
     assert torch.equal(read(flipped)[0], expected)
 
 
+def test_a_token_alone_whose_stride_says_nothing(chunks: list[int], monkeypatch: pytest.MonkeyPatch):
+    """[b, g, 1, d] cut out of what does not stand behind each other: contiguous to PyTorch, whatever its stride."""
+    case = case_of(**{"chunker.size": 1, "window.chunks": 1}).part(0, 1)
+    case = with_tensors(case, lambda _, tensor: tensor.mT.contiguous().mT)
+    assert case.tensors["keys"].stride(-2) < case.tensors["keys"].shape[-1]
+    by_lanes, _ = read(case)
+    assert chunks
+    monkeypatch.setattr(lanes, "ENABLED", False)
+    assert_close(by_lanes, read(case)[0], tolerance(torch.float32, 64), "outputs")
+
+
 @pytest.mark.parametrize("what", ["queries", "keys", "values"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_none(what: str, number: float, monkeypatch: pytest.MonkeyPatch):

@@ -322,16 +322,17 @@ def test_rows_of_unequal_lengths(folds: Counter[str], monkeypatch):
     assert_same(memory, by_operations, tolerance(torch.float64, 2048))
 
 
+@pytest.mark.parametrize("cuts", [(), (CHUNK, 3 * CHUNK)], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", COMPETING)
-def test_half_precision_decides_as_operations_do(name: str, dtype: torch.dtype, folds: Counter[str], monkeypatch):
+def test_half_precision_decides_as_operations_do(name: str, dtype: torch.dtype, cuts, folds: Counter[str], monkeypatch):
     """Values that are read in bfloat16 are rounded by loops, too, so that both decide by the same numbers."""
     case = case_of(name).to(dtype)
-    output, memory = read(case, monkeypatch, by_loops=True)
+    output, memory = read(case, monkeypatch, by_loops=True, cuts=cuts)
     known = name not in STEP_BY_STEP and dtype == torch.bfloat16 and loops.with_products()
     assert bool(folds["lanes"]) == known
     assert bool(folds["_contend_by_loops"]) != known
-    expected, by_operations = read(case, monkeypatch, by_loops=False)
+    expected, by_operations = read(case, monkeypatch, by_loops=False, cuts=cuts)
     assert_close(output, expected, tolerance(torch.bfloat16, 4), "outputs")
     assert torch.equal(memory.counts, by_operations.counts)
 
@@ -443,6 +444,10 @@ import logging, numba, numpy
 from memkit import loops
 logging.basicConfig(format="%(name)s: %(message)s")
 numba.njit(lambda x: x + 1)(1)
+named = {"__builtins__": __builtins__}
+exec("def of_no_module(x): return x + 1", named)
+loops.compiled()
+numba.njit(named["of_no_module"])(1)
 for _ in range(2):
     loops.compiled().ranking(numpy.zeros(3, numpy.float32), 1)
     loops.compiled().ranking(numpy.zeros(3), 1)

@@ -250,10 +250,20 @@ class MirroredSpec(ReadoutSpec):
 
 
 @pytest.mark.parametrize(
-    "base", ["kvm-sqrt-16", "block-mean-8", "ovq-1024", "untrained-kvm-sqrt", "untrained-observed"]
+    ("base", "changes"),
+    [
+        ("kvm-sqrt-16", {}),
+        ("kvm-sqrt-16", {"merging.of": "values", "readout.key": "mean"}),
+        ("block-mean-8", {}),
+        ("ovq-1024", {}),
+        ("untrained-kvm-sqrt", {}),
+        ("untrained-kvm-sqrt", {"merging.of": "values"}),
+        ("untrained-observed", {"growth.slots": 10}),
+        ("caote-512", {"growth.slots": 10}),
+    ],
 )
-def test_a_readout(base: str):
-    spec = memkit.load_policy(small(base))
+def test_a_readout(base: str, changes: dict[str, Any]):
+    spec = own(changes, base)
     spec = spec.model_copy(update={"readout": MirroredSpec(**spec.readout.model_dump())})
     case = make_case(spec, 45)
     assert_agrees(case)
