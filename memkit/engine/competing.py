@@ -59,8 +59,12 @@ class CompetingLanes(Lanes):
         self.known = plain and folds and usable(rules.policy, inputs.keys)
 
     def knows(self, step: Step) -> bool:
-        """Whether the step's queries are a chunk from its first one on, so that all who are observed are there."""
-        return self.known and not ((self.schedule.seen + step.start) % self.chunk)[step.active].any()
+        """Whether no chunk ends whose first queries, which may be observed, were read before; and where readers are
+        expected, all rows begin one."""
+        seen, active = self.schedule.seen, step.active
+        begins = (seen + step.start) % self.chunk == 0
+        ends = (seen + np.minimum(step.stop, self.schedule.lengths)) % self.chunk == 0
+        return self.known and bool((begins if self.policy.expects is not None else begins | ~ends)[active].all())
 
     def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
         """PLAN, FOLD, READ and OBSERVE."""

@@ -126,8 +126,7 @@ class Lanes(ABC):
         """All stages of these steps; the outputs go into `output` [b, h, t, v], of all tokens of the call."""
         store.about_to_write()
         tokens, leaving = slice(steps[0].start, steps[-1].stop), self._leaving(steps)
-        first = common(steps[0].first, steps[0].active)
-        assert first is not None
+        first = int(steps[0].first[steps[0].active].min())
         columns = slice(first if leaving is None else min(first, leaving.start), self.schedule.old + tokens.stop)
         here = output[:, :, tokens]
         part = Part(steps, tokens, columns, here.to(torch.promote_types(here.dtype, torch.float32)))
@@ -141,17 +140,12 @@ class Lanes(ABC):
 
     @abstractmethod
     def knows(self, step: Step) -> bool:
-        """Whether loops know a step before which one chunk leaves all rows that have not ended, or none."""
+        """Whether loops know a step before which at most one whole chunk leaves a row."""
 
     def takes(self, step: Step) -> bool:
-        """Whether lanes go through a step: rows that have not ended are in step, though it may be their last one."""
-        if common(step.first, step.active) is None:
-            return False
-        leaves = all(
-            each.leaves[step.active].all() and each.size == self.chunk and self._column(each) is not None
-            for each in step.leaving
-        )
-        return leaves and self.knows(step)
+        """Whether lanes go through a step."""
+        leaves = all(each.size == self.chunk and self._column(each) is not None for each in step.leaving)
+        return leaves and bool(step.active.any()) and self.knows(step)
 
     def stretches(self) -> list[list[Step]]:
         """The steps, those together that lanes go through at once."""
