@@ -32,7 +32,8 @@ def open_timeline(inputs: AttendInputs, schedule: Schedule) -> tuple[Timeline, T
         if not window.fits(tokens) and old + tokens <= window.room:
             memory.about_to_write()
             window.move_to_front(old)
-            if (memory.seen_rows != memory.seen_rows[0]).any():  # its bias hides columns that are others now
+            uneven = bool((memory.seen_rows != memory.seen_rows[0]).any())
+            if memory.buffer is not None and (uneven or memory.buffer.begin):  # it tells columns that are others now
                 memory.buffer = None
         in_place = window.fits(tokens)
     return Timeline.of(window, old, new, in_place), following
@@ -157,6 +158,7 @@ def close(
             slots = _written_over(buffer, slots)
         if alike and window.end > keep:
             window.move_to_front(keep)
+            buffer = dataclasses.replace(buffer, begin=0)
         begun = schedule.after - schedule.course.newest()
         buffer = dataclasses.replace(buffer, until=decodes_until(policy, begun, window))
         return Memory(policy, seen, window, slots, next_positions, buffer=buffer, cuts=cuts)

@@ -59,8 +59,10 @@ def decode_as_before(given: AttendInputs) -> tuple[Tensor, Memory] | None:
     buffer = memory.buffer
     if buffer is None or memory.taken or memory.lost or memory.window.end >= buffer.until or torch.is_grad_enabled():
         return None
-    if buffer.keys.is_inference() and not torch.is_inference_mode_enabled():
-        return None
+    if not torch.is_inference_mode_enabled():  # what was made in it is not to be written into here
+        written = (buffer.keys, memory.observed)
+        if any(each is not None and each.is_inference() for each in written):
+            return None
     if not (
         buffer.policy is given.policy
         and buffer.parameters is given.parameters
@@ -274,8 +276,8 @@ def _held(inputs: AttendInputs, memory: Memory, slots: int, made_with: tuple[int
     """The slots, held once, and as these parameters read them; or, where the policy's storage says so, a store."""
     store = memory.store
     if isinstance(store, HeldSlots):
-        if store.reads(made_with):
-            return store
+        if store.reads(made_with):  # rows that had more of them may be gone
+            return store if store.room == slots else store.mapped(lambda each: each[:, :, :slots].contiguous())
         store = store.opened()
     rules = SlotRules(
         inputs.policy, inputs.keys.shape[-1], inputs.keys.dtype, inputs.key_norm, inputs.rotation, valued=True

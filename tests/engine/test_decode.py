@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -264,3 +265,40 @@ def test_any_calls_on_rows_at_unequal_positions(name: str, lengths: list[int], s
                 begin += size
         both.append(torch.cat(outputs, 2))
     assert_close(*both, tolerance(torch.float64), "outputs")
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 2], [1, 2], [2, 0, 1]], ids=str)
+@pytest.mark.parametrize("lengths", [[41, 29, 10], [14, 6, 6]], ids=str)
+@pytest.mark.parametrize("name", memkit.policy_names())
+def test_rows_may_leave_the_batch_between_two_tokens(
+    name: str, lengths: list[int], rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that had the most slots, or the longest window, among them."""
+    case, both = make_case(small(name), TOKENS, rows=3, kv_heads=HEADS), list[torch.Tensor]()
+    for enabled in (True, False):
+        monkeypatch.setattr(decode, "ENABLED", enabled)
+        with torch.no_grad():
+            _, memory = case.part(0, lengths[0]).attend(lengths=lengths)
+            outputs, begin = list[torch.Tensor](), lengths[0]
+            for size in (1, 1, 1, 3, *[1] * 18):
+                if begin == lengths[0] + 2:
+                    memory = memory.reorder(torch.tensor(rows))
+                part = case.part(begin, begin + size)
+                if begin >= lengths[0] + 2:
+                    tensors = {key: tensor[rows] for key, tensor in part.tensors.items()}
+                    part = dataclasses.replace(part, tensors=tensors)
+                output, memory = part.attend(memory=memory)
+                outputs.append(output.flatten())
+                begin += size
+        both.append(torch.cat(outputs))
+    assert_close(*both, tolerance(torch.float64), "outputs")
+
+
+def test_a_token_outside_of_inference_mode_after_one_in_it() -> None:
+    case = make_case(small("snapkv-512"), TOKENS, rows=3, kv_heads=2)
+    with torch.no_grad():
+        output, memory = case.part(0, 30).attend(lengths=[26, 18, 14])
+        for position in range(30, TOKENS):
+            with torch.inference_mode(position % 3 == 0):
+                output, memory = case.part(position, position + 1).attend(memory=memory)
+    assert output.isfinite().all()
