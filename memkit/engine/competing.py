@@ -41,7 +41,7 @@ def known(policy: Policy, dtype: torch.dtype) -> bool:
 
 
 def usable(policy: Policy, keys: Tensor) -> bool:
-    """Whether lanes go through whole chunks of such keys under this policy."""
+    """Whether there are lanes for such keys under this policy."""
     return askable(keys) and known(policy, keys.dtype)  # in this order: who has no use for Numba does not import it
 
 
@@ -64,7 +64,7 @@ class CompetingLanes(Lanes):
         seen, active = self.schedule.seen, step.active
         begins = (seen + step.start) % self.chunk == 0
         ends = (seen + np.minimum(step.stop, self.schedule.lengths)) % self.chunk == 0
-        return self.known and bool((begins if self.policy.expects is not None else begins | ~ends)[active].all())
+        return bool((begins if self.policy.expects is not None else begins | ~ends)[active].all())
 
     def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
         """PLAN, FOLD, READ and OBSERVE."""

@@ -59,7 +59,7 @@ class FoldingLanes(Lanes):
 
     def knows(self, step: Step) -> bool:
         """Whether there is a slot to join for each token of the chunk that leaves, in all rows that it leaves."""
-        return self.known and all(map(self._all_have_targets, step.leaving))
+        return all(map(self._all_have_targets, step.leaving))
 
     def _all_have_targets(self, leaving: LeavingChunk) -> bool:
         routing, before, new = self.policy.routing, leaving.slots_before, leaving.new_slots

@@ -111,7 +111,7 @@ def askable(keys: Tensor) -> bool:
 class Lanes(ABC):
     """The lanes of one call.
 
-    known: whether loops know this call's policy and tensors.
+    known: whether loops know this call's policy and tensors; where not, nothing else is to be asked.
     """
 
     known: bool
@@ -188,9 +188,8 @@ class Lanes(ABC):
             for each in step.leaving:
                 if not each.leaves[row]:
                     continue
-                before, column = int(each.slots_before[row]), self._column(each)
+                column, before = each.begin[row] + self.schedule.shift[row], int(each.slots_before[row])
                 kept, after = min(before, self.policy.sinks), before + int(each.new_slots[row])
-                assert column is not None
                 numbers[4:9] = column - part.columns.start, before, after, kept, int(each.sink_tokens[row])
         return plan
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import memkit
 from memkit.engine import decode
 from memkit.pieces import Need, Rotary
-from tests.engine.cases import assert_close, make_case, slots_of, small, tolerance
+from tests.engine.cases import Case, assert_close, make_case, slots_of, small, tolerance
 
 TOKENS, WIDTH, HEADS = 90, 8, 4
 
@@ -175,24 +175,25 @@ def test_a_call_unlike_the_last_one_is_checked() -> None:
         assert (output - wanted).abs().max() <= 16 * torch.finfo(torch.float32).eps
 
 
+def decoded(case: Case, lengths: list[int]) -> tuple[torch.Tensor, memkit.Memory, int]:
+    """Outputs of single tokens after rows of these lengths, the memory, and after how many there was a buffer."""
+    with torch.no_grad():
+        _, memory = case.part(0, lengths[0]).attend(lengths=lengths)
+        outputs, buffers = list[torch.Tensor](), 0
+        for position in range(lengths[0], TOKENS):
+            output, memory = case.part(position, position + 1).attend(memory=memory)
+            outputs.append(output)
+            buffers += memory.buffer is not None
+    return torch.cat(outputs, 2), memory, buffers
+
+
 @pytest.mark.parametrize("name", memkit.policy_names())
 def test_without_the_short_cut_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Switched off, single tokens take the way of every other call."""
     case = make_case(small(name), TOKENS, kv_heads=HEADS)  # query scales are folded in per key/value head
-
-    def decoded() -> tuple[torch.Tensor, memkit.Memory, int]:
-        with torch.no_grad():
-            _, memory = case.part(0, 9).attend()
-            outputs, buffers = [], 0
-            for position in range(9, TOKENS):
-                output, memory = case.part(position, position + 1).attend(memory=memory)
-                outputs.append(output)
-                buffers += memory.buffer is not None
-        return torch.cat(outputs, 2), memory, buffers
-
-    output, memory, buffers = decoded()
+    output, memory, buffers = decoded(case, [9, 9])
     monkeypatch.setattr(decode, "ENABLED", False)
-    plain, plain_memory, without = decoded()
+    plain, plain_memory, without = decoded(case, [9, 9])
     assert without == 0
     assert (buffers > 0) == (type(case.spec.build().rotary).memory_queries is Rotary.memory_queries)
     assert_close(output, plain, tolerance(torch.float64), "output")
@@ -212,20 +213,9 @@ def test_without_the_short_cut_the_same(name: str, monkeypatch: pytest.MonkeyPat
 def test_rows_at_unequal_positions_are_decoded_side_by_side(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(small(name), TOKENS, rows=3, kv_heads=HEADS)
     policy = case.spec.build()
-
-    def decoded() -> tuple[torch.Tensor, memkit.Memory, int]:
-        with torch.no_grad():
-            _, memory = case.part(0, 41).attend(lengths=[41, 29, 10])
-            outputs, buffers = [], 0
-            for position in range(41, TOKENS):
-                output, memory = case.part(position, position + 1).attend(memory=memory)
-                outputs.append(output)
-                buffers += memory.buffer is not None
-        return torch.cat(outputs, 2), memory, buffers
-
-    output, memory, buffers = decoded()
+    output, memory, buffers = decoded(case, [41, 29, 10])
     monkeypatch.setattr(decode, "ENABLED", False)
-    plain, plain_memory, without = decoded()
+    plain, plain_memory, without = decoded(case, [41, 29, 10])
     assert without == 0
     one_query = type(policy.rotary).memory_queries is Rotary.memory_queries
     if policy.window.band is None and one_query and not policy.sinks_only:
