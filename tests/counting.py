@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["BytesHeld", "calls_made"]
+__all__ = ["BytesHeld", "NumbersMade", "calls_made"]
 
 
 def calls_made(do: Callable[[], Any]) -> int:
@@ -60,3 +60,17 @@ class BytesHeld(TorchDispatchMode):
     def _forget(self, at: int, size: int) -> None:
         self._tensors[at] -= 1
         self._now -= 0 if self._tensors[at] else size
+
+
+class NumbersMade(TorchDispatchMode):
+    """While it lasts: how many numbers the results of all operations have, views aside; backward passes' too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count += sum(each.numel() for each in tree_leaves(made) if isinstance(each, Tensor))
+        return made

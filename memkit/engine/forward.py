@@ -19,7 +19,7 @@ from memkit.engine.inputs import AttendInputs, Plan
 from memkit.engine.keysets import KeySets, Queries, Snapshots, readable_together
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.observe import Observer, alike_rows
-from memkit.engine.plan import chunk_columns, follow, in_common, place, record
+from memkit.engine.plan import follow, place, record
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.engine.threads import one_thread
@@ -163,7 +163,7 @@ class Pass:
     def absorb(self, step: Step) -> None:
         """PLAN and FOLD the chunks that leave before a step, those of one length at a time."""
         for leaving in step.leaving:
-            chunk = self._chunk(leaving)
+            chunk = self.leaving.chunk(leaving)
             if self.policy.replaces:
                 self._replace(leaving, chunk)
             else:
@@ -264,11 +264,11 @@ class Pass:
 
     def with_graph(self) -> Tensor:
         """The outputs of `read`, recorded operation by operation."""
-        key_sets = KeySets(self.schedule, self.timeline.keys, self.timeline.values)
+        key_sets = KeySets(self.schedule, self.timeline.keys, self.timeline.values, self.leaving.sections)
         queries, outputs = self.queries(), list[Tensor]()
-        for step in self.schedule.steps:
+        for step, asked in zip(self.schedule.steps, queries.of_each(self.schedule.steps), strict=True):
             self.absorb(step)
-            met: list[KeySet] = key_sets.of(step, queries, self.slots(step))
+            met: list[KeySet] = key_sets.of(step, asked, self.slots(step))
             outputs.append(differentiable_key_sets(met, self.inputs.checked_scale))
             self.observe(step)
         missing = self.inputs.keys.shape[2] - int(self.inputs.row_lengths.max(initial=0))
@@ -276,11 +276,6 @@ class Pass:
             shape = (*queries.windowed.shape[:2], missing, key_sets.values.shape[-1])
             outputs.append(queries.windowed.new_zeros(shape))
         return torch.cat(outputs, dim=2)
-
-    def _chunk(self, leaving: LeavingChunk) -> Chunk:
-        """The tokens that leave. Rows that keep theirs get some tokens too, which the plan then drops."""
-        where = chunk_columns(leaving, leaving.begin + self.schedule.shift, self.device)
-        return self.leaving.chunk(where, in_common(leaving.begin == 0, leaving.leaves, self.device) != 0)
 
     def queries(self) -> Queries:
         """The call's queries."""

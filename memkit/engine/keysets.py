@@ -13,6 +13,7 @@ from torch import Tensor
 from memkit.engine.read import KeySet
 from memkit.engine.schedule import Schedule, Step, common
 from memkit.memory.rows import SlotView, on_device
+from memkit.memory.window import Sections
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy
@@ -31,13 +32,14 @@ class Queries:
     """A call's queries, as they meet the window and as they meet the slots; their scales are applied step by step.
 
     windowed, remembering [b, h, t, d]: one and the same tensor unless memory is un-rotated; window_scale, memory_scale
-    [h]: what each head's are multiplied by, None for 1.
+    [h]: what each head's are multiplied by, None for 1; begin: the first token whose queries they are.
     """
 
     windowed: Tensor
     remembering: Tensor
     window_scale: Tensor | None
     memory_scale: Tensor | None
+    begin: int = 0
 
     @classmethod
     def of(
@@ -63,11 +65,24 @@ class Queries:
 
     def for_window(self, span: slice) -> Tensor:
         """The queries of a span, [b, h, s, d], as the window's keys meet them."""
-        return scaled(self.windowed[:, :, span], self.window_scale)
+        return scaled(self._at(self.windowed, span), self.window_scale)
 
     def for_slots(self, span: slice) -> Tensor:
         """The queries of a span, [b, h, s, d], as the slots meet them."""
-        return scaled(self.remembering[:, :, span], self.memory_scale)
+        return scaled(self._at(self.remembering, span), self.memory_scale)
+
+    def _at(self, queries: Tensor, span: slice) -> Tensor:
+        return queries[:, :, span.start - self.begin : span.stop - self.begin]
+
+    def of_each(self, steps: Sequence[Step]) -> list[Queries]:
+        """The queries of each step, which follow one another: taken apart once (see `Sections`)."""
+        sizes, end = [step.stop - step.start for step in steps], steps[-1].stop if steps else 0
+        windowed = self.windowed[:, :, :end].split(sizes, dim=2) if steps else ()
+        remembering = windowed if self.alike or not steps else self.remembering[:, :, :end].split(sizes, dim=2)
+        return [
+            Queries(alone, slotted, self.window_scale, self.memory_scale, step.start)
+            for step, alone, slotted in zip(steps, windowed, remembering, strict=True)
+        ]
 
     def of_steps(self, span: slice, size: int) -> tuple[Tensor, Tensor]:
         """The queries of steps of this size, [b·k, h, size, d] each, as the window and as the slots meet them."""
@@ -139,10 +154,12 @@ def scaled(queries: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class KeySets:
-    """The key sets of each step of a call."""
+    """The key sets of each step of a call; sections: the streams' sections, where a graph is recorded."""
 
-    def __init__(self, schedule: Schedule, keys: Tensor, values: Tensor) -> None:
-        self.schedule, self.keys, self.values = schedule, keys, values
+    def __init__(
+        self, schedule: Schedule, keys: Tensor, values: Tensor, sections: dict[str, Sections] | None = None
+    ) -> None:
+        self.schedule, self.keys, self.values, self.sections = schedule, keys, values, sections
         self.device, self.dtype = keys.device, keys.dtype
 
     def of(self, step: Step, queries: Queries, view: SlotView | None) -> list[KeySet]:
@@ -163,7 +180,7 @@ class KeySets:
         begin, end = self.schedule.old + step.start, self.schedule.old + step.stop
         first = common(step.first, step.active)
         if first is not None and self._joinable(begin - first, step.stop - step.start):
-            keys, values = self.keys[:, :, first:end], self.values[:, :, first:end]
+            keys, values = self._columns(first, end)
             bias = self._mask(begin - first, step.stop - step.start)
             return [*sets, KeySet(windowed, keys, values, bias, columns=(first, end))]
         alone = step.stop - step.start == 1
@@ -238,8 +255,14 @@ class KeySets:
         return sets
 
     def _set(self, queries: Tensor, begin: int, end: int, bias: Tensor | None, causal: bool = False) -> KeySet:
-        keys, values = self.keys[:, :, begin:end], self.values[:, :, begin:end]
+        keys, values = self._columns(begin, end)
         return KeySet(queries, keys, values, bias, causal, columns=(begin, end), hides=bias is not None)
+
+    def _columns(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the columns begin … end − 1."""
+        if self.sections is None:
+            return self.keys[:, :, begin:end], self.values[:, :, begin:end]
+        return self.sections["keys"].columns(begin, end), self.sections["values"].columns(begin, end)
 
     def _hiding(self, hide: Tensor) -> Tensor:
         """A bias that hides keys: hide [b, n] → [b, 1, 1, n]."""

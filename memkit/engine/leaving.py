@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 
-from memkit.engine.schedule import Schedule
+from memkit.engine.plan import chunk_columns, in_common
+from memkit.engine.schedule import LeavingChunk, Schedule
 from memkit.memory.rows import Chunk, Contributions, SlotRules, contributions, memory_keys, on_device
-from memkit.memory.window import Columns, Timeline
+from memkit.memory.window import Columns, Sections, Timeline
 
 __all__ = ["AHEAD", "LeavingTokens"]
 
@@ -38,9 +40,16 @@ class LeavingTokens:
         self.begin = self.stop = 0
         self.ahead: Ahead | None = None
 
-    def chunk(self, where: Columns, first: bool | Tensor) -> Chunk:
-        """The tokens at some columns; `first` as in `Chunk`. Rows that keep theirs get some too, which nobody takes."""
-        chunk = Chunk.of(self.timeline.streams, where, first)
+    def chunk(self, leaving: LeavingChunk) -> Chunk:
+        """The tokens that leave together. Rows that keep theirs get some, too, which nobody takes."""
+        device, begin = self.timeline.keys.device, leaving.begin + self.schedule.shift
+        where = chunk_columns(leaving, begin, device)
+        first = in_common(leaving.begin == 0, leaving.leaves, device) != 0
+        if torch.is_grad_enabled():
+            begins = begin[leaving.leaves]
+            chunk = self._with_graph(where, int(begins.min()), int(begins.max()) + leaving.size, first)
+        else:
+            chunk = Chunk.of(self.timeline.streams, where, first)
         if torch.is_grad_enabled() or not isinstance(where, slice):
             chunk.memory_keys = memory_keys(self.rules, chunk)
             return chunk
@@ -54,6 +63,18 @@ class LeavingTokens:
         else:
             chunk.ahead = None if alone is None else some, some
         return chunk
+
+    def _with_graph(self, where: Columns, begin: int, end: int, first: bool | Tensor) -> Chunk:
+        """The tokens at columns `where`, which lie in begin … end − 1."""
+        held = {name: each.columns(begin, end) for name, each in self.sections.items()}
+        within = slice(0, end - begin) if isinstance(where, slice) else (where - begin).clamp(min=0)
+        return dataclasses.replace(Chunk.of(held, within, first), where=where)
+
+    @functools.cached_property
+    def sections(self) -> dict[str, Sections]:
+        """The streams, as chunks and windows are taken of them with a graph."""
+        size = self.rules.policy.chunk
+        return {name: Sections(stream, size) for name, stream in self.timeline.streams.items()}
 
     def made(self, where: slice) -> tuple[tuple[Tensor, Contributions, Contributions], int]:
         """What tokens at these columns, and at others around them, bring, and whatever instead of what they would bring

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from memkit.policy import Policy
 
-__all__ = ["Columns", "Form", "Streams", "Timeline", "Window", "columns", "joined", "room_for", "stream_forms"]
+__all__ = [
+    "Columns",
+    "Form",
+    "Sections",
+    "Streams",
+    "Timeline",
+    "Window",
+    "columns",
+    "joined",
+    "room_for",
+    "stream_forms",
+]
 
 SLACK = 64
 """Tokens a decoding window takes beyond its most before it is moved to the front of its buffer."""
@@ -84,6 +95,25 @@ class Window:
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Window:
         """A window of changed streams."""
         return Window({name: change(stream) for name, stream in self.streams.items()}, self.end)
+
+
+class Sections:
+    """A stream [b, g, n, …] whose columns are taken again and again, with a graph.
+
+    What a slice gives back on the way back is as large as what it was taken of: to take n slices of one tensor costs n²
+    then, in time and in memory. So the stream is taken apart once, and columns are those of a few sections.
+    """
+
+    def __init__(self, stream: Tensor, size: int) -> None:
+        self.size = size if stream.requires_grad and torch.is_grad_enabled() else max(stream.shape[2], 1)
+        self.sections = stream.split(self.size, dim=2)
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns begin … end − 1, as `stream[:, :, begin:end]` would give them."""
+        first, behind = begin // self.size, max(-(-end // self.size), begin // self.size + 1)
+        some = self.sections[first:behind]
+        whole = some[0] if len(some) == 1 else torch.cat(some, dim=2)
+        return whole[:, :, begin - first * self.size : end - first * self.size]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import memkit
+from tests.counting import NumbersMade
 from tests.engine.cases import make_case, small
 
 TOKENS = 2048
+
+
+def is_bounded(name: str) -> bool:
+    """Whether no token makes the memory larger any more."""
+    policy = small(name).build()
+    return policy.window.capacity is not None and policy.slots_after(10_000) == policy.slots_after(500)
 
 
 class Largest(TorchDispatchMode):
@@ -44,6 +51,25 @@ def test_no_tensor_of_tokens_by_tokens(name: str, grad: bool):
             output.sum().backward()
     # A chunk's similarities to the slots: 256 · 2,048 at most, an eighth of 2,048².
     assert seen.most <= TOKENS**2 // 8, f"a tensor of {seen.shape}"
+
+
+@pytest.mark.parametrize("lengths", [False, True], ids=["equal rows", "unequal rows"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no gradients", "gradients"])
+@pytest.mark.parametrize("name", [name for name in memkit.policy_names() if is_bounded(name)])
+def test_bounded_memory_takes_as_much_for_each_further_token(name: str, grad: bool, lengths: bool):
+    """As a slice's gradient, which is as large as what it is a slice of, would not."""
+
+    def made(tokens: int) -> int:
+        case = make_case(small(name), tokens, heads=2, kv_heads=1).to(torch.float32)
+        case = case.leaves() if grad else case
+        with NumbersMade() as numbers, torch.set_grad_enabled(grad):
+            output, _ = case.attend(lengths=[tokens, tokens - 5] if lengths else None)
+            if grad:
+                output.sum().backward()
+        return numbers.count
+
+    first, second, third = (made(tokens) for tokens in (768, 1024, 1280))
+    assert third - second <= 1.1 * (second - first)
 
 
 @torch.no_grad()
