@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from memkit import loops
 from memkit.engine.inputs import AttendInputs
 from memkit.engine.keysets import Queries
-from memkit.engine.lanes import Lane, Lanes, Part, askable
+from memkit.engine.lanes import Lane, Lanes, Part, askable, of_lanes
 from memkit.engine.leaving import LeavingTokens
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
 from memkit.memory.rows import SlotRules, SlotView
@@ -26,10 +25,6 @@ from memkit.pieces.statistics import COUNT, FOUNDER_MASS, MASS, RADIUS
 from memkit.policy import Policy
 
 __all__ = ["FoldingLanes"]
-
-FEWEST = 2 / 3
-"""Lanes for each thread from which on they pay: they read one and a half times as fast as PyTorch's kernels do, between
-whose threads a head is shared."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,8 +49,7 @@ class FoldingLanes(Lanes):
     ) -> None:
         super().__init__(inputs, schedule, rules, timeline, leaving)
         asked = askable(inputs.keys) and inputs.plan is None and rules.valued and schedule.most_leaving > 0
-        lanes = inputs.keys.shape[0] * inputs.keys.shape[1]
-        self.known = asked and lanes >= FEWEST * torch.get_num_threads() and known(rules.policy)
+        self.known = asked and self.enough and known(rules.policy)
 
     def knows(self, step: Step) -> bool:
         """Whether there is a slot to join for each token of the chunk that leaves, in all rows that it leaves."""
@@ -70,7 +64,7 @@ class FoldingLanes(Lanes):
     def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
         """PLAN, FOLD and READ."""
         run, view = loops.of_folding(), self._standing_alone(store)
-        slots = _of_lanes(store.sums, store.numbers, view.keys, view.values, view.bias)
+        slots = of_lanes(store.sums, store.numbers, view.keys, view.values, view.bias)
         plans = [self._plan(part, row) for row in range(len(part.outputs))]
         lanes = [
             Lane(plans[row], (run.Slots(*of_slots), run.Tokens(*of_tokens), asked, heads))
@@ -102,7 +96,7 @@ class FoldingLanes(Lanes):
             (keys, alone, joining), begin = (store.sums[:, :, :0, : self.rules.width], nothing, nothing), 0
         else:
             (keys, alone, joining), begin = self.leaving.made(columns)
-        for each in _of_lanes(keys, *alone, *joining):
+        for each in of_lanes(keys, *alone, *joining):
             yield (*each, begin - part.columns.start)
 
     @functools.cached_property
@@ -122,11 +116,3 @@ class FoldingLanes(Lanes):
             *(self.chunk, policy.sinks, routing.new_slots, spec.key == "layer-norm", *norm, LAYER_NORM_EPS, mass),
             *(at.get(RADIUS, -1), value_mass, SHORTEST, *biases[spec.bias], TINY),
         )
-
-
-def _of_lanes(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """What each lane has of tensors [b, g, …], as arrays; none of what is not there."""
-    arrays = [None if each is None else each.detach().contiguous().flatten(0, 1).numpy() for each in tensors]
-    some = next(each for each in arrays if each is not None)
-    for lane in range(len(some)):
-        yield tuple(some[lane, :0, 0] if each is None else each[lane] for each in arrays)

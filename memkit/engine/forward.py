@@ -22,6 +22,7 @@ from memkit.engine.observe import Observer, alike_rows
 from memkit.engine.plan import follow, place, record
 from memkit.engine.read import KeySet, attend_key_sets, differentiable_key_sets
 from memkit.engine.schedule import LeavingChunk, Schedule, Step
+from memkit.engine.sliding import SlidingLanes
 from memkit.engine.threads import one_thread
 from memkit.engine.together import MOST_BYTES, FoldsTogether, foldable_together
 from memkit.memory import Memory
@@ -95,7 +96,7 @@ class Pass:
         founds = inputs.plan is not None or inputs.policy.replaces
         self.leaving = LeavingTokens(self.rules, self.timeline, self.schedule, founds)
         facts = (inputs, self.schedule, self.rules, self.timeline, self.leaving)
-        lanes = (kind(*facts) for kind in (CompetingLanes, FoldingLanes))
+        lanes = (kind(*facts) for kind in (CompetingLanes, FoldingLanes, SlidingLanes))
         self.lanes = next((each for each in lanes if each.known), None)
         self.done: list[tuple[LeavingChunk, Assignment]] = []
         self.together: FoldsTogether | None = None

@@ -1,8 +1,9 @@
 """Stretches of chunks on the CPU, by lanes: a key/value head of a row of the batch each, with its query heads.
 
 Lanes have nothing to do with each other, so that threads take them: each goes through all stages of some chunks in one
-compiled loop, with as many slots as it has. There are two kinds: `competing.py`, whose slots are made anew and
-observed, and `folding.py`, whose slots are sums. What loops do not know goes through `forward.py` step by step.
+compiled loop, with as many slots as it has. There are three kinds: `competing.py`, whose slots are made anew and
+observed; `folding.py`, whose slots are sums; and `sliding.py`, whose window slides, with sinks at most. What loops do
+not know goes through `forward.py` step by step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from memkit.memory.rows import SlotRules
 from memkit.memory.slots import SlotStore
 from memkit.memory.window import Timeline
 
-__all__ = ["AFTER", "BEFORE", "Laid", "Lane", "Lanes", "Part", "askable"]
+__all__ = ["AFTER", "BEFORE", "FEWEST", "Laid", "Lane", "Lanes", "Part", "askable", "of_lanes"]
 
 ENABLED = True
 """Whether there are lanes. Off, steps go one by one: for who wonders what is wrong."""
@@ -39,6 +40,10 @@ none; slots before it, and after it; how many of those before, the first ones, a
 found in any case; how many of the step's first queries are sinks'."""
 
 BEFORE, AFTER = STEP.index("before"), STEP.index("after")
+
+FEWEST = 2 / 3
+"""Lanes for each thread from which on those pay that fold or read what others fold and read by operations as well: they
+read one and a half times as fast as PyTorch's kernels do, between whose threads a head is shared."""
 
 PIECE = 4
 """Chunks that a thread takes of a lane before it asks again which lane has most left to do."""
@@ -108,6 +113,14 @@ def askable(keys: Tensor) -> bool:
     return ENABLED and loops.ENABLED and keys.device.type == "cpu" and not torch.is_grad_enabled()
 
 
+def of_lanes(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """What each lane has of tensors [b, g, …], as arrays; none of what is not there."""
+    arrays = [None if each is None else each.detach().contiguous().flatten(0, 1).numpy() for each in tensors]
+    some = next(each for each in arrays if each is not None)
+    for lane in range(len(some)):
+        yield tuple(some[lane, :0, 0] if each is None else each[lane] for each in arrays)
+
+
 class Lanes(ABC):
     """The lanes of one call.
 
@@ -149,15 +162,20 @@ class Lanes(ABC):
 
     def stretches(self) -> list[list[Step]]:
         """The steps, those together that lanes go through at once."""
-        groups, most, together = list[list[Step]](), max(1, AHEAD // self.chunk), False
+        groups, together = list[list[Step]](), False
         for step in self.schedule.steps:
             taken = self.takes(step)
-            if taken and together and len(groups[-1]) < most:
+            if taken and together and step.stop - groups[-1][0].start <= AHEAD:
                 groups[-1].append(step)
             else:
                 groups.append([step])
             together = taken
         return groups
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough lanes for the threads that there are."""
+        return self.inputs.keys.shape[0] * self._heads >= FEWEST * torch.get_num_threads()
 
     @property
     def _heads(self) -> int:

@@ -5,7 +5,8 @@ They say what PyTorch's operations say, to rounding; without Numba, elsewhere th
 follow, those are used. Here stands who may use them. `lines.py` has single contests and what queries tell, for
 `engine/contests.py` and `pieces/evidence.py`. A *lane* is one key/value head of one row of the batch, with the query
 heads that share it: `competing.py` and `folding.py` take one through whole chunks, for the modules of these names in
-`engine`, and it reads by `reading.py`. How loops are compiled is `compiling.py`; `blas.py` and `softmax.py` they share.
+`engine`, and it reads by `reading.py`, which is all that `engine/sliding.py` wants. How loops are compiled is
+`compiling.py`; `blas.py` and `softmax.py` they share.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def _meet(slots, count, tokens, asked, heads, start, span, column, first, of_sin
     outputs = np.empty((rows, heads.value_width), lines.dtype)
     bias = slots.bias[0, : count if biased else 0]
     view = Met(count, lines[0, telling.key_at :], lines.shape[1], slots.values[0], heads.value_width, bias)
-    meet(asked, heads, start, span, column, first, view, shares, wholes, outputs)
+    meet(asked, heads, start, span, column, first, 0, view, shares, wholes, outputs)
     if span < telling.chunk:
         return
     told = _mean_shares(shares, telling)

@@ -14,12 +14,9 @@ import numpy as np
 from memkit.loops.blas import product
 from memkit.loops.compiling import loop, no_nan
 from memkit.loops.lines import ranking
-from memkit.loops.reading import Met, meet
+from memkit.loops.reading import Met, read, rooms
 
 __all__ = ["Reading", "Slots", "Tokens", "steps"]
-
-QUERIES = 64
-"""Queries, of all heads together, that meet slots and window at once: what they pay stays near the core."""
 
 
 class Slots(NamedTuple):
@@ -74,24 +71,14 @@ def steps(plan, slots, tokens, asked, heads, reading):
 
     plan [steps, 10]: `engine/lanes.py` says of what.
     """
-    most, group = 0, heads.of_window.shape[0]
-    for step in range(plan.shape[0]):
-        start, stop, column, first, _, _, after, _, _, _ = plan[step]
-        most = max(most, after + column - first + stop - start)
-    span = max(1, QUERIES // group)
-    room, wholes = np.empty(group * span * most, slots.sums.dtype), np.empty((2, most), np.int32)
-    outputs = np.empty((group * span, heads.value_width), slots.sums.dtype)
+    room, wholes, outputs = rooms(plan, heads, slots.keys)
     for step in range(plan.shape[0]):
         start, stop, column, first, leaving, before, after, _, sure, _ = plan[step]
         if leaving >= 0:
             _take_in(slots, tokens, leaving - tokens.begin, before, after - before, sure, reading)
         bias = slots.bias[: min(after, slots.bias.shape[0])]
         met = Met(after, slots.keys, slots.keys.shape[1], slots.values, slots.values.shape[1], bias)
-        for begin in range(start, stop, span):
-            some, ahead = min(span, stop - begin), begin - start
-            rows, all_met = group * some, after + column + ahead + some - first
-            shares = room[: rows * all_met].reshape(rows, all_met)
-            meet(asked, heads, begin, some, column + ahead, first, met, shares, wholes, outputs[:rows])
+        read(asked, heads, start, stop, column, first, 0, met, room, wholes, outputs)
 
 
 @loop

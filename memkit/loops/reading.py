@@ -13,7 +13,10 @@ from memkit.loops.compiling import loop
 from memkit.loops.lines import copy
 from memkit.loops.softmax import softmax
 
-__all__ = ["Asked", "Heads", "Met", "meet"]
+__all__ = ["Asked", "Heads", "Met", "meet", "read", "rooms", "steps"]
+
+QUERIES = 64
+"""Queries, of all heads together, that meet slots and window at once: what they pay stays near the core."""
 
 
 class Asked(NamedTuple):
@@ -63,9 +66,46 @@ class Met(NamedTuple):
 
 
 @loop
-def meet(asked, heads, start, span, column, first, slots, shares, wholes, outputs):
+def steps(plan, slots, asked, heads, band):
+    """Step after step: READ, where nothing is folded in.
+
+    plan [steps, 10]: `engine/lanes.py` says of what.
+    """
+    room, wholes, outputs = rooms(plan, heads, slots.keys)
+    for step in range(plan.shape[0]):
+        start, stop, column, first, _, _, _, _, _, _ = plan[step]
+        read(asked, heads, start, stop, column, first, band, slots, room, wholes, outputs)
+
+
+@loop
+def rooms(plan, heads, like):
+    """What `read` takes for its use in these steps: shares, int32, and outputs; of the numbers of `like`."""
+    most, rows = 0, max(QUERIES, heads.of_window.shape[0])
+    for step in range(plan.shape[0]):
+        start, stop, column, first, _, _, after, _, _, _ = plan[step]
+        most = max(most, after + column - first + stop - start)
+    room, outputs = np.empty(rows * most, like.dtype), np.empty((rows, heads.value_width), like.dtype)
+    return room, np.empty((2, most), np.int32), outputs
+
+
+@loop
+def read(asked, heads, start, stop, column, first, band, slots, room, wholes, outputs):
+    """READ: the queries `start` … `stop` − 1 of each head, some at a time; room, wholes and outputs by `rooms`, the
+    others as in `meet`."""
+    group = heads.of_window.shape[0]
+    span = max(1, QUERIES // group)
+    for begin in range(start, stop, span):
+        some, here = min(span, stop - begin), column + begin - start
+        oldest = first if band == 0 else max(first, here - band + 1)
+        rows, met = group * some, slots.count + here - oldest + some
+        shares = room[: rows * met].reshape(rows, met)
+        meet(asked, heads, begin, some, here, oldest, band, slots, shares, wholes, outputs[:rows])
+
+
+@loop
+def meet(asked, heads, start, span, column, first, band, slots, shares, wholes, outputs):
     """The queries `start` … `start + span` − 1 of each head, the first of which stands at `column`, meet slots, and the
-    window from column `first` to their own.
+    window from column `first` to their own; where `band` is not 0, so many columns of it at most.
 
     What they get goes to `asked.outputs`. For the caller: shares [h·span, m + n], of slots and of the window's tokens,
     and outputs [h·span, v]. wholes [2, m + n]: int32, for its use.
@@ -87,7 +127,16 @@ def meet(asked, heads, start, span, column, first, slots, shares, wholes, output
         row, sees = shares[q], met - span + q % span + 1
         for j in range(slots.bias.shape[0]):
             row[j] += slots.bias[j]
-        softmax(row[:sees], wholes)
+        fallen = 0 if band == 0 else max(0, sees - count - band)
+        if fallen:  # out of the band: slots stand beside what is seen until shares are known
+            for j in range(count - 1, -1, -1):
+                row[fallen + j] = row[j]
+        softmax(row[fallen:sees], wholes)
+        if fallen:
+            for j in range(count):
+                row[j] = row[fallen + j]
+            for j in range(count, count + fallen):
+                row[j] = 0
         for j in range(sees, met):
             row[j] = 0
     if count:

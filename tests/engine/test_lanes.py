@@ -183,7 +183,7 @@ def test_where_no_thread_can_be_had_one_does_all(monkeypatch: pytest.MonkeyPatch
     assert done == [1]
 
 
-@pytest.mark.parametrize(("policy", "imports"), [("full", False), ("streaming-4-512", False), ("h2o-512", True)])
+@pytest.mark.parametrize(("policy", "imports"), [("full", False), ("block-window-3x256", False), ("h2o-512", True)])
 def test_who_has_no_use_for_numba_does_not_import_it(policy: str, imports: bool):
     code = f"""
 import sys, torch, memkit
