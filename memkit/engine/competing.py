@@ -68,6 +68,7 @@ class CompetingLanes(Lanes):
 
     def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
         """PLAN, FOLD, READ and OBSERVE."""
+        store.about_to_write()
         of, run = layout(self.policy, self.rules.width, part.outputs.shape[-1]), loops.of_competing()
         lanes, rule = self._lanes(part, queries, store, of), merging(self.policy, of)
         told = self._telling(of.line, part.outputs.shape[1] // self._heads)

@@ -63,6 +63,7 @@ class FoldingLanes(Lanes):
 
     def go_through(self, part: Part, queries: Queries, store: SlotStore) -> None:
         """PLAN, FOLD and READ."""
+        store.about_to_write()
         run, view = loops.of_folding(), self._standing_alone(store)
         slots = of_lanes(store.sums, store.numbers, view.keys, view.values, view.bias)
         plans = [self._plan(part, row) for row in range(len(part.outputs))]

@@ -13,7 +13,7 @@ from torch import Tensor
 from memkit.engine.read import KeySet
 from memkit.engine.schedule import Schedule, Step, common
 from memkit.memory.rows import SlotView, on_device
-from memkit.memory.window import Sections
+from memkit.memory.window import Sections, side_by_side
 from memkit.parameters import PolicyParameters
 from memkit.pieces.rotary import Rotation
 from memkit.policy import Policy
@@ -32,7 +32,8 @@ class Queries:
     """A call's queries, as they meet the window and as they meet the slots; their scales are applied step by step.
 
     windowed, remembering [b, h, t, d]: one and the same tensor unless memory is un-rotated; window_scale, memory_scale
-    [h]: what each head's are multiplied by, None for 1; begin: the first token whose queries they are.
+    [h]: what each head's are multiplied by, None for 1; begin: the first token whose queries they are; spans count
+    from the call's first token in any case.
     """
 
     windowed: Tensor
@@ -180,9 +181,7 @@ class KeySets:
         begin, end = self.schedule.old + step.start, self.schedule.old + step.stop
         first = common(step.first, step.active)
         if first is not None and self._joinable(begin - first, step.stop - step.start):
-            keys, values = self._columns(first, end)
-            bias = self._mask(begin - first, step.stop - step.start)
-            return [*sets, KeySet(windowed, keys, values, bias, columns=(first, end))]
+            return [*sets, self._set(windowed, first, end, self._mask(begin - first, step.stop - step.start))]
         alone = step.stop - step.start == 1
         sets += self._older(step, windowed, end if alone else begin)
         if not alone:
@@ -251,18 +250,21 @@ class KeySets:
                 oldest = torch.arange(step.start, step.stop, device=self.device) + self.schedule.old - band + 1
                 fallen = self._hiding(columns < oldest[:, None]).transpose(0, 2)
                 bias = fallen if bias is None else torch.minimum(bias, fallen)
-            sets.append(self._set(queries, begin, stop, bias))
+            sets.append(self._set(queries, begin, stop, bias, hides=bias is not None))
         return sets
 
-    def _set(self, queries: Tensor, begin: int, end: int, bias: Tensor | None, causal: bool = False) -> KeySet:
-        keys, values = self._columns(begin, end)
-        return KeySet(queries, keys, values, bias, causal, columns=(begin, end), hides=bias is not None)
-
-    def _columns(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the columns begin … end − 1."""
+    def _set(
+        self, queries: Tensor, begin: int, end: int, bias: Tensor | None, causal: bool = False, hides: bool = False
+    ) -> KeySet:
+        """The columns begin … end − 1."""
+        columns = (begin, end)
         if self.sections is None:
-            return self.keys[:, :, begin:end], self.values[:, :, begin:end]
-        return self.sections["keys"].columns(begin, end), self.sections["values"].columns(begin, end)
+            keys, values = self.keys[:, :, begin:end], self.values[:, :, begin:end]
+            return KeySet(queries, keys, values, bias, causal, columns, hides)
+        parts = self.sections["keys"].parts(begin, end), self.sections["values"].parts(begin, end)
+        with torch.no_grad():
+            keys, values = map(side_by_side, parts)
+        return KeySet(queries, keys, values, bias, causal, columns, hides, parts=parts)
 
     def _hiding(self, hide: Tensor) -> Tensor:
         """A bias that hides keys: hide [b, n] → [b, 1, 1, n]."""

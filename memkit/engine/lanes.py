@@ -137,7 +137,6 @@ class Lanes(ABC):
 
     def read(self, steps: Sequence[Step], queries: Queries, store: SlotStore, output: Tensor) -> None:
         """All stages of these steps; the outputs go into `output` [b, h, t, v], of all tokens of the call."""
-        store.about_to_write()
         tokens, leaving = slice(steps[0].start, steps[-1].stop), self._leaving(steps)
         first = int(steps[0].first[steps[0].active].min())
         columns = slice(first if leaving is None else min(first, leaving.start), self.schedule.old + tokens.stop)

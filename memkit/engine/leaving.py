@@ -67,13 +67,15 @@ class LeavingTokens:
     def _with_graph(self, where: Columns, begin: int, end: int, first: bool | Tensor) -> Chunk:
         """The tokens at columns `where`, which lie in begin … end − 1."""
         held = {name: each.columns(begin, end) for name, each in self.sections.items()}
+        # Rows that keep their tokens are told to begin at column 0.
         within = slice(0, end - begin) if isinstance(where, slice) else (where - begin).clamp(min=0)
         return dataclasses.replace(Chunk.of(held, within, first), where=where)
 
     @functools.cached_property
     def sections(self) -> dict[str, Sections]:
         """The streams, as chunks and windows are taken of them with a graph."""
-        size = self.rules.policy.chunk
+        policy = self.rules.policy
+        size = max(policy.chunk, (policy.window.capacity or 0) // 4)  # a window is a few of them
         return {name: Sections(stream, size) for name, stream in self.timeline.streams.items()}
 
     def made(self, where: slice) -> tuple[tuple[Tensor, Contributions, Contributions], int]:

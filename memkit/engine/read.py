@@ -7,6 +7,7 @@ The gradient of each set's attention, taken with the *merged* o and l, is that s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from memkit.errors import InputError
+from memkit.memory.window import side_by_side
 
 __all__ = [
     "KeySet",
@@ -49,7 +51,8 @@ class KeySet:
     queries [b, h, s, d], keys [b, g, n, d], values [b, g, n, v], n ≥ 1; bias [b|1, g|1, s|1, n]: added to the scores,
     no gradient, −∞ hides a key; causal: query i sees keys 0 … i (then n = s); columns: where on the timeline the keys
     stand, None for slots; hides: whether the bias may hide all of this set's keys from a query; counts: where
-    batch rows are those of k steps, [b·k, …], how many of the keys each step sees, the others being nobody's.
+    batch rows are those of k steps, [b·k, …], how many of the keys each step sees, the others being nobody's; parts:
+    what keys and values were put together of, where a graph is recorded and they have none.
     """
 
     queries: Tensor
@@ -60,6 +63,7 @@ class KeySet:
     columns: tuple[int, int] | None = None
     hides: bool = False
     counts: tuple[int, ...] | None = None
+    parts: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
 
     def by_step(self) -> list[KeySet]:
         """The set of each step, with the keys that it sees: no mask, and no kernel that takes one, is needed."""
@@ -151,32 +155,46 @@ def _attended_backward(
 
 def differentiable_key_sets(key_sets: list[KeySet], scale: float) -> Tensor:
     """`attend_key_sets` with a graph: [b, h, s, v]."""
-    return _Merged.apply(
-        key_sets, scale, *(tensor for key_set in key_sets for tensor in (key_set.queries, key_set.keys, key_set.values))
-    )
+    given = [
+        ((each.queries,), *(((each.keys,), (each.values,)) if each.parts is None else each.parts)) for each in key_sets
+    ]
+    sizes = [tuple(map(len, each)) for each in given]
+    return _Merged.apply(key_sets, scale, sizes, *(tensor for each in given for parts in each for tensor in parts))
 
 
 class _Merged(torch.autograd.Function):
+    """Kept for the way back are the parts that keys and values were put together of: they are views, and a copy for
+    each step would be as many copies of the window as there are steps."""
+
     @staticmethod
-    def forward(ctx: Any, key_sets: list[KeySet], scale: float, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, key_sets: list[KeySet], scale: float, sizes: list[tuple[int, ...]], *tensors: Tensor
+    ) -> Tensor:
         output, lse = attend_key_sets(key_sets, scale)
-        ctx.scale, ctx.causal = scale, [key_set.causal for key_set in key_sets]
+        ctx.scale, ctx.sizes, ctx.causal = scale, sizes, [key_set.causal for key_set in key_sets]
         ctx.save_for_backward(output, lse, *tensors, *(key_set.bias for key_set in key_sets))
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        output, lse, *tensors = ctx.saved_tensors
-        count = len(ctx.causal)
-        tensors, biases = tensors[: 3 * count], tensors[3 * count :]
+        output, lse, *saved = ctx.saved_tensors
+        tensors, biases = saved[: -len(ctx.sizes)], saved[-len(ctx.sizes) :]
         with torch.no_grad():
-            key_sets = [
-                KeySet(tensors[3 * i], tensors[3 * i + 1], tensors[3 * i + 2], bias, causal)
-                for i, (bias, causal) in enumerate(zip(biases, ctx.causal, strict=True))
-            ]
+            left, parts = iter(tensors), list[list[Tensor]]()
+            key_sets = list[KeySet]()
+            for sizes, bias, causal in zip(ctx.sizes, biases, ctx.causal, strict=True):
+                of_set = [list(itertools.islice(left, size)) for size in sizes]
+                parts += of_set
+                queries, keys, values = map(side_by_side, of_set)
+                key_sets.append(KeySet(queries, keys, values, bias, causal))
             triples = attend_key_sets_backward(key_sets, ctx.scale, output, lse, grads[0])
-        flat = [grad for triple in triples for grad in triple]
-        return None, None, *once_only(flat, [*grads, *tensors])
+            wholes = [grad for triple in triples for grad in triple]
+            flat = [
+                grad
+                for whole, of_it in zip(wholes, parts, strict=True)
+                for grad in whole.split([each.shape[2] for each in of_it], dim=2)
+            ]
+        return None, None, None, *once_only(flat, [*grads, *tensors])
 
 
 def once_only(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -15,7 +15,8 @@ from memkit.memory.window import Timeline
 __all__ = ["SlidingLanes"]
 
 QUERIES = 16
-"""Of each head, from which on a step of four rows takes no longer than by operations; one takes twice as long."""
+"""Of each head, from which on a step of four rows takes no longer than by operations; one takes twice as long. So bands
+that are narrower, whose steps are as narrow, go by operations."""
 
 
 class SlidingLanes(Lanes):
@@ -43,7 +44,7 @@ class SlidingLanes(Lanes):
         slots = of_lanes(*(None if each is None else each.to(dtype) for each in (view.keys, view.values, view.bias)))
         plans, lanes = [self._plan(part, row) for row in range(len(part.outputs))], list[Lane]()
         for (row, _, asked, heads), (keys, values, bias) in zip(self._asked(part, queries), slots, strict=True):
-            count = int(plans[row][0, BEFORE])
+            count = int(plans[row][0, BEFORE])  # before all steps: none of them folds
             met = run.Met(count, keys, keys.shape[1], values, values.shape[1], bias[:count])
             lanes.append(Lane(plans[row], (met, asked, heads)))
         self._go_through(lanes, run.steps, self.policy.window.band)

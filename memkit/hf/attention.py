@@ -149,9 +149,11 @@ class Reader:
                 boundaries = present.to_the_left(boundaries[:, None, :, None])[:, 0, :, 0]
         rotation = self.facts.rotation if policy.needs_rotation else None
         if self.prefill == "full" and memory is None:
-            output, _ = attend(as_in_stock(self.facts.window), query, key, value, scale=scale)
             readers: list[Tensor] = []
-            if (reading := self.reading) is not None:
+            if (reading := self.reading) is None:
+                output, _ = attend(as_in_stock(self.facts.window), query, key, value, scale=scale)
+            else:
+                output, _ = self._both(as_in_stock(self.facts.window), reading, tokens, {"scale": scale})
                 if asks_again(policy):
                     readers.append(repeat_readers(reading.second(query)))
                 query, key, value = (reading.first(each) for each in (query, key, value))
@@ -170,13 +172,27 @@ class Reader:
     def _read_again(
         self, reading: Rereading, memory: Memory | None, tokens: Tokens, rotation: Rotation | None
     ) -> tuple[Tensor, Memory]:
-        """The same for the end of a portion, and the portion once more: by a copy of the memory, which is forgotten."""
-        both, rest = (tokens.query, tokens.key, tokens.value), {"rotation": rotation, "scale": self.scale}
-        output, after = attend(self.policy, *(reading.first(each) for each in both), memory=memory, **rest)
-        behind, _ = attend(self.policy, *(reading.behind(each) for each in both), memory=after.fork(), **rest)
+        """The same for the end of a portion, and the portion once more."""
+        rest: dict[str, Any] = {"rotation": rotation, "scale": self.scale}
+        output, after = self._both(self.policy, reading, tokens, rest, memory)
         if self.policy.observation.again:
             ask_again(after, reading.second(tokens.query).detach(), **rest)
-        return torch.cat((output, behind), dim=2), after
+        return output, after
+
+    @staticmethod
+    def _both(
+        policy: Policy | PolicySpec,
+        reading: Rereading,
+        tokens: Tokens,
+        rest: dict[str, Any],
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """Outputs of both readings, and the memory after the first. Portions are read by copies that are forgotten."""
+        given = (tokens.query, tokens.key, tokens.value)
+        output, after = attend(policy, *map(reading.first, given), memory=memory, **rest)
+        behind = zip(*map(reading.behind, given), strict=True)
+        others = (attend(policy, *each, memory=after.fork(), **rest)[0] for each in behind)
+        return torch.cat((output, *others), dim=2), after
 
 
 @dataclass

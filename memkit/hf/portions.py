@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from memkit.errors import InputError, MemoryStateError, ModelError
 from memkit.hf.names import CACHE
-from memkit.hf.rereading import Rereading
+from memkit.hf.rereading import Portion, Rereading
 
 if TYPE_CHECKING:
     from memkit.policy import Policy
@@ -121,7 +121,7 @@ class Portions:
         columns = cut["input_ids"].shape[1]
         stand = self.before + begin + torch.arange(columns, device=ids.device)
         cut["position_ids"] = stand.expand(len(ids), -1)
-        return cut, Rereading(end - begin, columns, self.again)
+        return cut, Rereading(end - begin, (Portion(end - begin, columns - self.again, columns),))
 
     def text(self, ids: Tensor) -> Tensor:
         """The tokens [b, n] that stand from the last portion's end before this call up to the end of `ids`."""

@@ -79,7 +79,8 @@ def steps(plan, slots, asked, heads, band):
 
 @loop
 def rooms(plan, heads, like):
-    """What `read` takes for its use in these steps: shares, int32, and outputs; of the numbers of `like`."""
+    """What `read` takes for its use in these steps, of the numbers of `like`: room for scores, which become shares;
+    int32 for the softmax; and outputs."""
     most, rows = 0, max(QUERIES, heads.of_window.shape[0])
     for step in range(plan.shape[0]):
         start, stop, column, first, _, _, after, _, _, _ = plan[step]
@@ -127,8 +128,9 @@ def meet(asked, heads, start, span, column, first, band, slots, shares, wholes, 
         row, sees = shares[q], met - span + q % span + 1
         for j in range(slots.bias.shape[0]):
             row[j] += slots.bias[j]
+        # The row: slots, and the window's columns, of which the first `fallen` are out of this query's band.
         fallen = 0 if band == 0 else max(0, sees - count - band)
-        if fallen:  # out of the band: slots stand beside what is seen until shares are known
+        if fallen:  # slots stand beside what is seen until shares are known
             for j in range(count - 1, -1, -1):
                 row[fallen + j] = row[j]
         softmax(row[fallen:sees], wholes)

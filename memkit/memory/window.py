@@ -25,6 +25,7 @@ __all__ = [
     "columns",
     "joined",
     "room_for",
+    "side_by_side",
     "stream_forms",
 ]
 
@@ -97,23 +98,36 @@ class Window:
         return Window({name: change(stream) for name, stream in self.streams.items()}, self.end)
 
 
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Parts [b, g, n, …] of an axis as one tensor; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
+
+
 class Sections:
     """A stream [b, g, n, …] whose columns are taken again and again, with a graph.
 
     What a slice gives back on the way back is as large as what it was taken of: to take n slices of one tensor costs n²
-    then, in time and in memory. So the stream is taken apart once, and columns are those of a few sections.
+    then. So the stream is taken apart once, and columns are slices of a few sections; whoever puts them together keeps
+    the slices for the way back, which are no copies.
     """
 
     def __init__(self, stream: Tensor, size: int) -> None:
         self.size = size if stream.requires_grad and torch.is_grad_enabled() else max(stream.shape[2], 1)
         self.sections = stream.split(self.size, dim=2)
 
-    def columns(self, begin: int, end: int) -> Tensor:
-        """The columns begin … end − 1, as `stream[:, :, begin:end]` would give them."""
+    def parts(self, begin: int, end: int) -> tuple[Tensor, ...]:
+        """The columns begin … end − 1, one part behind the other."""
         first, behind = begin // self.size, max(-(-end // self.size), begin // self.size + 1)
-        some = self.sections[first:behind]
-        whole = some[0] if len(some) == 1 else torch.cat(some, dim=2)
-        return whole[:, :, begin - first * self.size : end - first * self.size]
+        return tuple(
+            section[:, :, max(0, begin - at) : end - at]
+            for section, at in zip(
+                self.sections[first:behind], range(first * self.size, end + 1, self.size), strict=False
+            )
+        )
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The same as one tensor, as `stream[:, :, begin:end]` would give it."""
+        return side_by_side(self.parts(begin, end))
 
 
 @dataclass(frozen=True)

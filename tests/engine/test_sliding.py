@@ -135,6 +135,24 @@ def test_who_has_a_graph_or_few_queries_goes_by_operations(taken: list[int], mon
         assert not taken
 
 
+def test_a_call_that_fails_leaves_the_memory_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    """Nothing of it is written to while a window that slides is read."""
+
+    def fail(*_: object) -> None:
+        raise InterruptedError
+
+    case = case_of("sinks")
+    with torch.no_grad():
+        _, memory = case.part(0, 5 * CHUNK).attend()
+        expected, _ = case.part(5 * CHUNK, TOKENS).attend(memory=memory.fork())
+        with monkeypatch.context() as patched:
+            patched.setattr(sliding.SlidingLanes, "go_through", fail)
+            with pytest.raises(InterruptedError):
+                case.part(5 * CHUNK, TOKENS).attend(memory=memory)
+        output, _ = case.part(5 * CHUNK, TOKENS).attend(memory=memory)
+    assert torch.equal(output, expected)
+
+
 def test_threads_that_would_have_none_share_a_head(taken: list[int], monkeypatch):
     monkeypatch.setattr(lanes, "FEWEST", 1000)
     read(case_of("sinks"), monkeypatch, by_loops=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import memkit
 from tests.counting import NumbersMade
-from tests.engine.cases import make_case, small
+from tests.engine.cases import CHUNK, VALUE_WIDTH, WIDTH, make_case, small
 
 TOKENS = 2048
 
@@ -70,6 +70,26 @@ def test_bounded_memory_takes_as_much_for_each_further_token(name: str, grad: bo
 
     first, second, third = (made(tokens) for tokens in (768, 1024, 1280))
     assert third - second <= 1.1 * (second - first)
+
+
+@pytest.mark.parametrize("name", ["keydiff-512", "untrained-observed"])
+def test_what_is_kept_for_the_way_back_is_no_copy_of_the_window_for_each_step(name: str):
+    rows, kv_heads, tokens, chunks = 2, 4, 512, 16
+
+    def kept(window: int) -> int:
+        spec = memkit.load_policy(small(name), {"window.chunks": window})
+        case, storages = make_case(spec, tokens, rows=rows, heads=4, kv_heads=kv_heads).leaves(), dict[int, int]()
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            case.attend()
+        return sum(storages.values())
+
+    copies = tokens // CHUNK * rows * kv_heads * chunks * CHUNK * (WIDTH + VALUE_WIDTH) * 8
+    assert kept(chunks) - kept(2) < copies / 4
 
 
 @torch.no_grad()

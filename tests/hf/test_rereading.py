@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import memkit
 from memkit import hf
 from memkit.engine import next_readers
+from memkit.hf import calls, rereading
 from memkit.hf.names import CACHE, returned_cache
 from memkit.hf.probe import attention_function
 from memkit.pieces.evidence import SHARE
@@ -80,6 +81,51 @@ def test_the_second_readings_queries_judge_the_first(readers: str, words: list[i
 
 
 @torch.no_grad()
+def test_a_second_reading_for_which_there_are_too_few_positions_goes_in_portions(ids: Tensor):
+    """Of 90 tokens 64, and the others, after the 8 before them: each right behind the text."""
+    model: Any = randomised(LlamaForCausalLM(tiny_config(max_position_embeddings=165)))
+    spec, between = observed("repeat", heads={}), torch.tensor(WORDS).expand(2, -1)
+    portions = [
+        queries_and_more(model, torch.cat((ids, between, again), 1)) for again in (ids[:, :64], ids[:, 64 - 8 :])
+    ]
+    with hf.attach(model, "full"):
+        exact = model(ids).logits
+    with hf.attach(model, spec, prefill="full", connecting=WORDS):
+        output = model(ids, output_hidden_states=True)
+        as_embeddings = model(inputs_embeds=model.get_input_embeddings()(ids))
+    assert {each.shape[1] for each in output.hidden_states} == {90}
+    torch.testing.assert_close(output.logits, exact, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(as_embeddings.logits, exact, atol=1e-4, rtol=1e-4)
+    for memory, one, other in zip(hf.memories(returned_cache(output)), *portions, strict=True):
+        query, key, value = (each[:, :, :90] for each in one)
+        readers = torch.cat((one[0][:, :, -64:], other[0][:, :, -26:]), dim=2)
+        wanted = memkit.compress(spec, query, key, value, rotation=rotation_of(model), scale=8**-0.5, readers=readers)
+        assert torch.equal(memory.counts, wanted.counts)
+        torch.testing.assert_close(memory.sums, wanted.sums, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_again_in_portions(tiny: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch):
+    seen, twice = list[rereading.Rereading](), rereading.twice
+
+    def noted(*given: Any) -> rereading.Rereading:
+        seen.append(twice(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(calls, "twice", noted)
+    monkeypatch.setattr(rereading, "AT_ONCE", 38)
+    monkeypatch.setattr(rereading, "FEWEST", 30)
+    with hf.attach(tiny, observed("repeat"), prefill="full", connecting=WORDS):
+        for tokens in (38, 90):
+            tiny(ids[:, :tokens])
+    whole, parts = seen
+    assert whole.portions == (rereading.Portion(38, 41, 79),)
+    assert [each.end - each.reads for each in parts.portions] == [30, 30, 30]
+    assert [each.reads - each.begin for each in parts.portions] == [3, 11, 11]
+    assert parts.columns == 90 + 3 * 3 + 2 * 8 + 90
+
+
+@torch.no_grad()
 def test_mixed_is_the_mean_of_both(tiny: Any, ids: Tensor):
     evidence: dict[str, Tensor] = {}
     for readers in ("next", "repeat", "mixed"):
@@ -139,9 +185,9 @@ def test_what_cannot_be_read_twice_is_refused(tiny: Any, ids: Tensor):
     for given in ([211], [-1], [1.5], ["a"]):
         with pytest.raises(memkit.InputError, match="connecting"):
             hf.attach(tiny, observed("repeat"), prefill="full", connecting=given)  # type: ignore[arg-type]
-    short = randomised(LlamaForCausalLM(tiny_config(max_position_embeddings=182)))
+    short = randomised(LlamaForCausalLM(tiny_config(max_position_embeddings=164)))
     with hf.attach(short, observed("mixed"), prefill="full", connecting=WORDS):
-        with pytest.raises(memkit.InputError, match="here 183 tokens, and the model knows 182 positions"):
+        with pytest.raises(memkit.InputError, match=r"behind its 90 tokens, 64 at a time.* knows 164 positions"):
             short(ids)
         short(ids[:, :60])
 
