@@ -50,7 +50,7 @@ def test_what_was_changed_in_place_before_backward_is_noticed(case: Case):
         output, _ = case.attend()
         with torch.no_grad():
             tensor.mul_(1.5)
-        with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
             output.sum().backward()
         with torch.no_grad():
             tensor.div_(1.5)
