@@ -1,7 +1,8 @@
 """How large memories may be, told as a number: rows of each head, a share of the prompt's tokens, or bytes.
 
 A policy has a number of rows where its slots are a fixed number or its window slides. A budget sets it; layers that are
-kept as in the stock model, and policies that grow by a law of their own, stay as they are.
+kept as in the stock model, and policies that grow by a law of their own, stay as they are. Where rows are few and
+readers are observed, chunks are smaller, so that the window is not most of what is held.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from memkit.costing import alike_parts
 from memkit.errors import InputError, shown
 from memkit.holding import Shape, held_bytes
 from memkit.layers import LayerPoliciesSpec
+from memkit.pieces.chunking import FixedChunkerSpec
 from memkit.pieces.growth import FixedGrowthSpec
 from memkit.pieces.window import SlidingWindowSpec
 from memkit.policy import Policy, PolicySpec
@@ -39,6 +41,9 @@ __all__ = [
 MOST = 2**40
 FULL = 8
 """Texts of so many times the rows fill every head's slots: a head gets at most 8 times its even share."""
+
+SMALLEST = 16
+"""Tokens of a chunk, down to which chunks are halved where rows are few."""
 
 TRIES = 12
 """Numbers of rows that are looked at, at most, for a number of bytes."""
@@ -90,9 +95,26 @@ def _window(spec: PolicySpec) -> int:
     return 0 if isinstance(spec.window, SlidingWindowSpec) else spec.build().window.capacity or 0
 
 
+def _narrowed(spec: PolicySpec, rows: int) -> PolicySpec:
+    """The policy with chunks halved until its window has no larger a share of so few rows than it has of its own, where
+    it observes and slots compete (and nothing is read again, which takes long in small portions). The same share of a
+    chunk's queries is observed."""
+    size, observe, growth = spec.chunker.build().size, spec.observe, spec.growth
+    judges = spec.eviction == "weakest" and observe.queries > 0 and not observe.again
+    if not judges or not isinstance(spec.chunker, FixedChunkerSpec) or not isinstance(growth, FixedGrowthSpec):
+        return spec
+    own, times = growth.slots + _window(spec), 1
+    while times * rows < own and size % (2 * times) == 0 and size >= 2 * times * SMALLEST:
+        times *= 2
+    if times == 1:
+        return spec
+    queries = max(1, min(observe.queries, size) // times)
+    return load_policy(spec, {"chunker.size": size // times, "observe.queries": queries})
+
+
 def least_rows(specs: Iterable[PolicySpec]) -> int:
     """The fewest rows that all of these policies can have."""
-    return max(_window(spec) + spec.sinks + 1 for spec in specs if has_rows(spec))
+    return max(_window(_narrowed(spec, 0)) + spec.sinks + 1 for spec in specs if has_rows(spec))
 
 
 def with_rows(spec: PolicySpec, rows: int) -> PolicySpec:
@@ -103,7 +125,8 @@ def with_rows(spec: PolicySpec, rows: int) -> PolicySpec:
         raise InputError(f"rows must be at least {least} for {spec.name or 'this policy'}, got {rows}")
     if isinstance(spec.window, SlidingWindowSpec):
         return load_policy(spec, {"window.size": rows - spec.sinks})
-    return load_policy(spec, {"growth.slots": rows - _window(spec)})
+    narrowed = _narrowed(spec, rows)
+    return load_policy(narrowed, {"growth.slots": rows - _window(narrowed)})
 
 
 def sized(layers: LayerPoliciesSpec, rows: int) -> LayerPoliciesSpec:
@@ -113,7 +136,10 @@ def sized(layers: LayerPoliciesSpec, rows: int) -> LayerPoliciesSpec:
 
 def alike(one: PolicySpec, other: PolicySpec) -> bool:
     """Whether policies are the same but for their rows."""
-    return one == other or with_rows(one, MOST) == with_rows(other, MOST)
+    if one == other:
+        return True
+    least = least_rows([one, other]) if has_rows(one) and has_rows(other) else MOST
+    return with_rows(one, least) == with_rows(other, least)
 
 
 def _grows(policy: Policy) -> bool:

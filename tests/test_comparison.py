@@ -349,8 +349,8 @@ def test_as_many_rows_for_everybody():
         assert held == 300, name
     for name in ("full", "kvm-sqrt-16", "block-mean-8", "block-window-3x256"):
         assert with_rows(memkit.load_policy(name), 300) == memkit.load_policy(name)
-    with pytest.raises(InputError, match="rows must be at least 197 for caote-512, got 100"):
-        with_rows(memkit.load_policy("caote-512"), 100)
+    with pytest.raises(InputError, match="rows must be at least 53 for caote-512, got 50"):
+        with_rows(memkit.load_policy("caote-512"), 50)
 
 
 def test_budgets_of_rows_share_and_bytes(loaded: hf.LoadedModel):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import memkit
-from memkit import hf
+from memkit import budgets, hf
 from memkit.errors import EvenSharesWarning, InputError, MemoryStateError
 from memkit.hf.names import CACHE, returned_cache
 from tests.hf.families import made
@@ -25,6 +25,31 @@ SLOTS = memkit.load_policy("untrained-kvm-fixed", SMALL | {"growth.slots": 12})
 
 def rows_of(memory: memkit.Memory) -> int:
     return int(memory.slots.max()) + int(memory.held_rows.max())
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "chunk", "queries"),
+    [
+        ("untrained-observed", 2048, 64, 32),
+        ("untrained-observed", 512, 64, 32),
+        ("untrained-observed", 511, 32, 16),
+        ("untrained-recall", 256, 32, 32),
+        ("untrained-observed", 255, 16, 8),
+        ("untrained-observed", 37, 16, 8),
+        ("caote-512", 256, 32, 32),
+        ("keydiff-512", 256, 64, 0),  # observes nobody
+        ("untrained-reread", 256, 64, 64),  # reads again
+    ],
+)
+def test_few_rows_are_not_most_of_them_window(name: str, rows: int, chunk: int, queries: int):
+    spec = budgets.with_rows(memkit.load_policy(name), rows)
+    assert (spec.chunker.build().size, spec.observe.queries) == (chunk, queries)
+    window = spec.build().window.capacity
+    assert window is not None
+    assert spec.growth.slots + window == rows  # pyright: ignore[reportAttributeAccessIssue]
+    assert budgets.alike(spec, memkit.load_policy(name))
+    with pytest.raises(InputError, match="rows must be at least"):
+        budgets.with_rows(spec, budgets.least_rows([spec]) - 1)
 
 
 @torch.no_grad()
