@@ -98,7 +98,7 @@ def _window(spec: PolicySpec) -> int:
 def _narrowed(spec: PolicySpec, rows: int) -> PolicySpec:
     """The policy with chunks halved until its window has no larger a share of so few rows than it has of its own, where
     it observes and slots compete (and nothing is read again, which takes long in small portions). The same share of a
-    chunk's queries is observed."""
+    chunk's queries is observed, and evidence fades as much per token."""
     size, observe, growth = spec.chunker.build().size, spec.observe, spec.growth
     judges = spec.eviction == "weakest" and observe.queries > 0 and not observe.again
     if not judges or not isinstance(spec.chunker, FixedChunkerSpec) or not isinstance(growth, FixedGrowthSpec):
@@ -108,8 +108,8 @@ def _narrowed(spec: PolicySpec, rows: int) -> PolicySpec:
         times *= 2
     if times == 1:
         return spec
-    queries = max(1, min(observe.queries, size) // times)
-    return load_policy(spec, {"chunker.size": size // times, "observe.queries": queries})
+    queries, decay = max(1, min(observe.queries, size) // times), observe.decay ** (1 / times)
+    return load_policy(spec, {"chunker.size": size // times, "observe.queries": queries, "observe.decay": decay})
 
 
 def least_rows(specs: Iterable[PolicySpec]) -> int:
@@ -139,7 +139,9 @@ def alike(one: PolicySpec, other: PolicySpec) -> bool:
     if one == other:
         return True
     least = least_rows([one, other]) if has_rows(one) and has_rows(other) else MOST
-    return with_rows(one, least) == with_rows(other, least)
+    one, other = with_rows(one, least), with_rows(other, least)
+    decay = one.observe.decay  # a root of a root, which is the whole's to rounding
+    return math.isclose(decay, other.observe.decay) and one == load_policy(other, {"observe.decay": decay})
 
 
 def _grows(policy: Policy) -> bool:
