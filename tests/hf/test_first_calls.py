@@ -13,6 +13,7 @@ from memkit import hf
 from memkit.errors import InputError, ModelError
 from memkit.hf.cache import MemoryLayer
 from memkit.hf.names import CACHE, returned_cache
+from memkit.hf.rereading import FEWEST, LEAD
 from memkit.hf.rewinding import KEEP
 from tests.hf.tiny import randomised, tiny_config
 
@@ -72,12 +73,13 @@ def test_a_cache_that_was_emptied_takes_the_share_of_its_next_prompt(tiny, ids):
 
 def test_a_call_refused_for_its_second_reading_leaves_no_policies_behind(tiny, ids):
     longest = tiny.config.max_position_embeddings
-    long = ids[:1].repeat(1, 1 + longest // (2 * ids.shape[1]))[:, : longest // 2 + 1]
+    long = ids[:1].repeat(1, 1 + longest // ids.shape[1])[:, : longest - FEWEST - LEAD + 1]
     cache = DynamicCache()
     with torch.no_grad(), hf.attach(tiny, RECALL, prefill="full", share=0.5):
         with pytest.raises(InputError, match="positions"):
             tiny(long, **{CACHE: cache})
         assert not any(isinstance(layer, MemoryLayer) for layer in cache.layers)
+        tiny(long[:, 1:], **{CACHE: cache})
 
 
 def test_a_prompt_that_is_read_twice_comes_without_an_assistants_candidates(tiny, ids):
