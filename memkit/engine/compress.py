@@ -50,8 +50,11 @@ __all__ = ["ASKED", "compress", "next_readers", "repeat_readers", "row_worth"]
 
 ASKED = 256
 """Readers who go on: so many queries of the text's end, and as many from everywhere in it."""
-ASKED_AGAIN = 512
-"""Readers who read the text again: so many of its second reading's queries."""
+ASKED_AGAIN, ONE_IN = 512, 4
+"""Readers who read the text again: so many of its second reading's queries at least, and one in four of a longer
+text's. With one in fourteen, numbers that 7,168 tokens said were lost (docs/benchmarks.md)."""
+AT_ONCE = 512
+"""Readers who are asked together: scores are for so many of them and all rows."""
 FIRST = 16
 """The first of those: earlier ones see hardly anything but sinks."""
 NEIGHBOURS = 3
@@ -139,10 +142,10 @@ def next_readers(queries: Tensor, rotation: Rotation) -> Tensor:
 
 
 def repeat_readers(queries: Tensor) -> Tensor:
-    """Those who read the text again: at most 512 of the second reading's queries [b, h, t, d], evenly spaced, where
-    they stand, [b, h, n, d]."""
+    """Those who read the text again: 512 of the second reading's queries [b, h, t, d], or a quarter of them if that is
+    more, evenly spaced, where they stand, [b, h, n, d]."""
     tokens = queries.shape[2]
-    count = min(ASKED_AGAIN, tokens)
+    count = min(max(ASKED_AGAIN, tokens // ONE_IN), tokens)
     return queries[:, :, (torch.arange(count, device=queries.device) + 1) * tokens // count - 1]
 
 
@@ -161,14 +164,18 @@ def row_worth(
     sees all. Both results [b, g, t], float32 or float64.
     """
     wide, group = torch.promote_types(keys.dtype, torch.float32), readers.shape[1] // keys.shape[1]
+    count = readers.shape[2]
     roots: list[Tensor] = []
     shares: list[Tensor] = []
-    for head in range(keys.shape[1]):  # one at a time: [readers, t] scores are large
-        asked = readers[:, head * group : (head + 1) * group].to(wide).flatten(1, 2).unsqueeze(1)
-        scores = asked @ keys[:, head : head + 1].to(wide).mT * scale
-        if hidden is not None:
-            scores.masked_fill_(hidden.repeat(group, 1), -torch.inf)
-        _, told = softmax_evidence(scores, values[:, head : head + 1].to(wide), missed=missed)
+    for head in range(keys.shape[1]):  # one at a time, and a part of the readers: [readers, t] scores are large
+        key, value = (each[:, head : head + 1].to(wide) for each in (keys, values))
+        told = key.new_zeros(*key.shape[:3], AGAIN)
+        for part in (slice(first, first + AT_ONCE) for first in range(0, count, AT_ONCE)):
+            asked = readers[:, head * group : (head + 1) * group, part].to(wide)
+            scores = asked.flatten(1, 2).unsqueeze(1) @ key.mT * scale
+            if hidden is not None:
+                scores.masked_fill_(hidden[part].repeat(group, 1), -torch.inf)
+            told.add_(softmax_evidence(scores, value, missed=missed)[1], alpha=asked.shape[2] / count)
         roots.append(mean_of_neighbours(told[..., ERROR].sqrt(), neighbours))
         shares.append(told[..., SHARE])
     return torch.cat(roots, dim=1), torch.cat(shares, dim=1)

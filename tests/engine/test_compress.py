@@ -10,6 +10,7 @@ import torch
 
 import memkit
 from memkit.engine import next_readers, repeat_readers
+from memkit.engine.compress import AT_ONCE, row_worth
 from memkit.memory.rows import SlotRules, read_slots
 from memkit.pieces.statistics import POSITION
 from tests.engine.cases import CHUNK, assert_close, make_case, small, tolerance
@@ -178,6 +179,30 @@ def test_the_second_readings_queries_are_evenly_spaced():
     assert asked[-1] == 1299
     assert set(asked.diff().tolist()) == {2.0, 3.0}
     assert torch.equal(repeat_readers(queries[:, :, :7]), queries[:, :, :7])
+    longer = torch.arange(4001.0)[None, None, :, None]  # one in four of them
+    asked = repeat_readers(longer)[0, 0, :, 0]
+    assert len(asked) == 1000
+    assert asked[-1] == 4000
+    assert set(asked.diff().tolist()) == {4.0, 5.0}
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_many_readers_are_asked_in_parts(hides: bool):
+    generator = torch.Generator().manual_seed(3)
+    readers, keys, values = (
+        torch.randn(2, heads, tokens, 8, generator=generator, dtype=torch.float64)
+        for heads, tokens in ((4, 2 * AT_ONCE + 7), (2, 30), (2, 30))
+    )
+    seen = torch.rand(readers.shape[2], 30, generator=generator) < 0.5
+    seen[:, 0] = True
+    hidden = ~seen if hides else None
+    shares = torch.einsum("bgnqd,bgtd->bgnqt", readers.unflatten(1, (2, 2)), keys) / 3
+    shares = (shares if hidden is None else shares.masked_fill(hidden, -torch.inf)).softmax(-1)
+    moved = values[:, :, None, None] - (shares @ values[:, :, None])[..., None, :]
+    errors = (shares.square() * moved.square().sum(-1)).mean((2, 3))
+    root, share = row_worth(readers, keys, values, 1 / 3, hidden, neighbours=1)
+    assert_close(root, errors.sqrt(), LIMIT, "roots of errors")
+    assert_close(share, shares.mean((2, 3)), LIMIT, "shares")
 
 
 @torch.no_grad()
