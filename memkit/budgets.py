@@ -2,7 +2,7 @@
 
 A policy has a number of rows where its slots are a fixed number or its window slides. A budget sets it; layers that are
 kept as in the stock model, and policies that grow by a law of their own, stay as they are. Where rows are few and
-readers are observed, chunks are smaller, so that the window is not most of what is held.
+readers are observed, windows and chunks are smaller, so that the window is not most of what is held.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memkit.holding import Shape, held_bytes
 from memkit.layers import LayerPoliciesSpec
 from memkit.pieces.chunking import FixedChunkerSpec
 from memkit.pieces.growth import FixedGrowthSpec
-from memkit.pieces.window import SlidingWindowSpec
+from memkit.pieces.window import BlockWindowSpec, SlidingWindowSpec
 from memkit.policy import Policy, PolicySpec
 from memkit.whole import is_finite, whole_number
 
@@ -42,6 +42,8 @@ MOST = 2**40
 FULL = 8
 """Texts of so many times the rows fill every head's slots: a head gets at most 8 times its even share."""
 
+FEWEST = 2
+"""Chunks of a window, down to which it is halved where rows are few."""
 SMALLEST = 16
 """Tokens of a chunk, down to which chunks are halved where rows are few."""
 
@@ -96,20 +98,28 @@ def _window(spec: PolicySpec) -> int:
 
 
 def _narrowed(spec: PolicySpec, rows: int) -> PolicySpec:
-    """The policy with chunks halved until its window has no larger a share of so few rows than it has of its own, where
-    it observes and slots compete (and nothing is read again, which takes long in small portions). The same share of a
-    chunk's queries is observed, and evidence fades as much per token."""
-    size, observe, growth = spec.chunker.build().size, spec.observe, spec.growth
+    """The policy with its window halved until that has no larger a share of so few rows than it has of its own, where
+    it observes and slots compete (and nothing is read again, which takes long in small portions): fewer chunks first,
+    down to two, then smaller ones. The same share of a chunk's queries is observed, and evidence fades as much per
+    token."""
+    size, observe, growth, window = spec.chunker.build().size, spec.observe, spec.growth, spec.window
     judges = spec.eviction == "weakest" and observe.queries > 0 and not observe.again
-    if not judges or not isinstance(spec.chunker, FixedChunkerSpec) or not isinstance(growth, FixedGrowthSpec):
+    if not judges or not isinstance(growth, FixedGrowthSpec):
         return spec
-    own, times = growth.slots + _window(spec), 1
-    while times * rows < own and size % (2 * times) == 0 and size >= 2 * times * SMALLEST:
-        times *= 2
-    if times == 1:
+    if not isinstance(spec.chunker, FixedChunkerSpec) or not isinstance(window, BlockWindowSpec):
         return spec
+    own, chunks, halved, times = growth.slots + _window(spec), window.chunks, 1, 1
+    while halved * rows < own:
+        if chunks > FEWEST and chunks % 2 == 0:
+            chunks //= 2
+        elif size % (2 * times) == 0 and size >= 2 * times * SMALLEST:
+            times *= 2
+        else:
+            break
+        halved *= 2
     queries, decay = max(1, min(observe.queries, size) // times), observe.decay ** (1 / times)
-    return load_policy(spec, {"chunker.size": size // times, "observe.queries": queries, "observe.decay": decay})
+    smaller = {"chunker.size": size // times, "observe.queries": queries, "observe.decay": decay}
+    return load_policy(spec, {"window.chunks": chunks} | (smaller if times > 1 else {}))
 
 
 def least_rows(specs: Iterable[PolicySpec]) -> int:

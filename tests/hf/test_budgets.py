@@ -28,28 +28,28 @@ def rows_of(memory: memkit.Memory) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "chunk", "queries"),
+    ("name", "rows", "chunk", "chunks", "queries"),
     [
-        ("untrained-observed", 2048, 64, 32),
-        ("untrained-observed", 512, 64, 32),
-        ("untrained-observed", 511, 32, 16),
-        ("untrained-recall", 256, 32, 32),
-        ("untrained-observed", 255, 16, 8),
-        ("untrained-observed", 37, 16, 8),
-        ("caote-512", 256, 32, 32),
-        ("keydiff-512", 256, 64, 0),  # observes nobody
-        ("untrained-reread", 256, 64, 64),  # reads again
+        ("untrained-observed", 2048, 32, 4, 16),
+        ("untrained-observed", 512, 32, 4, 16),
+        ("untrained-observed", 511, 32, 2, 16),
+        ("untrained-recall", 256, 32, 2, 32),
+        ("untrained-observed", 255, 16, 2, 8),
+        ("untrained-observed", 37, 16, 2, 8),
+        ("caote-512", 256, 32, 3, 32),
+        ("keydiff-512", 256, 64, 3, 0),  # observes nobody
+        ("untrained-reread", 256, 64, 2, 64),  # reads again
     ],
 )
-def test_few_rows_are_not_most_of_them_window(name: str, rows: int, chunk: int, queries: int):
+def test_few_rows_are_not_most_of_them_window(name: str, rows: int, chunk: int, chunks: int, queries: int):
     whole = memkit.load_policy(name)
     if whole.observe.decay < 1:
         whole = memkit.load_policy(whole, {"observe.decay": 0.93})
-    spec = budgets.with_rows(whole, rows)
-    assert spec.observe.decay == pytest.approx(whole.observe.decay ** (chunk / 64))  # as much per token
+    spec, size = budgets.with_rows(whole, rows), whole.chunker.build().size
+    assert spec.observe.decay == pytest.approx(whole.observe.decay ** (chunk / size))  # as much per token
     assert (spec.chunker.build().size, spec.observe.queries) == (chunk, queries)
     window = spec.build().window.capacity
-    assert window is not None
+    assert window == chunk * chunks
     assert spec.growth.slots + window == rows  # pyright: ignore[reportAttributeAccessIssue]
     assert budgets.alike(spec, whole)
     with pytest.raises(InputError, match="rows must be at least"):
