@@ -16,7 +16,7 @@ from memkit.engine.inputs import AttendInputs
 from memkit.pieces import Need
 from memkit.pieces.admission import ExpectedAttentionSpec
 from memkit.pieces.growth import GrowthSpec, PowerGrowthSpec
-from memkit.pieces.window import SlidingWindowSpec
+from memkit.pieces.window import BlockWindowSpec, SlidingWindowSpec
 
 CHUNK = 8
 WIDTH, VALUE_WIDTH = 8, 6
@@ -25,15 +25,19 @@ Tensors = dict[str, Tensor]
 
 
 def scaled(spec: memkit.PolicySpec, chunk: int = CHUNK) -> memkit.PolicySpec:
-    """The same policy in small: chunks of `chunk` tokens, and budgets that stand to them as they did before."""
+    """The same policy in small: chunks of `chunk` tokens, and budgets that stand to them as they did before. Where
+    slots compete and the window has four chunks or more, both halve: so a short text fills them."""
     changed: dict[str, Any] = {"chunker.size": chunk}
+    growth, scale = spec.growth, chunk / spec.chunker.build().size
     if isinstance(spec.window, SlidingWindowSpec):
         changed["window.size"] = 2 * chunk
-    growth, scale = spec.growth, chunk / spec.chunker.build().size
+    if spec.eviction == "weakest" and isinstance(spec.window, BlockWindowSpec) and spec.window.chunks > 3:
+        changed["window.chunks"] = spec.window.chunks // 2
+        scale /= 2
     if isinstance(spec.admission, ExpectedAttentionSpec):
         changed["admission.future"] = int(spec.admission.future * scale) // 8
     if isinstance(growth, GrowthSpec):
-        # f(n) becomes scale · f(n / scale): the same number of slots per chunk as before, after as many chunks.
+        # f(n) becomes scale · f(n / scale): the same number of slots per window as before, after as many windows.
         exponent = growth.exponent if isinstance(growth, PowerGrowthSpec) else 0.5
         factors = {
             "slots": scale,
