@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import memkit
+from memkit import texts
 from memkit.passkey import find_passkeys
 from memkit.policy import PolicySpec
 
@@ -36,14 +38,14 @@ def main() -> None:
     """Print a line per policy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    parser.add_argument("--text")
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--placements", type=int, default=8)
     given = parser.parse_args()
     found = find_passkeys(
         [*policies(), "full"],
         model=given.model,
-        text=given.text,
+        text=None if given.text is None else texts.read_text(given.text),
         tokens=given.tokens,
         placements=given.placements,
         progress=lambda policy, done, every: print(f"\r{policy}: {done} of {every}   ", end="", flush=True),

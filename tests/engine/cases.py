@@ -33,6 +33,7 @@ def scaled(spec: memkit.PolicySpec, chunk: int = CHUNK) -> memkit.PolicySpec:
         changed["window.size"] = 2 * chunk
     if spec.eviction == "weakest" and isinstance(spec.window, BlockWindowSpec) and spec.window.chunks > 3:
         changed["window.chunks"] = spec.window.chunks // 2
+        changed["observe.again"] = spec.observe.again // 2
         scale /= 2
     if isinstance(spec.admission, ExpectedAttentionSpec):
         changed["admission.future"] = int(spec.admission.future * scale) // 8

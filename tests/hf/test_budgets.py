@@ -38,7 +38,7 @@ def rows_of(memory: memkit.Memory) -> int:
         ("untrained-observed", 37, 16, 2, 8),
         ("caote-512", 256, 32, 3, 32),
         ("keydiff-512", 256, 64, 3, 0),  # observes nobody
-        ("untrained-reread", 256, 64, 2, 64),  # reads again
+        ("untrained-reread", 256, 32, 4, 32),  # reads again
     ],
 )
 def test_few_rows_are_not_most_of_them_window(name: str, rows: int, chunk: int, chunks: int, queries: int):
