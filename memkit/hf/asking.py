@@ -59,7 +59,7 @@ FACTS = (
 )
 """What is hidden, and how it is asked for; none is what `memkit compare --passkey` hides."""
 
-CHUNK, APART = 64, 8
+CHUNK, APART = 32, 8
 """The text's own queries are asked chunk by chunk, and of rows that stand so far before them."""
 
 
