@@ -83,8 +83,7 @@ def attach(
             file's path, or `auto`; None: as each policy says itself (`heads`).
         rows: slots and window of each head, on average, put into every policy with a fixed number of slots or a sliding
             window; others stay as they are. Where they are fewer than the policy's own, one whose slots compete by what
-            is observed has smaller chunks, so that its window has no larger a share. One of rows, share and bytes at
-            most.
+            is observed has a smaller window, which so has no larger a share. One of rows, share and bytes at most.
         share: with `prefill="full"`, the same as a share of the tokens of each cache's prompt.
         bytes: as many rows as take no more bytes for one text, however long it gets, for policies that stop growing.
         croppable: whether the newest 64 tokens of a cache may be taken back (`cache.crop(-n)`) from its first call on,
