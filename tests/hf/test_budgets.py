@@ -37,7 +37,7 @@ def rows_of(memory: memkit.Memory) -> int:
         ("untrained-observed", 255, 16, 2, 8),
         ("untrained-observed", 37, 16, 2, 8),
         ("caote-512", 256, 32, 3, 32),
-        ("keydiff-512", 256, 64, 3, 0),  # observes nobody
+        ("keydiff-512", 256, 32, 6, 0),  # observes nobody
         ("untrained-reread", 256, 32, 4, 32),  # reads again
     ],
 )
