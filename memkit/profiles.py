@@ -155,6 +155,17 @@ def fitting_profile(
     return profile
 
 
+def shape_of_shares(policy: PolicySpec) -> tuple[int, int] | None:
+    """The layers and key/value heads that a policy's shares are of; None: of any number.
+
+    Raises `PolicyError` for a profile that is not there or not right.
+    """
+    profile, uneven = policy.heads.profile, policy.heads.uneven
+    if profile is not None and profile != AUTO:
+        return load_profile(profile).shape
+    return (1, len(uneven)) if uneven is not None else None
+
+
 def per_layer(
     policy: str | Path | PolicySpec | Policy,
     layers: int,

@@ -83,6 +83,17 @@ def test_show_with_changes():
     assert f"1M      {cost(spec, 1 << 20).slots:,}" in text
 
 
+@pytest.mark.parametrize(
+    ("shares", "shape"),
+    [
+        ("profile: smollm2-135m", "30 layers of 3 heads, width 64, float32, 1 row"),
+        ("ratios: [1.5, 0.5]", "1 layer of 2 heads, width 64, float32, 1 row"),
+    ],
+)
+def test_show_for_the_heads_that_shares_are_of(shares: str, shape: str):
+    assert f"for {shape}; prefill grows" in run("show", "untrained-observed", "--set", f"heads={{{shares}}}")
+
+
 def test_show_a_file(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text("# My own.\nwindow: {kind: sliding, size: 7}\n# not its header\n")

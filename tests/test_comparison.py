@@ -327,7 +327,8 @@ def test_the_main_job_takes_less_than_six_minutes():
 
 
 def test_a_prompt_read_in_full(loaded: hf.LoadedModel):
-    spec = memkit.load_policy("caote-512", {"chunker.size": 8, "observe.queries": 8, "growth.slots": 20})
+    smaller = {"chunker.size": 8, "observe.queries": 8, "window.chunks": 3, "growth.slots": 20}
+    spec = memkit.load_policy("caote-512", smaller)
     options = {"model": loaded, "tokens": 200, "skip": 150, "decoded": 1}
     whole = compare(["full", spec], prefill="full", **options)
     full, compressed = whole.policies

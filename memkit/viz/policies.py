@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -14,6 +14,7 @@ from memkit.costing import Cost, cost
 from memkit.pieces.growth import GrowthSpec
 from memkit.pieces.registry import Spec
 from memkit.policy import Policy, PolicySpec
+from memkit.profiles import shape_of_shares
 from memkit.viz.costs import DRAWN_LENGTHS, cells
 from memkit.viz.html import fragment
 from memkit.viz.picture import draw, picture
@@ -53,7 +54,7 @@ def details(spec: PolicySpec, header: str) -> RenderableType:
     parts += [Text(), declaration(spec), Text()]
     learned = tuple(need.phrase for need in policy.learned)
     parts.append(Text(f"A layer must have learned {_and(learned)}." if learned else "Nothing is learned."))
-    parts.append(_growth_table(cost(spec, SHOWN_LENGTHS)))
+    parts.append(_growth_table(_costs(spec, SHOWN_LENGTHS, spec)))
     drawn = picture(policy)
     if drawn is not None:
         parts += [Text(), draw(drawn)]
@@ -72,7 +73,7 @@ def figure(spec: PolicySpec) -> Figure:
     drawn = picture(spec.build())
     axes, whole = style.panels(3 if drawn is not None else 2)
     compared = [spec] if spec.name == "full" else [load_policy("full"), spec]
-    costs = [entry for each in compared for entry in cost(each, DRAWN_LENGTHS)]
+    costs = [entry for each in compared for entry in _costs(each, DRAWN_LENGTHS, spec)]
     if drawn is not None:
         figures.who_sees_what(drawn, axes[0])
     figures.growth(costs, axes[-2])
@@ -116,6 +117,12 @@ def _said(spec: Spec) -> dict[str, Any]:
     said = {name: _whole(value) for name, value in dumped.items() if getattr(spec, name) != fields[name].default}
     ordered = {name: said[name] for name in sorted(said, key=lambda name: name not in own)}
     return {"kind": dumped["kind"], **ordered} if "kind" in dumped else ordered
+
+
+def _costs(spec: PolicySpec, lengths: Sequence[int], shares: PolicySpec) -> list[Cost]:
+    """What a policy costs at these lengths, for as many layers and heads as the shares of a policy are of."""
+    layers, heads = shape_of_shares(shares) or (1, 8)
+    return cost(spec, lengths, layers=layers, heads=heads)
 
 
 def _whole(value: Any) -> Any:
