@@ -1,5 +1,4 @@
-"""Lanes whose slots compete with the tokens that leave, and whose readers are observed: PLAN, FOLD, READ and OBSERVE by
-`memkit/loops/competing.py`."""
+"""Lanes whose slots compete with the tokens that leave: PLAN, FOLD, READ and OBSERVE by `memkit/loops/competing.py`."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ def usable(policy: Policy, keys: Tensor) -> bool:
 
 
 class CompetingLanes(Lanes):
-    """The lanes of one call whose slots compete and are observed."""
+    """The lanes of one call whose slots compete."""
 
     def __init__(
         self, inputs: AttendInputs, schedule: Schedule, rules: SlotRules, timeline: Timeline, leaving: LeavingTokens
@@ -87,7 +86,9 @@ class CompetingLanes(Lanes):
         slots = lines_of_slots(store, self.rules, held, of.line) if held else None
         (rows, numbers), begin = self._founders(part, store)
         readers = self._readers(part, queries)
-        evidence = Laid.of(self.timeline.streams["evidence"][:, :, part.columns])
+        told = self.timeline.streams.get("evidence")
+        nothing = store.sums.new_zeros(batch, self._heads, 0, 0)  # where nobody is observed
+        evidence = Laid.of(nothing if told is None else told[:, :, part.columns])
         lanes = list[Lane]()
         for row, head, asked, heads in self._asked(part, queries):
             plan, asking = plans[row], slice(head * group, (head + 1) * group)

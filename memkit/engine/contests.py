@@ -20,7 +20,7 @@ from memkit.memory.contest import Contest
 from memkit.memory.replacing import SHARE_EPS, Line, replace
 from memkit.memory.rows import Chunk, SlotRules, SlotView
 from memkit.memory.slots import SlotStore
-from memkit.pieces.admission import Attention, ExpectedAttention, OutputError
+from memkit.pieces.admission import Attention, ExpectedAttention, KeyDifference, KeyNorm, OutputError
 from memkit.pieces.merging import Drop, WeightedMean
 from memkit.pieces.readout import TINY, Readout
 from memkit.pieces.routing import Nearest
@@ -61,7 +61,7 @@ def by_loops(policy: Policy, store: SlotStore) -> bool:
 def has_loops(policy: Policy) -> bool:
     """Whether loops know how slots and tokens compete under this policy."""
     routing, merging, admission = policy.routing, policy.merging, policy.admission
-    if not policy.competes or not policy.observes:  # where nobody observes, operations are as fast
+    if not policy.competes:
         return False
     means = type(policy.readout) is Readout and policy.readout.spec.value == "mean"
     if admission is None or not policy.keeps_keys or not means:
@@ -75,13 +75,16 @@ def has_loops(policy: Policy) -> bool:
 def scoring(policy: Policy, dtype: torch.dtype) -> Any:
     """What candidates whose values are read in this dtype score, as loops want to know it; None where they do not know
     the admission, or how to round so."""
-    admission, of, rounds = policy.admission, loops.compiled().Scoring, dtype == torch.bfloat16
+    admission, run, rounds = policy.admission, loops.compiled(), dtype == torch.bfloat16
     if dtype == torch.float16:
         return None
     if type(admission) is OutputError:
-        return of(True, admission.pool, False, float(admission.difference), False, rounds)
+        return run.Scoring(run.ERRORS, admission.pool, False, float(admission.difference), False, rounds)
     if type(admission) is Attention or type(admission) is ExpectedAttention:
-        return of(False, admission.pool, True, 0.0, admission.value_norm, rounds)
+        return run.Scoring(run.SHARES, admission.pool, True, 0.0, admission.value_norm, rounds)
+    if type(admission) is KeyNorm or type(admission) is KeyDifference:
+        by = run.KEY_NORMS if type(admission) is KeyNorm else run.KEY_DIFFERENCES
+        return run.Scoring(by, 1, False, 0.0, False, rounds)
     return None
 
 

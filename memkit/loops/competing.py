@@ -1,5 +1,5 @@
-"""A lane whose slots compete with the tokens that leave, and are observed: PLAN, FOLD, READ and OBSERVE of a whole
-stretch of chunks is one call. It has its slots as lines (`lines.py`)."""
+"""A lane whose slots compete with the tokens that leave: PLAN, FOLD, READ, and OBSERVE where somebody is observed, of a
+whole stretch of chunks is one call. It has its slots as lines (`lines.py`)."""
 
 # pyright: basic, reportMissingImports=false
 
@@ -62,7 +62,7 @@ class Telling(NamedTuple):
 
 @loop
 def steps(plan, slots, tokens, asked, heads, at, scoring, merging, tiny, telling):
-    """Chunk after chunk: PLAN and FOLD what leaves, READ, and OBSERVE where the chunk is a whole one.
+    """Chunk after chunk: PLAN and FOLD what leaves, READ, and OBSERVE where the chunk is a whole one and readers tell.
 
     plan [steps, 10]: `engine/lanes.py` says of what.
     """
@@ -138,7 +138,7 @@ def _meet(slots, count, tokens, asked, heads, start, span, column, first, of_sin
     bias = slots.bias[0, : count if biased else 0]
     view = Met(count, lines[0, telling.key_at :], lines.shape[1], slots.values[0], heads.value_width, bias)
     meet(asked, heads, start, span, column, first, 0, view, shares, wholes, outputs)
-    if span < telling.chunk:
+    if span < telling.chunk or not telling.observed.shape[0]:
         return
     told = _mean_shares(shares, telling)
     if tokens.readers.shape[1]:
@@ -224,18 +224,23 @@ def _tell(shares, told, outputs, slots, lines, count, tokens, asked, first, olde
             size[j] += squared[j] * length
     products = np.empty((met, wide), shares.dtype)
     product(squares, met, True, twice, wide, False, (met, wide, observed), 1.0, False, products, wide)
-    for j in range(met):
-        if j < count:
-            value, sums = slots.values[0, j], lines[j, at.evidence : at.evidence + at.told]
-        else:
-            place = (first + j - count) * tokens.evidence_token
-            begin = (first + j - count) * asked.value_token
-            value = asked.values[begin : begin + wide]
-            sums = tokens.evidence[place : place + at.told]
-        error = size[j]
-        for i in range(wide):
-            error += value[i] * (value[i] * square[j] + products[j, i])
-        _add(sums, (shares.dtype.type(0) if error < 0 else error) / observed, told[j], telling)
+    for j in range(count):
+        error = _error(slots.values[0, j], products[j], square[j], size[j]) / observed
+        _add(lines[j, at.evidence : at.evidence + at.told], error, told[j], telling)
+    for j in range(count, met):
+        begin, place = (first + j - count) * asked.value_token, (first + j - count) * tokens.evidence_token
+        error = _error(asked.values[begin : begin + wide], products[j], square[j], size[j]) / observed
+        _add(tokens.evidence[place : place + at.told], error, told[j], telling)
+
+
+@loop
+def _error(value, product, square, size):
+    """What queries would miss in all without a row of this value: Σ p²·‖v − o‖², of which product is −2·Σ p²·o, square
+    Σ p² and size Σ p²·‖o‖²."""
+    error = size
+    for i in range(value.shape[0]):
+        error += value[i] * (value[i] * square + product[i])
+    return value.dtype.type(0) if error < 0 else error
 
 
 @loop

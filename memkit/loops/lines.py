@@ -18,6 +18,10 @@ from memkit.loops.compiling import loop
 from memkit.loops.rounding import to_bfloat16
 
 __all__ = [
+    "ERRORS",
+    "KEY_DIFFERENCES",
+    "KEY_NORMS",
+    "SHARES",
     "Columns",
     "Merging",
     "Scoring",
@@ -31,6 +35,9 @@ __all__ = [
     "told_by",
     "told_of",
 ]
+
+ERRORS, SHARES, KEY_NORMS, KEY_DIFFERENCES = range(4)
+"""What candidates score by: what evidence says of them, the mean error or share; or keys, −‖k‖ or −cosine(k, k̄)."""
 
 AT_ONCE = 16
 """Numbers that are compared at once."""
@@ -63,12 +70,11 @@ class Merging(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """What candidates score: the mean error (`by_error`) or share that evidence says of them, over `pool` neighbours,
-    those that are there alone or (`zeros`) with zeros beyond the ends; the root of an error times its difference to a
-    power; a share times its value's norm where `value_norm`. As in `pieces/admission.py`. Values are in bfloat16 where
-    it `rounds`."""
+    """What candidates score: by errors, shares or keys; over `pool` neighbours, those that are there alone or (`zeros`)
+    with zeros beyond the ends; the root of an error times its difference to a power; a share times its value's norm
+    where `value_norm`. As in `pieces/admission.py`. Values are in bfloat16 where it `rounds`."""
 
-    by_error: bool
+    by: int
     pool: int
     zeros: bool
     difference: float
@@ -82,11 +88,6 @@ def _dot(one, other):
     for i in range(one.shape[0]):
         total += one[i] * other[i]
     return total
-
-
-@loop
-def _candidate(slots, tokens, row, kept, of_slots, j):
-    return slots[row, kept + j] if j < of_slots else tokens[row, j - of_slots]
 
 
 @loop
@@ -124,25 +125,32 @@ def _highest(numbers, first):
 @loop
 def score(slots, tokens, before, kept, at, scoring, tiny, out):
     """What candidates score, out [R, n]: of slots [R, m, L], tokens [R, c, L]."""
-    if not scoring.by_error:
-        _shares(slots, tokens, before, kept, at, out)
-    else:
-        _errors(slots, tokens, before, kept, at, out)
-        if scoring.pool == 1 and scoring.difference == 0:
-            return
-        for r in range(out.shape[0]):
-            for j in range(out.shape[1]):
-                out[r, j] = np.sqrt(out[r, j])
-    if scoring.pool > 1:
-        _neighbours(out.copy(), before - kept + tokens.shape[1], scoring.pool, scoring.zeros, out)
-    if scoring.by_error and scoring.difference != 0:
-        differs = np.zeros(out.shape, out.dtype)
-        _differences(slots, tokens, before, kept, at, tiny, scoring.rounds, differs)
-        for r in range(out.shape[0]):
-            for j in range(out.shape[1]):
-                out[r, j] *= _power(differs[r, j], scoring.difference)
-    if scoring.value_norm:
-        _by_norm(slots, tokens, before, kept, at, scoring.rounds, out)
+    for r in range(out.shape[0]):
+        of_slots = before[r] - kept
+        scores = out[r, : of_slots + tokens.shape[1]]
+        parts = ((slots[r, kept : before[r]], scores[:of_slots]), (tokens[r], scores[of_slots:]))
+        for lines, of_lines in parts:
+            if scoring.by == ERRORS:
+                _errors(lines, at, scoring.pool > 1 or scoring.difference != 0, of_lines)
+            elif scoring.by == SHARES:
+                _shares(lines, at, of_lines)
+            elif scoring.by == KEY_NORMS:
+                _key_norms(lines, at, of_lines)
+        if scoring.by == KEY_DIFFERENCES:
+            _likenesses(parts[0][0], parts[1][0], at, tiny, scores)
+            for j in range(scores.shape[0]):
+                scores[j] = -scores[j]
+        if scoring.pool > 1:
+            _neighbours(scores.copy(), scoring.pool, scoring.zeros, scores)
+        if scoring.by == ERRORS and scoring.difference != 0:
+            alike, apart = np.empty_like(scores), np.empty_like(scores)
+            _likenesses(parts[0][0], parts[1][0], at, tiny, alike)
+            _distances(parts[0][0], parts[1][0], at, scoring.rounds, apart)
+            for j in range(scores.shape[0]):
+                scores[j] *= _power(max(1 - alike[j], 0) * apart[j], scoring.difference)
+        if scoring.value_norm:
+            for lines, of_lines in parts:
+                _by_norm(lines, at, scoring.rounds, of_lines)
 
 
 @loop
@@ -153,91 +161,104 @@ def _power(number, exponent):
 
 
 @loop
-def _shares(slots, tokens, before, kept, at, share):
-    """The mean share that evidence says of candidates, [R, n]."""
-    for r in range(share.shape[0]):
-        of_slots = before[r] - kept
-        for j in range(of_slots + tokens.shape[1]):
-            share[r, j] = _share(_candidate(slots, tokens, r, kept, of_slots, j), at, share.dtype.type(0))
+def _shares(lines, at, out):
+    """The mean share that evidence says of lines [n, L]."""
+    for j in range(out.shape[0]):
+        out[j] = _share(lines[j], at, out.dtype.type(0))
 
 
 @loop
-def _by_norm(slots, tokens, before, kept, at, rounds, out):
-    """Multiply by the norms of candidates' values, [R, n]."""
-    value = np.empty(at.values - at.keys, out.dtype)
-    for r in range(out.shape[0]):
-        of_slots = before[r] - kept
-        for j in range(of_slots + tokens.shape[1]):
-            _value(_candidate(slots, tokens, r, kept, of_slots, j), at, rounds, value)
-            out[r, j] *= np.sqrt(_dot(value, value))
+def _by_norm(lines, at, rounds, out):
+    """Multiply by the norms of the values of lines [n, L]."""
+    values = np.empty((out.shape[0], at.values - at.keys), out.dtype)
+    _values(lines, at, rounds, values)
+    for j in range(out.shape[0]):
+        out[j] *= np.sqrt(_dot(values[j], values[j]))
 
 
 @loop
-def _value(line, at, rounds, value):
-    """A line's value, as it is read."""
-    mass = _mass(line, at)
-    for i in range(value.shape[0]):
-        value[i] = line[at.keys + i] / mass
+def _values(lines, at, rounds, values):
+    """The values of lines [n, L] as they are read, [n, v]."""
+    for j in range(lines.shape[0]):
+        line, value, mass = lines[j, at.keys : at.values], values[j], _mass(lines[j], at)
+        for i in range(value.shape[0]):
+            value[i] = line[i] / mass
     if rounds:
-        to_bfloat16(value)
+        for j in range(lines.shape[0]):
+            to_bfloat16(values[j])
 
 
 @loop
-def _errors(slots, tokens, before, kept, at, error):
-    """The mean error that evidence says of candidates, [R, n], and the most that second readings said: of slots
-    [R, m, L], tokens [R, c, L]."""
-    for r in range(error.shape[0]):
-        of_slots = before[r] - kept
-        for j in range(of_slots + tokens.shape[1]):
-            line = _candidate(slots, tokens, r, kept, of_slots, j)
-            error[r, j] = line[at.evidence] / max(line[at.evidence + 2], line.dtype.type(1))
-            if at.told > 3:
-                error[r, j] += line[at.evidence + 3]
+def _errors(lines, at, rooted, out):
+    """The mean error that evidence says of lines [n, L], and the most that second readings said; or its root."""
+    for j in range(out.shape[0]):
+        out[j] = lines[j, at.evidence] / max(lines[j, at.evidence + 2], out.dtype.type(1))
+        if at.told > 3:
+            out[j] += lines[j, at.evidence + 3]
+        if rooted:
+            out[j] = np.sqrt(out[j])
 
 
 @loop
-def _neighbours(numbers, counts, pool, zeros, means):
-    """The mean of each number [R, n] and its neighbours, `pool` in all with zeros beyond the ends, or as many as there
-    are: counts[r] in row r."""
-    for r in range(numbers.shape[0]):
-        for j in range(counts[r]):
-            first, end = max(0, j - pool // 2), min(counts[r], j + pool // 2 + 1)
-            total = numbers.dtype.type(0)
-            for i in range(first, end):
-                total += numbers[r, i]
-            means[r, j] = total / (pool if zeros else end - first)
+def _neighbours(numbers, pool, zeros, means):
+    """The mean of each number [n] and its neighbours, `pool` in all with zeros beyond the ends, or as many as there
+    are."""
+    count = numbers.shape[0]
+    for j in range(count):
+        first, end = max(0, j - pool // 2), min(count, j + pool // 2 + 1)
+        total = numbers.dtype.type(0)
+        for i in range(first, end):
+            total += numbers[i]
+        means[j] = total / (pool if zeros else end - first)
 
 
 @loop
-def _differences(slots, tokens, before, kept, at, tiny, rounds, differs):
-    """(1 − cosine(k, k̄))·‖v − v̄‖ of candidates, [R, n]: `difference` of `pieces/admission.py`."""
-    width, wide = at.keys, at.values - at.keys
-    for r in range(differs.shape[0]):
-        of_slots = before[r] - kept
-        count = of_slots + tokens.shape[1]
-        mean_key, mean_value = np.zeros(width, slots.dtype), np.zeros(wide, slots.dtype)
-        length, values = np.empty(count, slots.dtype), np.empty((count, wide), slots.dtype)
-        for j in range(count):
-            line = _candidate(slots, tokens, r, kept, of_slots, j)
-            _value(line, at, rounds, values[j])
-            length[j] = max(np.sqrt(_dot(line[:width], line[:width])), tiny)
-            share = 1 / length[j]
+def _key_norms(lines, at, out):
+    """−‖k‖ of lines [n, L], summed in float64."""
+    for j in range(out.shape[0]):
+        squared = 0.0
+        for i in range(at.keys):
+            squared += np.float64(lines[j, i]) * np.float64(lines[j, i])
+        out[j] = -np.sqrt(squared)
+
+
+@loop
+def _likenesses(slots, tokens, at, tiny, out):
+    """cosine(k, k̄) of candidates, [n], slots [m, L] and tokens [c, L], k̄ being the mean of all k / ‖k‖."""
+    width, of_slots, mean = at.keys, slots.shape[0], np.zeros(at.keys, slots.dtype)
+    lengths = np.empty(out.shape[0], slots.dtype)
+    parts = ((slots, lengths[:of_slots], out[:of_slots]), (tokens, lengths[of_slots:], out[of_slots:]))
+    for lines, length, _ in parts:
+        for j in range(lines.shape[0]):
+            length[j] = max(np.sqrt(_dot(lines[j, :width], lines[j, :width])), tiny)
+            share = length.dtype.type(1) / length[j]
             for i in range(width):
-                mean_key[i] += line[i] * share
-            for i in range(wide):
-                mean_value[i] += values[j, i]
-        for i in range(width):
-            mean_key[i] /= count
+                mean[i] += lines[j, i] * share
+    for i in range(width):
+        mean[i] /= out.shape[0]
+    mean_length = np.sqrt(_dot(mean, mean))
+    for lines, length, alike in parts:
+        for j in range(lines.shape[0]):
+            alike[j] = _dot(lines[j, :width], mean) / max(length[j] * mean_length, tiny)
+
+
+@loop
+def _distances(slots, tokens, at, rounds, out):
+    """‖v − v̄‖ of candidates, [n], slots [m, L] and tokens [c, L]."""
+    of_slots, wide = slots.shape[0], at.values - at.keys
+    values, mean = np.empty((out.shape[0], wide), slots.dtype), np.zeros(wide, slots.dtype)
+    for lines, value in ((slots, values[:of_slots]), (tokens, values[of_slots:])):
+        _values(lines, at, rounds, value)
+    for j in range(out.shape[0]):
         for i in range(wide):
-            mean_value[i] /= count
-        mean_length = np.sqrt(_dot(mean_key, mean_key))
-        for j in range(count):
-            line = _candidate(slots, tokens, r, kept, of_slots, j)
-            squared = slots.dtype.type(0)
-            for i in range(wide):
-                squared += (values[j, i] - mean_value[i]) ** 2
-            likeness = _dot(line[:width], mean_key) / max(length[j] * mean_length, tiny)
-            differs[r, j] = max(1 - likeness, 0) * np.sqrt(squared)
+            mean[i] += values[j, i]
+    for i in range(wide):
+        mean[i] /= out.shape[0]
+    for j in range(out.shape[0]):
+        squared = slots.dtype.type(0)
+        for i in range(wide):
+            squared += (values[j, i] - mean[i]) ** 2
+        out[j] = np.sqrt(squared)
 
 
 @loop
@@ -290,15 +311,15 @@ def admit(slots, tokens, before, after, kept, order, out, losers, keys):
         for j in range(kept):
             copy(slots[r, j], out[r, j])
         stay, lose = kept, 0
-        for j in range(count):
-            line = _candidate(slots, tokens, r, kept, of_slots, j)
-            if stays[j]:
-                copy(line, out[r, stay])
-                stay += 1
-            else:
-                copy(line, losers[r, lose])
-                copy(line, keys[r, lose])
-                lose += 1
+        for lines, begin in ((slots[r, kept : before[r]], 0), (tokens[r], of_slots)):
+            for j in range(lines.shape[0]):
+                if stays[begin + j]:
+                    copy(lines[j], out[r, stay])
+                    stay += 1
+                else:
+                    copy(lines[j], losers[r, lose])
+                    copy(lines[j], keys[r, lose])
+                    lose += 1
         out[r, stay:] = 0
         keys[r, lose:] = 0
 
@@ -311,7 +332,7 @@ def join(products, losers, lost, after, first, at, rule, out):
 
     products [R, k, m]: of losers' keys and slots' keys.
     """
-    weighed, own, least, cap, tiny = rule.weighed, rule.own, rule.least, rule.cap, rule.tiny
+    weighed, own, least, cap, tiny = rule.weighed, rule.own, rule.least, rule.cap, out.dtype.type(rule.tiny)
     for r in range(out.shape[0]):
         slots = after[r]
         length, share = np.empty(slots, out.dtype), np.empty(slots, out.dtype)
@@ -354,10 +375,8 @@ def join(products, losers, lost, after, first, at, rule, out):
 def read(lines, at, rule, values, bias):
     """Slots [R, M, L] as they are read where values are means: values [R, M, v], and with `by_mass` the bias [R, M]."""
     for r in range(lines.shape[0]):
+        _values(lines[r], at, False, values[r])
         for j in range(lines.shape[1]):
-            line, value, mass = lines[r, j, at.keys : at.values], values[r, j], _mass(lines[r, j], at)
-            for i in range(value.shape[0]):
-                value[i] = line[i] / mass
             if rule.by_mass:
                 own = max(lines[r, j, at.founder_mass], rule.tiny)
                 bias[r, j] = np.log(max(lines[r, j, at.mass] / own, lines.dtype.type(1)))

@@ -304,12 +304,12 @@ class KeyNormSpec(AdmissionSpec):
 
 
 class KeyNorm(Admission):
-    """score_j = −‖k_j‖."""
+    """score_j = −‖k_j‖, summed in float64: a word's keys at several places are equally long, in whatever order."""
 
     rates_slots = fills_up = True
 
     def score(self, chunk: ChunkContext) -> Tensor:
-        return -chunk.keys.norm(dim=-1)
+        return -chunk.keys.norm(dim=-1, dtype=torch.float64).to(chunk.keys.dtype)
 
 
 @register

@@ -53,6 +53,10 @@ COMPETING: dict[str, tuple[str, dict[str, Any]]] = {
     "dropping, by shares": ("snapkv-512", {}),
     "dropping, by expected shares": ("expected-attention-512", {}),
     "by expected shares of mean readers": ("expected-attention-512", {"admission.covariance": False, "sinks": 2}),
+    "by keys' norms": ("knorm-512", {}),
+    "by keys' differences": ("keydiff-512", {}),
+    "by keys' norms, merging": ("untrained-observed", {"admission": {"kind": "key-norm"}}),
+    "by keys' differences, merging": ("untrained-observed", {"admission": {"kind": "key-difference"}}),
     "merging, by expected shares": (
         "untrained-observed",
         {
@@ -69,7 +73,6 @@ OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "by dot product": ("untrained-observed", {"routing": {"kind": "nearest", "similarity": "dot"}}),
     "only where near enough": ("untrained-observed", {"routing.least": 0.3}),
     "merging keys, too": ("untrained-observed", {"merging.of": "both"}),
-    "not observed": ("knorm-512", {}),
     "values read by their count": ("untrained-observed", {"readout": {"value": "count-mean", "bias": "mass"}}),
 }
 
