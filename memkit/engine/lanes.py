@@ -1,8 +1,8 @@
 """Stretches of chunks on the CPU, by lanes: a key/value head of a row of the batch each, with its query heads.
 
 Lanes have nothing to do with each other, so that threads take them: each goes through all stages of some chunks in one
-compiled loop, with as many slots as it has. There are three kinds: `competing.py`, whose slots are made anew and
-observed; `folding.py`, whose slots are sums; and `sliding.py`, whose window slides, with sinks at most. What loops do
+compiled loop, with as many slots as it has. There are three kinds: `competing.py`, whose slots compete and are made
+anew; `folding.py`, whose slots are sums; and `sliding.py`, whose window slides, with sinks at most. What loops do
 not know goes through `forward.py` step by step.
 """
 

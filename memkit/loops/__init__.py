@@ -75,7 +75,7 @@ def _products_found() -> bool:
 
 
 def of_competing() -> Any:
-    """The module of loops over whole chunks where slots compete and readers are observed."""
+    """The module of loops over whole chunks where slots compete."""
     return importlib.import_module("memkit.loops.competing")
 
 

@@ -304,7 +304,7 @@ class KeyNormSpec(AdmissionSpec):
 
 
 class KeyNorm(Admission):
-    """score_j = −‖k_j‖, summed in float64: a word's keys at several places are equally long, in whatever order."""
+    """score_j = −‖k_j‖, summed in float64: as long in whatever order its numbers are added."""
 
     rates_slots = fills_up = True
 

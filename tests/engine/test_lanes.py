@@ -147,7 +147,8 @@ def test_shares_that_are_next_to_nothing_still_have_an_order(name: str, monkeypa
 
 
 def test_more_sinks_than_a_chunk_has_tokens(chunks: list[int], monkeypatch: pytest.MonkeyPatch):
-    changes = {"chunker.size": 2, "sinks": 3, "growth.slots": 6, "admission.future": 5, "observe.queries": 2}
+    changes = {"chunker.size": 2, "window.chunks": 3, "sinks": 3, "growth.slots": 6}
+    changes |= {"admission.future": 5, "observe.queries": 2}
     case = make_case(memkit.load_policy("expected-attention-512", changes), 20)
     by_lanes, _ = read(case)
     assert chunks

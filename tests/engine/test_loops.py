@@ -55,6 +55,7 @@ COMPETING: dict[str, tuple[str, dict[str, Any]]] = {
     "by expected shares of mean readers": ("expected-attention-512", {"admission.covariance": False, "sinks": 2}),
     "by keys' norms": ("knorm-512", {}),
     "by keys' differences": ("keydiff-512", {}),
+    "by recency": ("knorm-512", {"admission": {"kind": "recency"}}),
     "by keys' norms, merging": ("untrained-observed", {"admission": {"kind": "key-norm"}}),
     "by keys' differences, merging": ("untrained-observed", {"admission": {"kind": "key-difference"}}),
     "merging, by expected shares": (
@@ -66,7 +67,7 @@ COMPETING: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-STEP_BY_STEP = {"bias by count"}
+STEP_BY_STEP = {"bias by count", "by recency"}
 """What loops know of a contest, but not of a whole chunk."""
 
 OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -285,7 +286,8 @@ def test_what_an_admission_returns_is_its_own(by_loops: bool, folds: Counter[str
                     "pool": st.sampled_from([1, 3, 7]),
                     "difference": st.sampled_from([0.0, 0.5, 2.0]),
                 }
-            ),
+            )
+            | st.sampled_from([{"kind": "key-norm"}, {"kind": "key-difference"}]),
             "merging": st.sampled_from(
                 [
                     {"kind": "drop"},
@@ -301,6 +303,8 @@ def test_what_an_admission_returns_is_its_own(by_loops: bool, folds: Counter[str
 )
 @settings(max_examples=60)
 def test_random_contests(changes: dict[str, Any], rows: int, lengths: list[int]):
+    if changes["admission"]["kind"] != "output-error":  # who reads again tells errors
+        changes["observe"] = changes["observe"] | {"again": 0}
     case = make_case(memkit.load_policy(small("untrained-observed"), changes), TOKENS, rows=rows).to(torch.float32)
     both = []
     for enabled in (True, False):
@@ -385,9 +389,10 @@ def test_the_first_of_the_highest(numbers: list[float], first: int):
 
 
 @pytest.mark.parametrize("stream", ["keys", "values"])
-def test_what_is_no_number_harms_nobody_else(stream: str, monkeypatch):
+@pytest.mark.parametrize("name", ["dropping", "by keys' norms", "by keys' differences"])
+def test_what_is_no_number_harms_nobody_else(name: str, stream: str, monkeypatch):
     """All places are taken where scores are no numbers, too; other rows are as they are."""
-    case = case_of("dropping")
+    case = case_of(name)
     case.tensors[stream][0, 0, 40] = torch.nan
     output, memory = read(case, monkeypatch, by_loops=True)
     expected, other = read(case, monkeypatch, by_loops=False)
