@@ -1,7 +1,8 @@
 """The loops, for Numba. All arrays are contiguous; R counts the rows of the batch times their heads.
 
 A *line* is all that a row has, side by side (`memory/replacing.py`); what columns hold is said by `Columns`. Row r's
-candidates are its slots but for the first `kept`, and behind its last slot, number before[r], the chunk's tokens. A
+candidates are its slots but for the first `kept`, and behind its last slot, number before[r], the chunk's tokens. Loops
+go through slots, then through tokens: a line chosen from two arrays keeps compilers from doing numbers side by side. A
 loop is compiled once for each dtype, at its first call, which takes a second or two, and kept on disk beside this file,
 or where NUMBA_CACHE_DIR says.
 """
@@ -127,8 +128,8 @@ def score(slots, tokens, before, kept, at, scoring, tiny, out):
     """What candidates score, out [R, n]: of slots [R, m, L], tokens [R, c, L]."""
     for r in range(out.shape[0]):
         of_slots = before[r] - kept
-        scores = out[r, : of_slots + tokens.shape[1]]
-        parts = ((slots[r, kept : before[r]], scores[:of_slots]), (tokens[r], scores[of_slots:]))
+        there, coming, scores = slots[r, kept : before[r]], tokens[r], out[r, : of_slots + tokens.shape[1]]
+        parts = ((there, scores[:of_slots]), (coming, scores[of_slots:]))
         for lines, of_lines in parts:
             if scoring.by == ERRORS:
                 _errors(lines, at, scoring.pool > 1 or scoring.difference != 0, of_lines)
@@ -137,15 +138,15 @@ def score(slots, tokens, before, kept, at, scoring, tiny, out):
             elif scoring.by == KEY_NORMS:
                 _key_norms(lines, at, of_lines)
         if scoring.by == KEY_DIFFERENCES:
-            _likenesses(parts[0][0], parts[1][0], at, tiny, scores)
+            _likenesses(there, coming, at, tiny, scores)
             for j in range(scores.shape[0]):
                 scores[j] = -scores[j]
         if scoring.pool > 1:
             _neighbours(scores.copy(), scoring.pool, scoring.zeros, scores)
         if scoring.by == ERRORS and scoring.difference != 0:
             alike, apart = np.empty_like(scores), np.empty_like(scores)
-            _likenesses(parts[0][0], parts[1][0], at, tiny, alike)
-            _distances(parts[0][0], parts[1][0], at, scoring.rounds, apart)
+            _likenesses(there, coming, at, tiny, alike)
+            _distances(there, coming, at, scoring.rounds, apart)
             for j in range(scores.shape[0]):
                 scores[j] *= _power(max(1 - alike[j], 0) * apart[j], scoring.difference)
         if scoring.value_norm:
