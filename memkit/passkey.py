@@ -6,9 +6,10 @@ counted are the placements at which greedy decoding would say it exactly, and th
 
 from __future__ import annotations
 
+import copy
 import random
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -128,9 +129,8 @@ def find_passkeys(
         for label, policy in asked.policies:
             each: list[tuple[float, bool, float]] = []
             most = 0
-            for number, (depth, prompt, question, key) in enumerate(hidden):
-                exact, nats, held = _ask(loaded, head, policy, prefill, prompt, question, key)
-                each.append((depth, exact, nats))
+            for number, (exact, nats, held) in enumerate(_answers(loaded, head, policy, prefill, hidden)):
+                each.append((hidden[number].depth, exact, nats))
                 most = max(most, held)
                 if progress is not None:
                     progress(label, number + 1, placements)
@@ -163,15 +163,34 @@ def find_passkeys(
     return Passkeys(settings, tuple(found))
 
 
-def _hidden(
-    loaded: LoadedModel, filler: str, tokens: int, placements: int, sentence: str, seed: int
-) -> list[tuple[float, Tensor, Tensor, Tensor]]:
-    """For each placement its depth, the text with the number in it [1, n], the question [1, q] and the number [k]."""
+@dataclass(frozen=True)
+class _Hidden:
+    """A text with a number in it.
+
+    depth: where it stands, from 0 to 1; before [1, a]: the text's tokens up to it, with which those of every deeper
+    number begin; behind [1, n − a]: the sentence that says it, and the rest of the text; question [1, q]; key [k]: the
+    number's tokens.
+    """
+
+    depth: float
+    before: Tensor
+    behind: Tensor
+    question: Tensor
+    key: Tensor
+
+    @property
+    def prompt(self) -> Tensor:
+        """All but the question, [1, n]."""
+        return torch.cat((self.before, self.behind), dim=1)
+
+
+def _hidden(loaded: LoadedModel, filler: str, tokens: int, placements: int, sentence: str, seed: int) -> list[_Hidden]:
+    """The text of each placement, none less deep than the one before it."""
 
     def ids(text: str, special: bool = False) -> list[int]:
         return loaded.tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
 
-    draw, made = random.Random(seed), []
+    draw, made = random.Random(seed), list[_Hidden]()
     question, words = ids(QUESTION), ids(filler[: 16 * tokens])
     # What a tokenizer puts before a text stands before the filler alone; what it puts behind one, nowhere.
     marked = ids(filler[: 16 * tokens], special=True)
@@ -185,32 +204,49 @@ def _hidden(
             raise InputError(f"the text must have {room} tokens at least, got {len(words)}; give a longer one")
         depth = (number + 0.5) / placements
         at = round(depth * room)
-        prompt = words[:at] + needle + words[at:room]
-        device = loaded.model.device
-        tensors = [torch.tensor(each, device=device) for each in (prompt, question, answer)]
-        made.append((depth, tensors[0][None], tensors[1][None], tensors[2]))
-    return made
+        parts = (words[:at], needle + words[at:room], question, answer)
+        tensors = [torch.tensor(each, dtype=torch.long, device=loaded.model.device) for each in parts]
+        before, behind, asked = (each[None] for each in tensors[:3])
+        made.append(_Hidden(depth, before, behind, asked, tensors[3]))
+    return sorted(made, key=lambda each: each.before.shape[1])
 
 
-def _ask(
+def _answers(
     loaded: LoadedModel,
     head: Callable[[Tensor], Tensor],
     policy: LayerPoliciesSpec,
     prefill: Literal["policy", "full"],
-    prompt: Tensor,
-    question: Tensor,
-    key: Tensor,
-) -> tuple[bool, float, int]:
-    """Whether the number is said exactly, its loss per token, and the bytes held."""
+    hidden: list[_Hidden],
+) -> Iterator[tuple[bool, float, int]]:
+    """Of each placement whether the number is said exactly, its loss per token, and the bytes held.
+
+    What stands before the numbers is read once, and what stands behind one by a copy of what was kept of that: a memory
+    says the same however its text is cut. A prompt that is read in full is compressed as a whole, and read as a whole.
+    """
     from memkit import hf
     from memkit.hf.names import returned_cache, with_cache
 
     model: Any = loaded.model
     words = hf.connecting_ids(loaded.tokenizer)
+
+    def read(tokens: Tensor, cache: Any) -> Any:
+        if not tokens.numel():
+            return cache
+        given = {} if cache is None else with_cache(model.base_model, cache)
+        return returned_cache(model.base_model(tokens, use_cache=True, **given))
+
+    before, read_already = None, 0
     with hf.attach(model, policy, prefill=prefill, connecting=words):
-        cache = returned_cache(model.base_model(prompt, use_cache=True))
-        asked = torch.cat((question, key[None, :-1]), dim=1)
-        output = model.base_model(asked, use_cache=True, **with_cache(model.base_model, cache))
-        held = sum(memory.bytes for memory in hf.memories(returned_cache(output)))
-    logits = head(output.last_hidden_state[0, question.shape[1] - 1 :]).float()
-    return bool((logits.argmax(-1) == key).all()), float(nn.functional.cross_entropy(logits, key)), held
+        for each in hidden:
+            if prefill == "full":
+                cache = read(each.prompt, None)
+            else:
+                before = read(each.before[:, read_already:], before)
+                read_already = each.before.shape[1]
+                cache = read(each.behind, copy.deepcopy(before))
+            asked = torch.cat((each.question, each.key[None, :-1]), dim=1)
+            output = model.base_model(asked, use_cache=True, **with_cache(model.base_model, cache))
+            held = sum(memory.bytes for memory in hf.memories(returned_cache(output)))
+            logits = head(output.last_hidden_state[0, each.question.shape[1] - 1 :]).float()
+            nats = float(nn.functional.cross_entropy(logits, each.key))
+            yield bool((logits.argmax(-1) == each.key).all()), nats, held

@@ -34,17 +34,17 @@ def test_the_number_stands_at_even_depths_once(loaded: hf.LoadedModel, sentence:
         return Letters()(text)["input_ids"]
 
     hidden = passkey._hidden(loaded, comparison.default_text(), 300, 3, sentence, seed=0)
-    assert [depth for depth, *_ in hidden] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+    assert [each.depth for each in hidden] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
     filler = letters(comparison.default_text()[:400])
-    for depth, prompt, question, key in hidden:
-        words = prompt[0].tolist()
-        assert len(words) + question.shape[1] + len(key) == 300
-        number = "".join(chr(token - 3) for token in key.tolist()).strip()
+    for each in hidden:
+        words = each.prompt[0].tolist()
+        assert len(words) + each.question.shape[1] + len(each.key) == 300
+        number = "".join(chr(token - 3) for token in each.key.tolist()).strip()
         needle = letters(sentence.format(key=number))
         at = next(i for i in range(len(words)) if words[i : i + len(needle)] == needle)
-        assert at == round(depth * (len(words) - len(needle)))
+        assert at == round(each.depth * (len(words) - len(needle))) == each.before.shape[1]
         assert words[:at] + words[at + len(needle) :] == filler[: len(words) - len(needle)]
-    assert len({tuple(key.tolist()) for *_, key in hidden}) == 3
+    assert len({tuple(each.key.tolist()) for each in hidden}) == 3
 
 
 class Framed(Letters):
@@ -58,25 +58,26 @@ class Framed(Letters):
 def test_what_a_tokenizer_puts_around_texts_stands_before_the_filler_alone(loaded: hf.LoadedModel):
     framed = hf.LoadedModel(loaded.model, Framed(), "framed", 0.0)
     for filler in (comparison.default_text(), comparison.default_text()[:400]):
-        for (_, prompt, question, key), plain in zip(
+        for each, plain in zip(
             passkey._hidden(framed, filler, 300, 3, SENTENCE, seed=0),
             passkey._hidden(loaded, filler, 300, 3, SENTENCE, seed=0),
             strict=True,
         ):
-            assert prompt[0, 0] == 1
-            assert not ((prompt[0, 1:] == 1) | (prompt[0, 1:] == 2)).any()
-            assert torch.equal(question, plain[2])
-            assert torch.equal(key, plain[3])
+            assert each.prompt[0, 0] == 1
+            assert not ((each.prompt[0, 1:] == 1) | (each.prompt[0, 1:] == 2)).any()
+            assert torch.equal(each.question, plain.question)
+            assert torch.equal(each.key, plain.key)
 
 
 @torch.no_grad()
 def test_what_counts_is_the_numbers_loss_and_whether_it_would_be_said(loaded: hf.LoadedModel):
     result = find_passkeys(["full"], model=loaded, **OPTIONS).policies[0]
-    for (depth, found, nats), (at, prompt, question, key) in zip(
+    for (depth, found, nats), each in zip(
         result.by_depth, passkey._hidden(loaded, comparison.default_text(), 300, 3, SENTENCE, seed=0), strict=True
     ):
-        logits = loaded.model(torch.cat((prompt, question, key[None]), 1)).logits[0, -len(key) - 1 : -1]
-        assert depth == at
+        key = each.key
+        logits = loaded.model(torch.cat((each.prompt, each.question, key[None]), 1)).logits[0, -len(key) - 1 : -1]
+        assert depth == each.depth
         assert nats == pytest.approx(float(torch.nn.functional.cross_entropy(logits, key)), abs=1e-4)
         assert found == bool((logits.argmax(-1) == key).all())
     assert result.nats == pytest.approx(sum(nats for *_, nats in result.by_depth) / 3)
@@ -102,13 +103,45 @@ def test_a_prompt_is_read_again_with_connecting_words(loaded: hf.LoadedModel):
     ]
     found = find_passkeys(specs, **few).policies
     assert len({each.nats for each in found}) == 3
-    _, prompt, question, key = passkey._hidden(loaded, comparison.default_text(), 200, 1, SENTENCE, seed=0)[0]
+    each = passkey._hidden(loaded, comparison.default_text(), 200, 1, SENTENCE, seed=0)[0]
     words = Letters()("\n\nRepeat the previous text:\n\n")["input_ids"]
-    asked = torch.cat((question, key[None, :-1]), dim=1)
     with torch.no_grad(), hf.attach(loaded.model, specs[1], prefill="full", connecting=words) as model:
-        cache = returned_cache(model(prompt))
-        logits = model(asked, **with_cache(model, cache)).logits[0, question.shape[1] - 1 :]
-    assert found[1].nats == pytest.approx(float(torch.nn.functional.cross_entropy(logits, key)), abs=1e-4)
+        cache = returned_cache(model(each.prompt))
+        logits = _asked(model, each, cache)
+    assert found[1].nats == pytest.approx(float(torch.nn.functional.cross_entropy(logits, each.key)), abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"observe.again": 2, "observe.readers": "repeat"}], ids=["once", "again"])
+def test_what_stands_before_the_numbers_is_read_once(loaded: hf.LoadedModel, changes: dict[str, Any]):
+    # Of a letter that stands twice the first layer has one key: who joins which would be decided by rounding.
+    spec = memkit.load_policy("caote-512", {"chunker.size": 8, "observe.queries": 8, "growth.slots": 20, **changes})
+    read = list[int]()
+    count = loaded.model.base_model.register_forward_pre_hook(
+        lambda _module, args, kwargs: read.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True
+    )
+    try:
+        result = find_passkeys([spec], model=loaded, **OPTIONS).policies[0]
+    finally:
+        count.remove()
+    hidden = passkey._hidden(loaded, comparison.default_text(), 300, 3, SENTENCE, seed=0)
+    words = Letters()("\n\nRepeat the previous text:\n\n")["input_ids"]
+    for (_, found, nats), each in zip(result.by_depth, hidden, strict=True):
+        with hf.attach(loaded.model, spec, connecting=words) as model:
+            logits = _asked(model, each, returned_cache(model(each.prompt, use_cache=True)))
+        assert nats == pytest.approx(float(torch.nn.functional.cross_entropy(logits, each.key)), abs=1e-4)
+        assert found == bool((logits.argmax(-1) == each.key).all())
+    questions = sum(each.question.shape[1] + len(each.key) - 1 for each in hidden)
+    once = hidden[-1].before.shape[1] + sum(each.behind.shape[1] for each in hidden) + questions
+    assert once < sum(each.prompt.shape[1] for each in hidden) + questions
+    text = sum(read[read.index(hidden[0].before.shape[1]) :])  # attaching tries the model on a few tokens
+    assert text > once if changes else text == once
+
+
+def _asked(model: Any, each: passkey._Hidden, cache: Any) -> torch.Tensor:
+    """The logits of the number's tokens, [k, vocabulary]."""
+    asked = torch.cat((each.question, each.key[None, :-1]), dim=1)
+    return model(asked, **with_cache(model, cache)).logits[0, each.question.shape[1] - 1 :]
 
 
 def test_the_table_and_the_file(loaded: hf.LoadedModel):
