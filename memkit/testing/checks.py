@@ -22,6 +22,7 @@ from memkit.pieces.readout import Readout
 from memkit.pieces.registry import Spec, kinds
 from memkit.pieces.routing import Routing
 from memkit.policy import Policy, PolicySpec
+from memkit.profiles import per_layer, shape_of_shares
 from memkit.testing.cases import Case, cases
 from memkit.testing.claims import claimed
 from memkit.testing.given import as_spec
@@ -201,15 +202,26 @@ def _of_one_made_anew(law: Law, subject: Any, code: Code) -> Callable[[Any], Non
 
 
 def _asked_of_policy(policy: Policy) -> tuple[str, str, list[Asked]]:
+    notes: list[str] = []
+    if (shape := shape_of_shares(policy.spec)) is not None and policy.spec.heads.profile is not None:
+        layers = per_layer(policy, *shape)
+        layer = max(range(len(layers)), key=lambda number: _unevenness(layers[number]))
+        policy = layers[layer]
+        notes.append(f"layer {layer} of the profile, whose heads differ most")
     spec = policy.spec
     small = scaled_down(spec)
-    built, note = small.build() if small is not spec else policy, ""
+    built = small.build() if small is not spec else policy
     if built.chunk != policy.chunk:
-        note = f"in small: chunks of {built.chunk} tokens for {policy.chunk}, budgets in proportion"
+        notes.append(f"in small: chunks of {built.chunk} tokens for {policy.chunk}, budgets in proportion")
     elif built.window.capacity != policy.window.capacity:
-        note = f"in small: a window of {built.window.capacity} tokens for {policy.window.capacity}"
+        notes.append(f"in small: a window of {built.window.capacity} tokens for {policy.window.capacity}")
     asked = [_one(law, cases(built), built, None) for law in POLICY_LAWS]
-    return policy.name or "policy", note, asked
+    return policy.name or "policy", "; ".join(notes), asked
+
+
+def _unevenness(policy: Policy) -> float:
+    """How far the shares of a layer's heads lie apart."""
+    return 0.0 if policy.head_ratios is None else max(policy.head_ratios) - min(policy.head_ratios)
 
 
 def _of_rule(rule: Merging, code: Code) -> list[Asked]:

@@ -114,6 +114,12 @@ def test_a_policy_without_chunks_has_none_in_small(name: str, note: str):
     assert check_policy(name, 1).note == note
 
 
+def test_of_a_policy_with_a_models_profile_the_layer_is_checked_whose_heads_differ_most():
+    named = memkit.load_policy("untrained-observed", {"heads.profile": "smollm2-135m-repeat"})
+    report = check_policy(named, 1)
+    assert report.note.startswith("layer 18 of the profile, whose heads differ most; in small: ")
+
+
 def test_a_broken_law_is_shown_as_code_that_runs():
     with pytest.raises(LawBroken, match="broken law: merging, conservation") as caught:
         check_merge_rule(ForgetsMass, 20)
