@@ -127,8 +127,8 @@ def warn_of_even_shares(policies: Iterable[PolicySpec], facts: Mapping[str, Any]
             warn(
                 f"no head profile is shipped for this model ({facts.get('model_type')}, {layers} layers × {heads} "
                 f"key/value heads), so that all its heads have as many slots under {policy.name or 'this policy'}; "
-                "measure one (memkit profile MODEL --readers repeat --ablate --tokens 4000 --out FILE), and name its "
-                "file in heads.profile",
+                "measure one (memkit profile MODEL --readers repeat --ablate --out FILE), and name its file in "
+                "heads.profile",
                 EvenSharesWarning,
             )
 

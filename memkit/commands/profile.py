@@ -27,7 +27,14 @@ def profile(
         list[Path] | None,
         typer.Option("--text", metavar="FILE", help="A UTF-8 text; repeat it. Left out: four parts of Python's help."),
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read of each text.")] = 2048,
+    tokens: Annotated[
+        list[int],
+        typer.Option(
+            metavar="N",
+            help="Tokens read of each text, about as many as the memory is for; repeat it: ratios are the mean. "
+            "repeat and mixed need twice as many positions.",
+        ),
+    ] = [2048],  # noqa: B006
     readers: Annotated[
         str,
         typer.Option(

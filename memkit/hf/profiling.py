@@ -4,8 +4,9 @@ A document is read with full attention. Its reader is somebody who goes on with 
 positions behind its end) or somebody who reads it again (queries of a second reading). They meet every key, and tell
 what each row is worth (`memkit.pieces.evidence`: the error of the output, were it left out). All heads then share one
 budget by one threshold on that error, after each has had half of its even share. The profile is how many times the even
-share a head gets, averaged over documents and budgets. Layers that slide in the stock model, or do not attend, read as
-they do there, and have no part in it: their ratios are 1.
+share a head gets, averaged over documents, lengths and budgets. (In a short text a head that copies from far back has
+nothing more to keep; the longer the text, the more of the rows it needs.) Layers that slide in the stock model, or do
+not attend, read as they do there, and have no part in it: their ratios are 1.
 
 Errors of a head's own output do not say what later layers make of them. Where it is asked for (`ablate`), a row's error
 e_j counts as its part of what the loss L rises by where that head h alone is blind to far rows (`memkit.hf.ablation`):
@@ -81,13 +82,13 @@ class Measured:
 
 
 def check_settings(
-    tokens: int,
+    tokens: int | Sequence[int],
     readers: str,
     rows: Sequence[int] = ROWS,
     ablate: bool = False,
     beside: str | Path | None = None,
-) -> tuple[int, list[int]]:
-    """Tokens and rows as `measure_profile` takes them, checked before a model is loaded.
+) -> tuple[list[int], list[int]]:
+    """The lengths and rows that `measure_profile` is given, checked before a model is loaded.
 
     Raises `InputError`, and `PolicyError` for a profile beside it that is not there or not right.
     """
@@ -98,7 +99,11 @@ def check_settings(
     if beside is not None:
         load_profile(beside)
     budgets = [whole_number("rows", each, 4 * SINKS) for each in rows]
-    return whole_number("tokens", tokens, 2 * max(ASKED, *budgets), 2**20), budgets
+    given, least = tokens if isinstance(tokens, Sequence) else [tokens], 2 * max(ASKED, *budgets)
+    lengths = [whole_number("tokens", each, least, 2**20) for each in given]
+    if not lengths:
+        raise InputError("tokens must be one length at least, got none")
+    return lengths, budgets
 
 
 @torch.no_grad()
@@ -106,7 +111,7 @@ def measure_profile(
     loaded: LoadedModel,
     documents: Sequence[str],
     *,
-    tokens: int = 2048,
+    tokens: int | Sequence[int] = 2048,
     rows: Sequence[int] = ROWS,
     names: Sequence[str] = (),
     readers: Literal["next", "repeat", "mixed", "asked"] = "next",
@@ -117,6 +122,7 @@ def measure_profile(
     """Measure a model's head profile on some texts.
 
     documents: of each the first `tokens` tokens are read; names: what to call them in the profile.
+    tokens: one length, or several, each of which is read; the ratios are averaged over these.
     rows: how many rows each head would have on average, sinks and window included; the ratios are averaged over these.
     readers: who says what rows are worth: `next`, somebody who goes on with the text; `repeat`, somebody who reads it
     again, behind the words of `connecting_ids`; `mixed`: the mean of both; `asked`: who answers questions about facts
@@ -136,20 +142,22 @@ def measure_profile(
         raise ModelError("no layer of this model attends to everything, so there are no rows to share; leave heads out")
     for layer in measured_layers:
         check_rotation(decoder, layer, facts[layer])
-    tokens, budgets = check_settings(tokens, readers, rows, ablate)
+    lengths, budgets = check_settings(tokens, readers, rows, ablate)
+    longest = max(lengths)
     config = decoder.config
     layers, heads = config.num_hidden_layers, kv_heads_of(config)
     other = None if beside is None else fitting_profile(beside, layers, heads, facts_of(config))
     words = [] if readers in ("next", "asked") else connecting_ids(loaded.tokenizer)
-    positions, longest = 2 * tokens + len(words), getattr(config, "max_position_embeddings", None)
-    if words and longest is not None and positions > longest:
-        raise InputError(f"readers {readers} take {positions} positions, and the model knows {longest}; lower tokens")
+    positions, known = 2 * longest + len(words), getattr(config, "max_position_embeddings", None)
+    if words and known is not None and positions > known:
+        raise InputError(f"readers {readers} take {positions} positions, and the model knows {known}; lower tokens")
     if not documents:
         raise InputError("documents must be one text at least, got none")
     logits, least = output_head(loaded.model) if ablate else None, LEAST
     if ablate or readers == "asked":
         least = LEAST_WEIGHED
-    readings = len(FACTS) if readers == "asked" else 1 + heads * ablate * (2 if readers == "mixed" else 1)
+    readings = len(lengths) * (len(FACTS) if readers == "asked" else 1)
+    readings += heads * ablate * (2 if readers == "mixed" else 1)
     every = len(measured_layers) * readings
     steps = itertools.count(1)
 
@@ -159,23 +167,26 @@ def measure_profile(
 
     found: list[Tensor] = []
     for number, text in enumerate(documents):
-        ids = loaded.tokenizer(text[: 16 * tokens], verbose=False)["input_ids"][:tokens]
-        if len(ids) < tokens:
+        ids = loaded.tokenizer(text[: 16 * longest], verbose=False)["input_ids"][:longest]
+        if len(ids) < longest:
             raise InputError(
-                f"each document must have {tokens} tokens at least, got one of {len(ids)}; give longer texts, or "
+                f"each document must have {longest} tokens at least, got one of {len(ids)}; give longer texts, or "
                 f"fewer tokens (at least {2 * max(ASKED, *budgets):,})"
             )
         if readers == "asked":
-            needs = needs_of_answers(decoder.module, loaded.tokenizer, ids, facts, measured_layers, number, done)
-            found.append(torch.stack([needs.ratios(budget, least) for budget in budgets]).mean(0))
+            needs = [
+                needs_of_answers(decoder.module, loaded.tokenizer, ids[:length], facts, measured_layers, number, done)
+                for length in lengths
+            ]
+            found.append(torch.stack([each.ratios(budget, least) for each in needs for budget in budgets]).mean(0))
             continue
-        worth = _worth(loaded, decoder.module, facts, ids, words, readers, done)
+        worths = [_worth(loaded, decoder.module, facts, ids[:length], words, readers, done) for length in lengths]
         if logits is not None:
             blind = [(layer, head) for layer in measured_layers for head in range(heads)]
             read = _ablated(ids, words, readers)
-            costs = [head_costs(decoder.module, logits, *each, facts, blind, done) for each in read]
-            worth = _weighed(worth, torch.tensor(costs).mean(0).view(-1, heads))
-        found.append(torch.stack([_ratios(worth, budget, least) for budget in budgets]).mean(0))
+            costs = torch.tensor([head_costs(decoder.module, logits, *each, facts, blind, done) for each in read])
+            worths = [_weighed(worth, costs.mean(0).view(-1, heads)) for worth in worths]
+        found.append(torch.stack([_ratios(worth, budget, least) for worth in worths for budget in budgets]).mean(0))
     each = torch.ones(len(found), layers, heads)
     each[:, measured_layers] = torch.stack(found)
     ratios = torch.ones(layers, heads, dtype=torch.float64)
@@ -192,7 +203,7 @@ def measure_profile(
         by = "what answers need of the facts they are about, spent where a row gains most"
     measured: dict[str, Any] = {
         "texts": list(names) if names else f"{len(documents)} texts",
-        "tokens": tokens,
+        "tokens": longest if len(lengths) == 1 else lengths,
         "rows": budgets,
         "by": f"{by}, at least {least:g} of the even share",
     }

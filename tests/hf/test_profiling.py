@@ -269,6 +269,25 @@ def test_what_no_later_layer_uses_is_worth_nothing(tiny: Any):
     assert seen == [("head profile", step + 1, 6) for step in range(6)]  # two layers, and their four heads
 
 
+@pytest.mark.parametrize("ablate", [False, True])
+def test_of_several_lengths_the_ratios_are_the_mean(tiny: Any, ablate: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(profiling, "ABLATED", 256)  # the same tokens of either
+    settings: dict[str, Any] = {"rows": (64, 128), "ablate": ablate}
+    seen: list[tuple[str, int, int]] = []
+    short, long = (
+        hf.measure_profile(loaded(tiny), [text(0)], tokens=each, **settings) for each in (TOKENS - 64, TOKENS)
+    )
+    both = hf.measure_profile(
+        loaded(tiny), [text(0)], tokens=[TOKENS - 64, TOKENS], **settings, progress=lambda *step: seen.append(step)
+    )
+    assert ablate or not torch.equal(short.each, long.each)  # with costs one head has all but the least
+    torch.testing.assert_close(both.each, (short.each + long.each) / 2)
+    assert both.profile.measured["tokens"] == [TOKENS - 64, TOKENS]
+    assert seen[-1] == ("head profile", 4 + 4 * ablate, 4 + 4 * ablate)  # two layers, twice; and their four heads
+    with pytest.raises(memkit.InputError, match="one length at least"):
+        hf.measure_profile(loaded(tiny), [text(0)], tokens=[], **settings)
+
+
 def test_a_head_counts_by_what_it_costs_and_its_rows_by_their_errors():
     scores = torch.tensor([[[9.0, 9, 9, 9, 1, 2, 2], [9.0, 9, 9, 9, 1, 0, 0]]])
     worth = profiling._weighed(scores, torch.tensor([[0.9, 0.0]])).square()
