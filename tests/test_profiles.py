@@ -46,7 +46,7 @@ def test_auto_is_the_profile_of_who_reads_again(readers: str):
 def test_auto_is_the_profile_of_answers_for_whoever_may_ask():
     profile = load_profile("smollm2-135m-asked")
     assert profile.readers == "asked"
-    assert profile.measured["beside"].startswith("smollm2-135m-repeat")
+    assert profile.measured["beside"] == "smollm2-135m-repeat, as it was measured on 2,048 tokens a text"
     layers = per_layer("untrained-recall", 30, 3, profile.model)
     assert tuple(layer.spec.heads.ratios for layer in layers) == profile.ratios
 
